@@ -1,0 +1,22 @@
+import pytest
+import timm
+import torch
+from sklearn.datasets import load_digits
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=10)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """(train images, train labels, test images, test labels): 3 x 32 x 32, normalised; real data for plain loops."""
+    bunch = load_digits()
+    images = torch.tensor(bunch.images / 16, dtype=torch.float32)[:, None].repeat(1, 3, 1, 1)
+    images = torch.nn.functional.interpolate((images - 0.3) / 0.38, size=32, mode="bilinear")
+    labels = torch.tensor(bunch.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order[:360], order[360:]
+    return images[train], labels[train], images[test], labels[test]

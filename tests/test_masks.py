@@ -1,0 +1,102 @@
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from timm_tickets import masks as m
+
+
+def test_top_keeps_the_highest_and_among_ties_the_first():
+    scores = torch.tensor([[0.5, 2.0, 0.5], [0.5, 1.0, 0.5]])
+    assert m.top(scores, 4).tolist() == [[True, True, True], [False, True, False]]
+    assert m.top(scores, 0).sum() == 0
+    assert m.top(scores, 6).all()
+
+
+def test_top_refuses_nan_instead_of_keeping_it():
+    with pytest.raises(ValueError, match="NaN"):
+        m.top(torch.tensor([1.0, float("nan")]), 1)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.data())
+def test_top_is_exact_and_separates(values, data):
+    scores = torch.tensor(values, dtype=torch.float32)
+    count = data.draw(st.integers(0, len(values)))
+    mask = m.top(scores, count)
+    assert int(mask.sum()) == count
+    if 0 < count < len(values):
+        assert scores[mask].min() >= scores[~mask].max()
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers(0, 50), min_size=1).filter(lambda s: sum(s.values())), st.data())
+def test_apportion_is_exact_and_fair(sizes, data):
+    whole = sum(sizes.values())
+    count = data.draw(st.integers(0, whole))
+    parts = m.apportion(count, sizes)
+    assert sum(parts.values()) == count
+    for name, size in sizes.items():
+        assert 0 <= parts[name] <= size
+        assert abs(parts[name] - count * size / whole) < 1
+
+
+def test_prune_global_compares_layers_and_never_revives():
+    scores = {"a": torch.tensor([5.0, 1.0, 4.0]), "b": torch.tensor([3.0, 2.0, 9.0])}
+    start = {"a": torch.tensor([True, True, True]), "b": torch.tensor([True, True, False])}
+    out = m.prune(start, scores, 2)
+    assert out["a"].tolist() == [True, False, True]
+    assert out["b"].tolist() == [True, False, False]  # 9.0 was pruned before and stays so
+
+
+def test_prune_layerwise_takes_the_same_fraction_of_each_layer():
+    scores = {"a": torch.tensor([9.0, 8.0, 7.0, 6.0]), "b": torch.tensor([1.0, 2.0])}
+    out = m.prune(m.full_masks(scores), scores, 3, "layerwise")
+    assert out["a"].tolist() == [True, True, False, False]
+    assert out["b"].tolist() == [False, True]
+
+
+def test_prune_reaches_all_but_one_of_half_precision_scores():
+    scores = {"a": torch.arange(1, 9, dtype=torch.bfloat16)}
+    assert m.prune(m.full_masks(scores), scores, 7)["a"].tolist() == [False] * 7 + [True]
+
+
+@pytest.mark.parametrize("sparsity", [1, 1.5, -0.1, 0.999])
+def test_keep_count_refuses_what_leaves_nothing(sparsity):
+    with pytest.raises(ValueError, match="sparsity"):
+        m.keep_count(100, sparsity)
+
+
+def test_shuffled_masks_keep_layer_counts_and_depend_on_the_seed():
+    masks = {"a": torch.arange(100) < 30, "b": torch.arange(50).view(5, 10) < 5}
+    one, same, other = (m.shuffled_masks(masks, seed) for seed in (1, 1, 2))
+    assert {n: int(v.sum()) for n, v in one.items()} == {"a": 30, "b": 5}
+    assert all(torch.equal(one[n], same[n]) for n in masks)
+    assert not torch.equal(one["a"], other["a"])
+    assert one["b"].shape == (5, 10)
+
+
+def test_prunable_are_convolutions_and_linears_but_not_the_classifier(model):
+    names = m.prunable_names(model)
+    assert "conv1.weight" in names or any(name.endswith("conv1.weight") for name in names)
+    assert not any(name.startswith("fc.") for name in names)
+    parameters = dict(model.named_parameters())
+    assert all(parameters[name].ndim >= 2 for name in names)
+
+
+def test_prunable_knows_every_form_of_classifier():
+    vit = timm.create_model("test_vit", num_classes=3, img_size=32)
+    assert "blocks.0.attn.qkv.weight" in m.prunable_names(vit)
+    assert "head.weight" not in m.prunable_names(vit)
+    distilled = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3)
+    assert m.classifier_names(distilled) == ("head", "head_dist")
+    assert not any(name.startswith("head") for name in m.prunable_names(distilled))
+
+
+def test_include_and_exclude_are_wildcards_and_misspelt_ones_are_refused(model):
+    every = m.prunable_names(model)
+    assert m.prunable_names(model, include=("layer1.*",)) == [n for n in every if n.startswith("layer1.")]
+    assert m.prunable_names(model, exclude=("layer1.*",)) == [n for n in every if not n.startswith("layer1.")]
+    with pytest.raises(ValueError, match=r"exclude: 'layr1\.\*' matches none"):
+        m.prunable_names(model, exclude=("layr1.*",))
+    with pytest.raises(ValueError, match="no prunable weight"):
+        m.prunable_names(model, exclude=("*",))

@@ -1,0 +1,51 @@
+"""Lottery tickets for any timm model. See README.md; the public names are those in ``__all__``.
+
+Names are imported when first used, so that ``import timm_tickets`` and the command line's help do not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .masks import Masks, intersect, layer_sparsities, prunable_names, shuffled_masks, sparsity
+    from .pruner import End, Method, Pruner, Rewind, Run
+    from .recipe import Recipe, list_recipes, load_recipe
+    from .registry import create_pruner, get_method, list_pruners, register_pruner
+    from .experiment import search, train
+    from .settings import SettingError
+    from .subnet import Subnet
+    from .ticket import Ticket, TicketError, load_ticket
+
+_MODULES = {
+    "masks": ("Masks", "intersect", "layer_sparsities", "prunable_names", "shuffled_masks", "sparsity"),
+    "pruner": ("End", "Method", "Pruner", "Rewind", "Run"),
+    "recipe": ("Recipe", "list_recipes", "load_recipe"),
+    "registry": ("create_pruner", "get_method", "list_pruners", "register_pruner"),
+    "experiment": ("search", "train"),
+    "settings": ("SettingError",),
+    "subnet": ("Subnet",),
+    "ticket": ("Ticket", "TicketError", "load_ticket"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [  # noqa: RUF022 - grouped by module, as above
+    "Masks", "intersect", "layer_sparsities", "prunable_names", "shuffled_masks", "sparsity",
+    "End", "Method", "Pruner", "Rewind", "Run",
+    "Recipe", "list_recipes", "load_recipe",
+    "create_pruner", "get_method", "list_pruners", "register_pruner",
+    "search", "train",
+    "SettingError",
+    "Subnet",
+    "Ticket", "TicketError", "load_ticket",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,139 @@
+"""The command line: each command is one function of the package. torch is imported only when a command needs it."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="name of a shipped recipe, or a YAML file")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override, e.g. pruner.sparsity=0.9")]
+Restart = Annotated[bool, typer.Option("--restart", help="delete the folder's earlier results and begin again")]
+
+
+@app.callback()
+def _about() -> None:
+    """Lottery tickets for any timm model."""
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn what a user can mend into one message on standard error, without a traceback."""
+    from .settings import SettingError
+    from .ticket import TicketError
+    from .trainer import NonFiniteLoss
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except (SettingError, TicketError, NonFiniteLoss, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+@app.command("list")
+def list_(pattern: Annotated[str, typer.Argument(help="wildcard on the names")] = "*") -> None:
+    """Show the registered pruners and their settings."""
+    from dataclasses import MISSING, fields
+
+    from .registry import get_method, list_pruners
+
+    table = Table(box=None, header_style="bold")
+    for title in ("pruner", "what it does", "settings"):
+        table.add_column(title)
+    for name in list_pruners(pattern):
+        method = get_method(name)
+        settings = []
+        for field in fields(method):
+            info: Any = method.__pydantic_fields__[field.name]  # pyright: ignore[reportAttributeAccessIssue]
+            needed = field.default is MISSING and info.is_required()
+            settings.append(field.name if needed else f"{field.name}={info.default!r}")
+        table.add_row(name, (method.__doc__ or "").strip().splitlines()[0], ", ".join(settings))
+    Console().print(table)
+
+
+@app.command()
+def search(recipe: RecipeName, set: Set = None, restart: Restart = False) -> None:
+    """Search a ticket as a recipe says, and train it; continue where an earlier call stopped."""
+    with _errors():
+        from .experiment import search as run
+
+        run(recipe, set or (), restart=restart)
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    ticket: Annotated[Path | None, typer.Option(help="ticket to train; the dense network where not given")] = None,
+    set: Set = None,
+    restart: Restart = False,
+) -> None:
+    """Train a ticket under a recipe's data and training."""
+    with _errors():
+        from .experiment import train as run
+
+        run(recipe, ticket, set or (), restart=restart)
+
+
+@app.command()
+def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="a .ticket file")]) -> None:
+    """Show what a ticket is: architecture, pruner, sparsity by layer, metrics, size."""
+    with _errors():
+        from .masks import kept, layer_sparsities, total
+        from .ticket import load_ticket
+
+        ticket = load_ticket(file)
+        console = Console()
+        values = sum(value.nbytes for value in ticket.values.values())
+        facts = {
+            **{key: ticket.metadata.get(key) for key in ("model", "pruner", "recipe", "metrics", "versions")},
+            "sparsity": f"{ticket.sparsity:.6f}: {kept(ticket.masks):,} of {total(ticket.masks):,} weights kept",
+            "size": f"{file.stat().st_size:,} bytes; the dense state is {values:,} bytes",
+            "fingerprint": ticket.fingerprint,
+        }
+        for key, value in facts.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            console.print(f"[bold]{key}[/bold]: ", end="")
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        table = Table(box=None, header_style="bold")
+        table.add_column("layer")
+        for title in ("shape", "kept", "sparsity"):
+            table.add_column(title, justify="right")
+        for name, layer in layer_sparsities(ticket.masks).items():
+            mask = ticket.masks[name]
+            table.add_row(name, "x".join(map(str, mask.shape)), f"{int(mask.sum()):,}", f"{layer:.4f}")
+        console.print(table)
+
+
+@app.command()
+def recipe(
+    name: Annotated[str | None, typer.Argument(metavar="RECIPE", help="name of a shipped recipe, or a file")] = None,
+    set: Set = None,
+    list: Annotated[bool, typer.Option("--list", help="list the shipped recipes with their source")] = False,
+    schema: Annotated[Path | None, typer.Option(help="write a JSON Schema of recipes here, for editors")] = None,
+) -> None:
+    """Print a recipe with every setting resolved."""
+    with _errors():
+        from .files import write_json
+        from .recipe import json_schema, list_recipes, load_recipe
+
+        if schema is not None:
+            write_json(schema, json_schema())
+        elif list or name is None:
+            for one in list_recipes():
+                print(f"{one}: {load_recipe(one).source or 'no source given'}")
+        else:
+            print(load_recipe(name, set or ()).to_yaml(), end="")
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,72 @@
+"""Writing files so that nothing already written is lost: a temporary file beside the target, then a rename."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def is_writer() -> bool:
+    """Whether this process is the one that writes: rank 0, or the only one."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path; when the block ends well, flush it to disk and rename it to ``path``.
+
+    Raises:
+        OSError: The file could not be written (a full disk, no permission). The temporary file is gone and what
+            stood at ``path`` before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        number = error.errno if isinstance(error, OSError) else None
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise OSError(
+            number, f"cannot write {path}: {reason}; nothing written before is lost. Free or choose a place, run again"
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file, or None where it does not exist."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def write_state(path: Path, state: dict[str, Tensor]) -> None:
+    """Save a state dict as safetensors: what timm's ``--initial-checkpoint`` and ``checkpoint_path`` read."""
+    with replacing(path) as temporary:
+        save_file(state, temporary)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    return load_file(path)

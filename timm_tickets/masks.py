@@ -1,0 +1,211 @@
+"""Masks: which weights may be pruned, which are kept, and exact counts. Pure functions on plain dictionaries.
+
+A mask is ``dict[str, BoolTensor]``: a timm parameter name, and for each weight whether it is kept (True) or pruned.
+Scores have the same keys and shapes, floats, higher meaning keep.
+"""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Masks = dict[str, Tensor]
+Scores = dict[str, Tensor]
+Scope = Literal["global", "layerwise"]
+
+_MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Module names of a timm model's classifier, from ``pretrained_cfg['classifier']``; empty where there is none."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    found = config.get("classifier")
+    if found is None:
+        return ()
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def prunable_names(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[str]:
+    """Names of the weights that may be pruned: every convolution's and linear layer's, but not the classifier's.
+
+    Args:
+        model: A timm model, or any module.
+        include: Wildcards (fnmatch) on parameter names; a weight must match one of them.
+        exclude: Wildcards on parameter names; a weight that matches one of them is left alone.
+
+    Returns:
+        Parameter names in the model's own order. A weight that two layers share is named once.
+
+    Raises:
+        ValueError: Nothing is left to prune, or a wildcard matches no weight (most often a misspelt one).
+    """
+    classifiers = classifier_names(model)
+    weights = {id(m.weight) for m in model.modules() if isinstance(m, _MATRICES)}
+    candidates = [
+        name
+        for name, parameter in model.named_parameters()
+        if id(parameter) in weights and not any(name.startswith(f"{c}.") for c in classifiers)
+    ]
+    for setting, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if candidates and not any(fnmatchcase(name, pattern) for name in candidates):
+                raise ValueError(
+                    f"{setting}: {pattern!r} matches none of the {len(candidates)} prunable weights, "
+                    f"which are named like {candidates[0]!r} and {candidates[-1]!r}; correct or drop the wildcard"
+                )
+    names = [
+        name
+        for name in candidates
+        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+    ]
+    if not names:
+        raise ValueError(
+            f"no prunable weight in {type(model).__name__}: {len(candidates)} convolution and linear weights outside "
+            f"the classifier, none left by include={tuple(include)} and exclude={tuple(exclude)}; widen these settings"
+        )
+    return names
+
+
+def full_masks(weights: Mapping[str, Tensor]) -> Masks:
+    """Masks that keep every weight, on the CPU."""
+    return {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
+
+
+def total(masks: Mapping[str, Tensor]) -> int:
+    """Number of weights under the masks, kept or pruned."""
+    return sum(mask.numel() for mask in masks.values())
+
+
+def kept(masks: Mapping[str, Tensor]) -> int:
+    """Number of weights kept."""
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def sparsity(masks: Mapping[str, Tensor]) -> float:
+    """Fraction of the weights under the masks that is pruned, in [0, 1].
+
+    >>> sparsity({"fc.weight": torch.tensor([True, False, False, False])})
+    0.75
+    """
+    return 1 - kept(masks) / total(masks)
+
+
+def layer_sparsities(masks: Mapping[str, Tensor]) -> dict[str, float]:
+    """Sparsity of each layer, in [0, 1]."""
+    return {name: 1 - int(mask.sum()) / mask.numel() for name, mask in masks.items()}
+
+
+def keep_count(count: int, sparsity: float) -> int:
+    """How many of ``count`` weights an asked sparsity keeps: ``count - round(count * sparsity)``.
+
+    Raises:
+        ValueError: The sparsity is outside [0, 1), or would round to keeping nothing.
+
+    >>> keep_count(1000, 0.95)
+    50
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity: {sparsity} is not valid; it is the pruned fraction, at least 0 and below 1")
+    keep = count - round(count * sparsity)
+    if keep < 1:
+        raise ValueError(
+            f"sparsity: {sparsity} would prune all of the {count} prunable weights; "
+            f"the most that leaves one is {1 - 1 / count:.6g}"
+        )
+    return keep
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` highest scores, exactly; among equal scores the earlier in memory order is kept.
+
+    Args:
+        scores: Any shape, float; ``-inf`` marks what must not be kept.
+        count: How many to keep, 0 to ``scores.numel()``.
+
+    Returns:
+        Bool tensor of the scores' shape, on their device, with exactly ``count`` True.
+
+    >>> top(torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0]), 3).tolist()
+    [False, True, True, True, False]
+    """
+    flat = scores.detach().flatten()
+    if not 0 <= count <= flat.numel():
+        raise ValueError(f"count: {count} cannot be kept of {flat.numel()} scores")
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    # kthvalue would place NaN above every number and so keep it without a word.
+    if flat.isnan().any():
+        raise ValueError("scores: NaN among them; the weights they come from are probably NaN too")
+    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    mask = flat > threshold
+    ties = (flat == threshold).nonzero().flatten()
+    mask[ties[: count - int(mask.sum())]] = True
+    return mask.view(scores.shape)
+
+
+def apportion(count: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Split ``count`` over layers in proportion to their sizes: exact in sum, by largest remainder, ties to the first.
+
+    >>> apportion(5, {"a": 3, "b": 3, "c": 6})
+    {'a': 1, 'b': 1, 'c': 3}
+    """
+    whole = sum(sizes.values())
+    if not 0 <= count <= whole:
+        raise ValueError(f"count: {count} cannot be split over layers that hold {whole}")
+    shares = {name: divmod(count * size, whole) for name, size in sizes.items()}
+    rest = count - sum(quotient for quotient, _ in shares.values())
+    first = sorted(shares, key=lambda name: -shares[name][1])[:rest]
+    return {name: quotient + (name in first) for name, (quotient, _) in shares.items()}
+
+
+def prune(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int, scope: Scope = "global") -> Masks:
+    """Prune ``count`` more weights, those with the lowest scores among the kept.
+
+    Args:
+        masks: Bool, the masks to start from; what they prune stays pruned.
+        scores: Float, same keys and shapes.
+        count: How many to prune now, over all layers together.
+        scope: ``global`` compares all layers with one another; ``layerwise`` prunes the same fraction of what each
+            layer still keeps.
+
+    Returns:
+        New masks, with exactly ``count`` fewer weights kept.
+    """
+    # Half precision is compared in float32: kthvalue lacks it on some devices.
+    alive = {
+        name: scores[name].to(torch.promote_types(scores[name].dtype, torch.float32)).masked_fill(~mask, -torch.inf)
+        for name, mask in masks.items()
+    }
+    if scope == "layerwise":
+        sizes = {name: int(mask.sum()) for name, mask in masks.items()}
+        cuts = apportion(count, sizes)
+        return {name: top(score, sizes[name] - cuts[name]) for name, score in alive.items()}
+    everything = top(torch.cat([score.flatten() for score in alive.values()]), kept(masks) - count)
+    parts = everything.split([score.numel() for score in alive.values()])
+    return {name: part.view(score.shape) for (name, score), part in zip(alive.items(), parts, strict=True)}
+
+
+def intersect(*masks: Mapping[str, Tensor]) -> Masks:
+    """Keep what every one of the masks keeps.
+
+    >>> a, b = torch.tensor([True, True, False]), torch.tensor([False, True, True])
+    >>> intersect({"w": a}, {"w": b})["w"].tolist()
+    [False, True, False]
+    """
+    first, *others = masks
+    out = {name: mask.clone() for name, mask in first.items()}
+    for other in others:
+        for name in out:
+            out[name] &= other[name]
+    return out
+
+
+def shuffled_masks(masks: Mapping[str, Tensor], seed: int) -> Masks:
+    """Random masks with the same number of kept weights in every layer: the control a ticket has to beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view(mask.shape)
+        for name, mask in masks.items()
+    }

@@ -1,0 +1,423 @@
+"""Pruner: an iterator over the training runs a method wants, ending with a ticket.
+
+A method is one file under methods/: a frozen dataclass of settings and one generator, `Method.search`, that yields
+rounds (lists of independent `Run`s) and receives what each run ended with. It never trains and never sees a device or
+a process rank. Whoever iterates the pruner trains.
+
+Resuming is replay: a pruner with a folder writes down what each run ended with; another one with the same settings and
+folder feeds these ends to the generator and yields only the runs that are missing.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
+from torch import Tensor, nn
+
+from .data import subset_of
+from .files import is_writer, read_json, read_state, write_json, write_state
+from .masks import Masks, keep_count, layer_sparsities, prunable_names, sparsity, total
+from .subnet import State, Subnet, plain_optimizer, reset_
+from .ticket import Ticket, describe_model, load_ticket
+
+Rewind = Annotated[
+    str,
+    Field(
+        pattern=r"^\d+(ep|it)$",
+        description="step the weights return to: '0ep' is their initialisation, '2ep' after 2 epochs, '500it' steps",
+    ),
+]
+
+
+@dataclass(eq=False)
+class End:
+    """What a run ended with: plain data on the CPU.
+
+    Attributes:
+        state: The state dict at the end, pruned weights zero.
+        mask: The mask at the end.
+        rewind: The state at the run's rewind point, where it was asked to take one.
+        rewind_step: Optimizer steps before that point.
+        metrics: Whatever the trainer measured.
+    """
+
+    state: State
+    mask: Masks
+    rewind: State | None = None
+    rewind_step: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> State:
+        """The prunable weights at the end of the run."""
+        return {name: self.state[name] for name in self.mask}
+
+
+@dataclass(eq=False)
+class Run:
+    """One requested training. A method sets the first group of fields, the pruner the second.
+
+    Attributes:
+        epochs: Epochs to train; the method's `epochs` unless it asked for another number.
+        classes: Train on these classes only, as if the head had only these; all where None.
+        rewind: Where in this run the rewind point is taken; nowhere where None.
+        setup: Called on the subnet before the run starts: the run's own starting state.
+        penalty: Added to the loss.
+        after_step: Called after each optimizer step.
+        index: Number of the run in the whole search, from 0.
+        round: Number of its round, from 0.
+        part: Number of the run within its round, from 0.
+        name: Name of its folder.
+        start_step: Steps of the schedule that the starting weights already had: late rewinding goes on from there.
+        step: Optimizer steps taken.
+        batches: Batches whose loss was taken: more than `step` under gradient accumulation.
+        batches_per_epoch: Set by `subset`; a trainer may set it itself.
+        metrics: For the trainer to fill; kept with the run and in its ticket. JSON types.
+    """
+
+    epochs: int = 0
+    classes: Sequence[int] | None = None
+    rewind: str | None = None
+    setup: Callable[[Subnet], None] | None = None
+    penalty: Callable[[Subnet], Tensor] | None = None
+    after_step: Callable[["Run"], None] | None = None
+
+    index: int = 0
+    round: int = 0
+    part: int = 0
+    name: str = "round_00"
+    start_step: int = 0
+    step: int = 0
+    batches: int = 0
+    batches_per_epoch: int | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    subnet: Subnet = field(default=None, repr=False)  # pyright: ignore[reportAssignmentType]
+
+    _pending: int = field(default=0, repr=False)
+    _taken: tuple[State, int] | None = field(default=None, repr=False)
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity of the mask now being trained, in [0, 1)."""
+        return self.subnet.sparsity
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the run that is done, in [0, 1]: batches over ``epochs * batches_per_epoch``."""
+        return min(1.0, self.batches / max(1, self.epochs * (self.batches_per_epoch or 0)))
+
+    def attach(self, optimizer: Any) -> Any:
+        """Start the run on an optimizer: its state cleared, earlier hooks gone, pruned weights held at exactly zero.
+
+        An optimizer that was attached before also gets back the hyper-parameters it had then: a schedule left them at
+        the end of the last run, and the next schedule would take that for the beginning.
+
+        Args:
+            optimizer: A torch optimizer over the model's parameters, or Accelerate's wrapper of one.
+
+        Returns:
+            The same optimizer.
+        """
+        reset_(plain_optimizer(optimizer))
+        self.subnet.hold_(optimizer, self._stepped)
+        return optimizer
+
+    def subset(self, data: Any) -> Any:
+        """The part of a data set or loader that this run trains on, with its original labels.
+
+        Args:
+            data: A torch ``DataLoader`` (or timm's prefetching one), or a data set with an item for each index.
+
+        Returns:
+            The same kind of thing; the very same object where the run trains on everything.
+        """
+        out = subset_of(data, self.classes)
+        if hasattr(out, "batch_size"):
+            self.batches_per_epoch = len(out)
+        return out
+
+    def loss(self, criterion: Callable[[Tensor, Tensor], Tensor], output: Any, target: Tensor) -> Tensor:
+        """The criterion on this run's classes, plus the method's penalty.
+
+        Args:
+            criterion: Takes logits and targets.
+            output: Logits (batch, classes), or a tuple of such.
+            target: Class indices (batch,), or soft targets (batch, classes); soft ones are scaled to sum to 1 again.
+
+        Returns:
+            The loss to go backward from.
+        """
+        if torch.is_grad_enabled():
+            self._pending += 1
+        if self.classes is not None:
+            output, target = _slice_classes(output, target, self.classes)
+        loss = criterion(output, target)
+        return loss if self.penalty is None else loss + self.penalty(self.subnet)
+
+    def _stepped(self) -> None:
+        self.step += 1
+        # A loop that takes its loss elsewhere still counts one batch a step.
+        self.batches += max(1, self._pending)
+        self._pending = 0
+        if self.after_step is not None:
+            self.after_step(self)
+        if self._taken is None and self.rewind is not None and self._reached(self.rewind):
+            self._taken = self.subnet.state(), self.step
+
+    def _reached(self, point: str) -> bool:
+        number, unit = rewind_parts(point)
+        if unit == "it":
+            return self.step >= number
+        return self.batches_per_epoch is not None and self.batches >= number * self.batches_per_epoch
+
+    def begin_(self) -> None:
+        """Bring the model to the run's starting state."""
+        if self.setup is not None:
+            self.setup(self.subnet)
+        self.subnet.apply_()
+        if self.rewind is not None and rewind_parts(self.rewind)[0] == 0:
+            self._taken = self.subnet.state(), 0
+
+    def finish_(self) -> End:
+        """Let go of the optimizer and read off what the run ended with."""
+        self.subnet.release_()
+        self.subnet.apply_()
+        state = self.subnet.state()
+        end = End(state, dict(self.subnet.mask), metrics=self.metrics)
+        if self.rewind is not None:
+            if self._taken is None:
+                hint = " (use `run.subset(loader)` so that epochs can be counted)" * (self.batches_per_epoch is None)
+                warnings.warn(
+                    f"run {self.index} ended after {self.step} steps, before its rewind point {self.rewind!r}{hint}; "
+                    "its last state is used instead",
+                    stacklevel=3,
+                )
+                self._taken = state, self.step
+            end.rewind, end.rewind_step = self._taken
+        return end
+
+    def progress_state(self) -> dict[str, Any]:
+        """What a checkpoint within the run must hold besides model and optimizer: tensors and primitives."""
+        counters = {"step": self.step, "batches": self.batches}
+        return counters | {"taken": self._taken, "mask": dict(self.subnet.mask)}
+
+    def load_progress_(self, saved: dict[str, Any]) -> None:
+        self.step, self.batches, self._taken = saved["step"], saved["batches"], saved["taken"]
+        self.subnet.set_mask_(saved["mask"])
+
+
+def rewind_parts(point: str) -> tuple[int, str]:
+    """Number and unit of a rewind point: ``'500it'`` is ``(500, 'it')``."""
+    found = re.fullmatch(r"(\d+)(ep|it)", point)
+    if found is None:
+        raise ValueError(f"rewind: {point!r} is not valid; write epochs as '2ep' or optimizer steps as '500it'")
+    return int(found[1]), found[2]
+
+
+def _slice_classes(output: Any, target: Tensor, classes: Sequence[int]) -> tuple[Any, Tensor]:
+    index = torch.as_tensor(classes, device=target.device)
+    if isinstance(output, tuple | list):
+        output = type(output)(one[:, index] for one in output)
+    else:
+        output = output[:, index]
+    if target.ndim > 1:
+        part = target[:, index]
+        return output, part / part.sum(dim=1, keepdim=True)
+    order = index.argsort()
+    place = torch.searchsorted(index[order], target).clamp(max=len(classes) - 1)
+    return output, order[place]
+
+
+@settings(frozen=True, kw_only=True, config={"extra": "forbid"})
+class Method:
+    """What every pruner can be told; a method adds its own settings and its `search`.
+
+    Subclasses are made dataclasses, and their settings checked, by `register_pruner`.
+    """
+
+    name: ClassVar[str] = ""
+
+    sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights to prune")]
+    epochs: Annotated[int, Field(ge=1, description="epochs of one training run")] = 20
+    seed: Annotated[int, Field(ge=0, description="seed of everything random in the method")] = 0
+    include: Annotated[tuple[str, ...], Field(description="wildcards of the weights that may be pruned")] = ("*",)
+    exclude: Annotated[tuple[str, ...], Field(description="wildcards of the weights that are left alone")] = ()
+
+    def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
+        """Yield rounds, receive their ends; leave the subnet rewound and masked.
+
+        On entry the subnet's mask keeps everything and its rewind point is the model as it was given.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it searches")
+
+    def runs(self, subnet: Subnet) -> int | None:
+        """How many runs the search will ask for, where that is known beforehand."""
+        return None
+
+
+class Pruner(Iterator[Run]):
+    """A method bound to a model: iterate it for the runs to train, read `ticket` at the end.
+
+    Args:
+        method: The method and its settings.
+        model: The model to prune, in place; plain, or wrapped by DDP or ``torch.compile``.
+        folder: Where to write down what each run ended with; runs found there are replayed, not asked for again.
+
+    Attributes:
+        subnet: The model with its mask and rewind point.
+        first_state: The state dict the search began with, once it has begun.
+        replayed: Names of the runs that were read from the folder instead of trained.
+    """
+
+    def __init__(self, method: Method, model: nn.Module, folder: str | Path | None = None):
+        self.method = method
+        self.subnet = Subnet(model, prunable_names(model, method.include, method.exclude))
+        keep_count(total(self.subnet.mask), method.sparsity)  # refused now, not after the first training
+        self.folder = None if folder is None else Path(folder)
+        self.replayed: list[str] = []
+        self.metadata: dict[str, Any] = {
+            "model": describe_model(self.subnet.model),
+            "pruner": {"name": method.name, **asdict(method)},  # pyright: ignore[reportArgumentType]
+        }
+        self.first_state: State = {}
+        self._start_step = 0
+        self._waiting: Run | None = None
+        self._runs = self._generate()
+
+    @property
+    def runs(self) -> int | None:
+        """How many runs the whole search has, where the method knows."""
+        return self.method.runs(self.subnet)
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity of the present mask: at the end, the ticket's."""
+        self._start()
+        return self.subnet.sparsity
+
+    @property
+    def ticket(self) -> Ticket:
+        """The ticket: at the end of the search the one that was asked for, before it the one the mask now gives."""
+        self._start()
+        assert self.subnet.start is not None
+        return self._ticket(self.subnet.mask, self.subnet.start, self._start_step)
+
+    def __next__(self) -> Run:
+        if self._waiting is not None:
+            run, self._waiting = self._waiting, None
+            return run
+        return next(self._runs)
+
+    def _start(self) -> None:
+        # A pruner without runs has its ticket without being iterated.
+        if self.subnet.start is None:
+            self._waiting = next(self._runs, None)
+
+    def _generate(self) -> Iterator[Run]:
+        subnet = self.subnet
+        subnet.start = self.first_state = self._first_state()
+        subnet.load_(subnet.start)
+        search = self.method.search(subnet)
+        ends: list[End] | None = None
+        index = number = 0
+        while True:
+            try:
+                requests = search.send(ends)  # pyright: ignore[reportArgumentType]
+            except StopIteration:
+                return
+            base = subnet.state() if len(requests) > 1 else None
+            mask = subnet.mask
+            ends = []
+            for part, run in enumerate(requests):
+                run.subnet, run.index, run.round, run.part = subnet, index, number, part
+                run.name = f"round_{number:02d}" + (f"_part_{part}" if base else "")
+                run.epochs = run.epochs or self.method.epochs
+                run.start_step = self._start_step
+                end = self._read(run)
+                if end is None:
+                    if base is not None:
+                        subnet.set_mask_(mask)
+                        subnet.load_(base)
+                    run.begin_()
+                    yield run
+                    end = run.finish_()
+                    self._write(run, end)
+                else:
+                    self.replayed.append(run.name)
+                ends.append(end)
+                index += 1
+            if ends[0].rewind is not None:
+                self._start_step = ends[0].rewind_step
+            number += 1
+
+    def _first_state(self) -> State:
+        """The model as given; with a folder, as it was given the first time."""
+        if self.folder is None:
+            return self.subnet.state()
+        path = self.folder / "start.safetensors"
+        if path.exists():
+            return read_state(path)
+        state = self.subnet.state()
+        if is_writer():
+            write_state(path, state)
+        return state
+
+    def _read(self, run: Run) -> End | None:
+        if self.folder is None:
+            return None
+        folder = self.folder / run.name
+        record = read_json(folder / "run.json")
+        if record is None:
+            return None
+        rewind = folder / "rewind.safetensors"
+        return End(
+            state=read_state(folder / "model.safetensors"),
+            mask=load_ticket(folder / f"{run.name}.ticket").masks,
+            rewind=read_state(rewind) if record["rewind"] else None,
+            rewind_step=record["rewind_step"],
+            metrics=record["metrics"],
+        )
+
+    def _write(self, run: Run, end: End) -> None:
+        if self.folder is None or not is_writer():
+            return
+        folder = self.folder / run.name
+        start = end.rewind or self.subnet.start
+        assert start is not None
+        ticket = self._ticket(end.mask, start, end.rewind_step or self._start_step)
+        ticket.metadata["metrics"] = end.metrics
+        ticket.save(folder / f"{run.name}.ticket")
+        write_state(folder / "model.safetensors", end.state)
+        if end.rewind is not None:
+            write_state(folder / "rewind.safetensors", end.rewind)
+        write_json(folder / "run.json", run_record(run, end))
+
+    def _ticket(self, mask: Masks, start: State, start_step: int) -> Ticket:
+        counts = {name: int(layer.sum()) for name, layer in mask.items()}
+        facts = {"sparsity": sparsity(mask), "kept": counts, "start_step": start_step}
+        return Ticket.from_state(start, mask, {**self.metadata, **facts})
+
+
+def run_record(run: Run, end: End) -> dict[str, Any]:
+    """What ``run.json`` says of a finished run; written last, it is the sign that the run's folder is whole."""
+    layers = layer_sparsities(end.mask)
+    return {
+        "name": run.name,
+        "index": run.index,
+        "round": run.round,
+        "part": run.part,
+        "classes": None if run.classes is None else list(run.classes),
+        "sparsity": sparsity(end.mask),
+        "layer_min": min(layers.values()),
+        "layer_max": max(layers.values()),
+        "steps": run.step,
+        "rewind": end.rewind is not None,
+        "rewind_step": end.rewind_step,
+        "metrics": end.metrics,
+    }

@@ -1,0 +1,311 @@
+"""Recipes: a YAML file that says model, data, pruner and training, in the words of timm's train.py.
+
+Every key is checked, unknown ones are refused, and the resolved recipe (every default filled in) is what is compared
+when a search is continued and what is saved with it.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .settings import SettingError, check, unknown
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class ModelSettings(_Part):
+    """What ``timm.create_model`` is given."""
+
+    model: str
+    """timm architecture, with its pretrained tag where wanted"""
+    pretrained: bool = False
+    initial_checkpoint: Path | None = None
+    """file to start from, such as the model.safetensors of a finished round"""
+    num_classes: Count | None = None
+    """classes of the head; from the data set where not given"""
+    in_chans: Count | None = None
+    drop: Fraction | None = None
+    drop_path: Fraction | None = None
+    gp: str | None = None
+    model_kwargs: dict[str, Any] = {}
+    """further arguments of the architecture"""
+
+    @field_validator("model")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        import timm
+
+        name = value.partition(".")[0]
+        if not timm.is_model(name):
+            raise ValueError(unknown("architecture", name, timm.list_models()))
+        return value
+
+
+class DataSettings(_Part):
+    """Data set, splits and augmentation."""
+
+    dataset: str = "digits"
+    """'digits' (embedded) or a timm data set: 'torch/cifar10', 'hfds/...', 'folder' ..."""
+    data_dir: str | None = None
+    dataset_download: bool = False
+    class_map: str | None = None
+    num_classes: Count | None = None
+    input_img_mode: str | None = "RGB"
+    train_split: str = "train"
+    val_split: str | None = None
+    """split to validate on; where not given, val_fraction is held out from the training split"""
+    test_split: str = "test"
+    """scored once for each ticket, never chosen on"""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    split_seed: Natural = 0
+    """seed of the held-out part; not the recipe's seed, so that seeds are compared on the same images"""
+    img_size: Count | None = None
+    in_chans: Count | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
+    interpolation: str | None = None
+    train_interpolation: str | None = None
+    crop_pct: Positive | None = None
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    no_aug: bool = False
+    train_crop_mode: str | None = None
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    vflip: Annotated[float, Field(ge=0, le=1)] = 0.0
+    color_jitter: Annotated[float, Field(ge=0)] = 0.4
+    aa: str | None = None
+    reprob: Annotated[float, Field(ge=0, le=1)] = 0.0
+    remode: str = "const"
+    recount: Count = 1
+    workers: Natural = 4
+
+
+class TrainingSettings(_Part):
+    """One training run: optimizer, schedule, loss and precision."""
+
+    epochs: Count = 20
+    batch_size: Count = 128
+    """images in one step over all processes together, so that a recipe means the same on any number of them"""
+    grad_accum_steps: Count = 1
+    opt: str = "sgd"
+    lr: Positive = 0.1
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 2e-5
+    opt_eps: Positive | None = None
+    opt_betas: tuple[Fraction, ...] | None = None
+    opt_args: dict[str, Any] = {}
+    layer_decay: Positive | None = None
+    clip_grad: Positive | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    sched: str = "cosine"
+    sched_on_updates: bool = False
+    warmup_epochs: Natural = 0
+    warmup_lr: Annotated[float, Field(ge=0)] = 1e-5
+    warmup_prefix: bool = False
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    decay_epochs: Positive = 90
+    decay_milestones: tuple[Count, ...] = (90, 180, 270)
+    decay_rate: Positive = 0.1
+    patience_epochs: Natural = 10
+    smoothing: Fraction = 0.0
+    bce_loss: bool = False
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    cutmix_minmax: tuple[float, float] | None = None
+    mixup_prob: Annotated[float, Field(ge=0, le=1)] = 1.0
+    mixup_switch_prob: Annotated[float, Field(ge=0, le=1)] = 0.5
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    mixup_off_epoch: Natural = 0
+    model_ema: bool = False
+    model_ema_decay: Fraction = 0.9998
+    model_ema_warmup: bool = False
+    amp: bool = False
+    amp_dtype: Literal["float16", "bfloat16"] = "float16"
+    channels_last: bool = False
+    sync_bn: bool = False
+    torchcompile: str | None = None
+    """backend of torch.compile, such as 'inductor'"""
+    checkpoint_interval: Annotated[float, Field(ge=0)] = 60.0
+    """least seconds between two checkpoints within a run"""
+
+    @field_validator("opt")
+    @classmethod
+    def _known_opt(cls, value: str) -> str:
+        from timm.optim import list_optimizers
+
+        if value.lower().removeprefix("lookahead_") not in list_optimizers():
+            raise ValueError(unknown("optimizer", value, list_optimizers()))
+        return value
+
+    @field_validator("sched")
+    @classmethod
+    def _known_sched(cls, value: str) -> str:
+        valid = ("cosine", "tanh", "step", "constant", "multistep", "plateau", "poly", "wsd", "rsqrt", "none")
+        if value not in valid:
+            raise ValueError(unknown("schedule", value, valid))
+        return value
+
+
+class Recipe(_Part):
+    """A whole search."""
+
+    name: str
+    """names the run folder, output/<name>"""
+    output: Path | None = None
+    """the run folder itself, where it is not output/<name>"""
+    source: str | None = None
+    """where the settings come from: the paper and its expected number"""
+    seed: Natural = 42
+    dense: bool = True
+    """train the dense network too, where no run of the search does: the line that tickets are compared with"""
+    model: ModelSettings
+    data: DataSettings = DataSettings()
+    pruner: dict[str, Any]
+    """its registered name and its settings; epochs is training.epochs where not given"""
+    training: TrainingSettings = TrainingSettings()
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, value: str) -> str:
+        if not value or value in (".", "..") or "/" in value or "\\" in value:
+            raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '-' and '_'")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_pruner(cls, values: Any) -> Any:
+        """Fill in the pruner's defaults, so that the resolved recipe says everything."""
+        if not isinstance(values, dict) or not isinstance(values.get("pruner"), dict):
+            return values
+        from dataclasses import asdict
+
+        from .registry import get_method
+
+        settings = dict(values["pruner"])
+        name = settings.pop("name", None)
+        if not isinstance(name, str):
+            raise SettingError("pruner.name: is not set; give a registered name (`timm-tickets list` shows them)")
+        training = values.get("training")
+        epochs = training.get("epochs", 20) if isinstance(training, dict) else 20
+        settings = {"epochs": epochs, "seed": values.get("seed", 42)} | settings
+        method: Any = check(get_method(name), settings, "pruner")
+        return {**values, "pruner": {"name": name, **asdict(method)}}
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: ``output`` as given, else ``output/<name>``."""
+        return self.output or Path("output") / self.name
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        """The pruner's settings without its name."""
+        return {key: value for key, value in self.pruner.items() if key != "name"}
+
+    def plain(self) -> dict[str, Any]:
+        """The resolved recipe as JSON types."""
+        return self.model_dump(mode="json")
+
+    def compared(self) -> dict[str, Any]:
+        """The part that decides the result, flat: ``{'training.lr': 0.1, ...}``.
+
+        Where the output goes, how many workers load images and how often checkpoints are written do not.
+        """
+        free = {"output", "source", "data.workers", "training.checkpoint_interval"}
+        return {key: value for key, value in _flat(self.plain()).items() if key not in free}
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what decides the result."""
+        return hashlib.sha256(json.dumps(self.compared(), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.plain(), sort_keys=False)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def recipes_folder() -> Path:
+    """The shipped recipes: inside the installed package, or beside it in a checkout."""
+    installed = Path(__file__).parent / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def list_recipes() -> list[str]:
+    """Sorted names of the shipped recipes."""
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def load_recipe(recipe: "str | Path | Recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        recipe: Name of a shipped recipe, path of a YAML file, or a recipe already loaded.
+        overrides: Settings like ``pruner.sparsity=0.9``, applied over the file's.
+
+    Raises:
+        SettingError: There is no such recipe, it is not YAML, or a setting is wrong.
+    """
+    if isinstance(recipe, Recipe):
+        values: Any = OmegaConf.create(recipe.plain())
+    else:
+        path = Path(recipe)
+        if path.suffix not in (".yaml", ".yml") and not path.exists():
+            path = recipes_folder() / f"{recipe}.yaml"
+        if not path.is_file():
+            raise SettingError(unknown("recipe", str(recipe), list_recipes()) + ", or the path of a .yaml file")
+        try:
+            values = OmegaConf.load(path)
+        except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+            raise SettingError(f"{path} is not a recipe: {error}") from None
+    try:
+        for override in overrides:
+            key, equals, _ = override.partition("=")
+            if not equals or not key:
+                raise SettingError(f"--set: {override!r} is not valid; write key=value, such as pruner.sparsity=0.9")
+        merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise SettingError(f"{recipe} with {list(overrides)} is not a recipe: {error}") from None
+    if not isinstance(plain, dict):
+        raise SettingError(f"{recipe} is not a recipe: it must hold settings by name, such as 'model:' and 'pruner:'")
+    return check(Recipe, {str(key): value for key, value in plain.items()})
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of recipes, for editors, with each registered pruner's own settings."""
+    from pydantic import TypeAdapter
+
+    from .registry import get_method, list_pruners
+
+    schema = Recipe.model_json_schema()
+    choices = []
+    for name in list_pruners():
+        one = TypeAdapter(get_method(name)).json_schema()
+        one["properties"] = {"name": {"const": name}} | one["properties"]
+        one["required"] = ["name", "sparsity"]
+        choices.append(one | {"additionalProperties": False})
+    schema["properties"]["pruner"] = {"oneOf": choices}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

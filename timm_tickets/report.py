@@ -1,0 +1,154 @@
+"""What people see of an experiment: progress, tables, the plot."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .files import is_writer, replacing, write_bytes
+from .pruner import Run
+
+COLUMNS = (
+    "name",
+    "round",
+    "part",
+    "sparsity",
+    "layer_min",
+    "layer_max",
+    "val_top1_best",
+    "val_top1",
+    "test_top1",
+    "steps",
+    "seconds",
+)
+
+
+class RichProgress:
+    """Bars for the whole search, the run and the epoch, with the time left; a line for each finished run.
+
+    Args:
+        console: Where to show them. Bars are drawn on terminals only, lines everywhere.
+        trainings: How many trainings there will be, None where nobody knows.
+    """
+
+    def __init__(self, console: Console, trainings: int | None):
+        self.console = console
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not (console.is_terminal and is_writer()),
+        )
+        self.trainings = trainings
+        self._search = self._bars.add_task("search (epochs)", total=None)
+        self._epoch = self._bars.add_task("steps", total=None)
+        self._done = 0
+
+    def __enter__(self) -> "RichProgress":
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        if is_writer():
+            self.console.print(text, highlight=False)
+
+    def skip(self, trainings: int) -> None:
+        self._done += trainings
+
+    def begin(self, run: Run, steps: int) -> None:
+        self.epochs, self.steps = run.epochs, steps
+        total = None if self.trainings is None else self.trainings * run.epochs
+        self._name = f"{run.name}, sparsity {run.sparsity:.3f}"
+        self._bars.update(self._search, total=total, completed=self._done * run.epochs)
+        self._bars.update(self._epoch, description=self._name, total=steps, completed=0)
+
+    def step(self) -> None:
+        self._bars.advance(self._epoch)
+
+    def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        self._bars.update(self._search, completed=self._done * self.epochs + epoch + 1)
+        text = f"{self._name}, epoch {epoch + 1}/{self.epochs}, val {metrics['top1']:.2f}"
+        self._bars.update(self._epoch, description=text, completed=0)
+
+    def end(self, run: Run) -> None:
+        self._done += 1
+        m = run.metrics
+        self.say(
+            f"{run.name}  sparsity {run.sparsity:.4f}  val {m['val_top1']:6.2f} (best {m['val_top1_best']:.2f})  "
+            f"test {m['test_top1']:6.2f}  {m['seconds']:.1f} s"
+        )
+
+
+def row(record: dict[str, Any]) -> dict[str, Any]:
+    """A run's record as one row of the summary."""
+    return {key: (record | record["metrics"]).get(key) for key in COLUMNS}
+
+
+def write_summary(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write summary.csv: one row a training."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row(record) for record in records)
+    write_bytes(path, text.getvalue().encode())
+
+
+def print_table(records: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print the table of a search."""
+    if not is_writer():
+        return
+    table = Table(box=None, header_style="bold")
+    for title in ("round", "sparsity", "layers min..max", "val best", "val last", "test top-1", "seconds"):
+        table.add_column(title, justify="left" if title == "round" else "right")
+    for one in map(row, records):
+        table.add_row(
+            one["name"],
+            f"{one['sparsity']:.4f}",
+            f"{one['layer_min']:.3f}..{one['layer_max']:.3f}",
+            *(f"{one[key]:.2f}" for key in ("val_top1_best", "val_top1", "test_top1")),
+            f"{one['seconds']:.1f}",
+        )
+    console.print(table)
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw accuracy against sparsity, with the dense network's as a line, into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Runs on some of the classes are another task; their accuracy does not belong on this axis.
+    rows = [row(record) for record in records if record.get("classes") is None]
+    dense = next((one for one in rows if one["sparsity"] == 0), None)
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    density = [1 - one["sparsity"] for one in rows]
+    order = sorted(range(len(rows)), key=lambda i: -density[i])
+    for key, label, style in (("test_top1", "test", "o-"), ("val_top1", "validation", "s:")):
+        axes.plot([density[i] for i in order], [rows[i][key] for i in order], style, label=label, markersize=4)
+    if dense is not None:
+        axes.axhline(dense["test_top1"], color="black", linestyle="--", linewidth=1, label="dense, test")
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.set_xticks(density, [f"{1 - d:.3g}" for d in density], rotation=60, fontsize=7)
+    axes.minorticks_off()
+    axes.set_xlabel("sparsity (log scale of what remains)")
+    axes.set_ylabel("top-1 (%)")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        figure.savefig(file, format="png")

@@ -1,0 +1,185 @@
+"""Subnet: a model, its mask and its rewind point, addressed by parameter name.
+
+The invariant it keeps: outside a search that learns its masks, the model is a plain timm model whose pruned weights
+are exactly zero. Nothing is wrapped and no key is renamed; two hooks do the work while an optimizer steps.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+from .masks import Masks, full_masks, sparsity
+
+State = dict[str, Tensor]
+
+# The hooks now on each model, so that whoever attaches next takes over instead of adding a second set.
+_hooks: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The timm model inside DistributedDataParallel, DataParallel and ``torch.compile`` wrappers."""
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile's wrapper; importing its class costs a second
+            model = model._orig_mod  # pyright: ignore[reportAssignmentType]
+        else:
+            return model
+
+
+def plain_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer that changes the weights, inside Accelerate's and Lookahead's wrappers.
+
+    Hooks registered on the wrappers would never fire: Accelerate's has no registry, Lookahead's ``step`` ignores its.
+    """
+    while True:
+        inner = getattr(optimizer, "_base_optimizer", None) or getattr(optimizer, "optimizer", None)
+        if inner is None:
+            return optimizer
+        optimizer = inner
+
+
+# Hyper-parameters and state of an optimizer when it was first attached.
+_first: WeakKeyDictionary[Optimizer, tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]] = WeakKeyDictionary()
+
+
+def reset_(optimizer: Optimizer) -> None:
+    """Make an optimizer as good as new: no state, and the hyper-parameters of the first time it was reset.
+
+    A schedule leaves its last learning rate in the parameter groups, where the next schedule would take it for the
+    first; some optimizers count steps there too. State that a constructor made (Adagrad's sums) is made again.
+    """
+    if optimizer not in _first:
+        groups = [{k: _copy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        counters = [[v for k, v in state.items() if str(k).endswith("step")] for state in optimizer.state.values()]
+        unused = all(found and not any(found) for found in counters)
+        made = {p: {k: _copy(v) for k, v in state.items()} for p, state in optimizer.state.items()} if unused else {}
+        _first[optimizer] = groups, made
+    groups, made = _first[optimizer]
+    for group, first in zip(optimizer.param_groups, groups, strict=False):
+        for key in set(group) - set(first) - {"params"}:  # what a scheduler added
+            del group[key]
+        group.update({k: _copy(v) for k, v in first.items()})
+    optimizer.state.clear()
+    for parameter, state in made.items():
+        optimizer.state[parameter] = {k: _copy(v) for k, v in state.items()}
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _clear(parameter: Tensor, pruned: Tensor) -> None:
+    # A post-accumulate hook must return None. masked_fill_, not a product: it leaves +0.0 and clears infinities.
+    if parameter.grad is not None:
+        parameter.grad.masked_fill_(pruned, 0)
+
+
+class Subnet:
+    """A model with a mask over its prunable weights and the state they rewind to.
+
+    Args:
+        model: The model, wrapped or not; it is changed in place.
+        names: Names of the prunable weights.
+
+    Attributes:
+        model: The plain model.
+        names: Names of the prunable weights, in the model's order.
+        start: The rewind point: a state dict on the CPU. None until a pruner sets it.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        self.model = plain_model(model)
+        self.names = tuple(names)
+        self.start: State | None = None
+        self._mask = full_masks(self.weights())
+        self._pruned: Masks = {}  # on the weights' devices, only while hooks hold the masks
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The prunable parameters by name, looked up afresh: wrappers such as FSDP2 replace the objects."""
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name] for name in self.names}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The prunable weights, detached, not copied."""
+        return {name: parameter.detach() for name, parameter in self.parameters().items()}
+
+    @property
+    def mask(self) -> Masks:
+        """The present mask, bool on the CPU; replace it with `set_mask_`."""
+        return self._mask
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable weights now pruned, in [0, 1)."""
+        return sparsity(self._mask)
+
+    def set_mask_(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace the mask and zero what it prunes. During a run the hooks follow from the next step on."""
+        self._mask = {name: masks[name].detach().to("cpu", torch.bool) for name in self.names}
+        for name, pruned in self._pruned.items():
+            pruned.copy_(~self._mask[name])
+        self.apply_()
+
+    @torch.no_grad()
+    def apply_(self) -> None:
+        """Set every pruned weight to exactly zero."""
+        for name, weight in self.weights().items():
+            pruned = self._pruned.get(name)
+            weight.masked_fill_(~self._mask[name].to(weight.device) if pruned is None else pruned, 0)
+
+    def state(self) -> State:
+        """A copy of the whole state dict, contiguous, on the CPU."""
+        return {
+            name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, value in self.model.state_dict().items()
+        }
+
+    def load_(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a state into the model, in place, and apply the mask."""
+        self.model.load_state_dict(state)
+        self.apply_()
+
+    def rewind_(self) -> None:
+        """Return to the rewind point: weights, biases, normalisation and buffers; then apply the mask."""
+        if self.start is None:
+            raise RuntimeError("the subnet has no rewind point yet; a pruner sets `start` when its search begins")
+        self.load_(self.start)
+
+    def hold_(self, optimizer: Any, after_step: Callable[[], None] | None = None) -> None:
+        """Keep pruned weights exactly zero from here on: their gradients before, their values after every step.
+
+        Both are needed to equal a parametrized mask bit for bit: with the gradient alone, momentum and decay move
+        pruned weights; with the weight alone, gradient clipping has counted their gradients in the norm.
+
+        Args:
+            optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
+            after_step: Called after each optimizer step, once the masks are applied.
+        """
+        self.release_()
+        hooks: list[Any] = []
+        _hooks[self.model] = hooks
+        for name, parameter in self.parameters().items():
+            self._pruned[name] = ~self._mask[name].to(parameter.device)
+            if parameter.requires_grad:
+                hook = partial(_clear, pruned=self._pruned[name])
+                hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+
+        def stepped(*_: Any) -> None:
+            self.apply_()
+            if after_step is not None:
+                after_step()
+
+        hooks.append(plain_optimizer(optimizer).register_step_post_hook(stepped))
+
+    def release_(self) -> None:
+        """Remove the hooks on this model, whoever put them there. The weights stay as they are."""
+        for hook in _hooks.pop(self.model, []):
+            hook.remove()
+        self._pruned = {}

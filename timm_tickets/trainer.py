@@ -1,0 +1,345 @@
+"""The trainer: one Accelerate loop over timm's factories. It trains whatever `Run` it is given and knows no method.
+
+Everything random in an epoch is seeded from (recipe seed, run, epoch), so a run continued from a checkpoint at the end
+of an epoch goes on exactly as one that was never stopped.
+"""
+
+import math
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.utils import set_seed
+from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+
+from .data import Data, loader_of, subset_of
+from .files import replacing, write_state
+from .pruner import Run
+from .recipe import Recipe
+from .settings import SettingError
+from .subnet import State, Subnet
+
+# On a GPU, asking whether a loss is finite waits for it: so ask only every so many steps.
+_CHECK_EVERY = 50
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message says at which step, and where the last good state is."""
+
+
+class Progress(Protocol):
+    """What the trainer tells while it works."""
+
+    def begin(self, run: Run, steps: int) -> None: ...
+    def step(self) -> None: ...
+    def epoch(self, epoch: int, metrics: dict[str, float]) -> None: ...
+
+
+class Silent:
+    """Progress that is not shown."""
+
+    def begin(self, run: Run, steps: int) -> None: ...
+    def step(self) -> None: ...
+    def epoch(self, epoch: int, metrics: dict[str, float]) -> None: ...
+
+
+def seed_from(*parts: int) -> int:
+    """A 32-bit seed that depends on all the parts (numpy's SeedSequence, whose mixing is fixed)."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's timm model, its random start drawn from the recipe's seed.
+
+    Raises:
+        SettingError: timm cannot build it.
+    """
+    settings = recipe.model
+    set_seed(recipe.seed)
+    try:
+        return timm.create_model(
+            settings.model,
+            pretrained=settings.pretrained,
+            checkpoint_path=settings.initial_checkpoint,
+            **model_kwargs(recipe, num_classes),
+        )
+    except (RuntimeError, TypeError, ValueError, OSError, AssertionError) as error:
+        raise SettingError(f"model: timm cannot build {settings.model!r} as the recipe says: {error}") from error
+
+
+def model_kwargs(recipe: Recipe, num_classes: int) -> dict[str, Any]:
+    """The keyword arguments that build the recipe's architecture again."""
+    settings = recipe.model
+    names = {"in_chans": settings.in_chans, "drop_rate": settings.drop, "drop_path_rate": settings.drop_path}
+    names |= {"global_pool": settings.gp}
+    given = {key: value for key, value in names.items() if value is not None}
+    # Models with a fixed input size are built for it; the others take no such argument.
+    config: Any = timm.get_pretrained_cfg(settings.model, allow_unregistered=True)
+    if recipe.data.img_size is not None and config is not None and config.fixed_input_size:
+        given["img_size"] = recipe.data.img_size
+    return {"num_classes": settings.num_classes or num_classes, **given, **settings.model_kwargs}
+
+
+class Trainer:
+    """Trains one model again and again under one recipe; model, optimizer and loaders are prepared once.
+
+    Args:
+        recipe: The recipe.
+        model: The model, prepared here; its parameters must be all there (create the pruner first).
+        data: The recipe's data.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, data: Data):
+        t = self.settings = recipe.training
+        self.seed = recipe.seed
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=t.grad_accum_steps,
+            mixed_precision={"float16": "fp16", "bfloat16": "bf16"}[t.amp_dtype] if t.amp else "no",
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+            step_scheduler_with_optimizer=False,
+        )
+        if self.accelerator.device.type == "cuda":
+            _be_deterministic()
+        if t.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if t.sync_bn and self.accelerator.num_processes > 1:
+            model = convert_sync_batchnorm(model)
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(t))
+        self.train_loader = loader_of(data.train_set(model), t.batch_size, recipe.data.workers, shuffle=True)
+        self.val_loader = loader_of(data.val_set(model), t.batch_size, recipe.data.workers)
+        self.test_loader = loader_of(data.test_set(model), t.batch_size, recipe.data.workers)
+        if t.torchcompile:
+            model = torch.compile(model, backend=t.torchcompile)  # pyright: ignore[reportAssignmentType]
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.mixup = None
+        if t.mixup > 0 or t.cutmix > 0 or t.cutmix_minmax is not None:
+            self.mixup = Mixup(
+                mixup_alpha=t.mixup,
+                cutmix_alpha=t.cutmix,
+                cutmix_minmax=t.cutmix_minmax,
+                prob=t.mixup_prob,
+                switch_prob=t.mixup_switch_prob,
+                mode=t.mixup_mode,
+                label_smoothing=t.smoothing,
+                num_classes=data.num_classes,
+            )
+        self.criterion = _criterion(t, self.mixup is not None)
+
+    def fit(self, run: Run, folder: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+        """Train a run to its end, validate after every epoch, score the test set once.
+
+        Args:
+            run: The run; its `metrics` are filled.
+            folder: Where checkpoints within the run go; a run found half done there is continued.
+            progress: Told of every step and epoch.
+
+        Returns:
+            The metrics: best and last validation top-1, test top-1 (percent) and losses of the last weights, seconds.
+
+        Raises:
+            NonFiniteLoss: The loss was NaN or infinite.
+        """
+        t, accelerator, progress = self.settings, self.accelerator, progress or Silent()
+        began = time.monotonic()
+        run.attach(self.optimizer)
+        base = run.subset(self.train_loader)
+        loader = accelerator.prepare_data_loader(base)
+        updates = math.ceil(len(loader) / t.grad_accum_steps)
+        schedule: Any = scheduler_kwargs(t) | {"num_epochs": run.epochs, "updates_per_epoch": updates}
+        scheduler: Any = create_scheduler_v2(self.optimizer, **schedule)[0]
+        ema = ModelEmaV3(run.subnet.model, t.model_ema_decay, use_warmup=t.model_ema_warmup) if t.model_ema else None
+
+        # Late rewinding goes on from its point of the schedule; a checkpoint from the end of its last epoch.
+        done = {"epoch": run.start_step // updates, "best": {"top1": -1.0}, "seconds": 0.0}
+        skip = run.start_step % updates * t.grad_accum_steps
+        checkpoint = None if folder is None else folder / "checkpoint.pt"
+        if checkpoint is not None and (saved := self._load(checkpoint, run, ema)) is not None:
+            done, skip = saved, 0
+        update = max(run.start_step, done["epoch"] * updates)
+        if scheduler is not None:
+            scheduler.step(done["epoch"])
+            scheduler.step_update(update)
+        progress.begin(run, len(loader))
+        good = run.subnet.state()
+        last_save = time.monotonic()
+        val: dict[str, float] = {}
+        for epoch in range(done["epoch"], run.epochs):
+            seed = seed_from(self.seed, run.index, epoch)
+            set_seed(seed)
+            base.sampler.seed = seed
+            if self.mixup is not None:
+                self.mixup.mixup_enabled = not (0 < t.mixup_off_epoch <= epoch)
+            watch = _Watch(run, accelerator.device, folder, good)
+            self.model.train()
+            for images, target in skip_first_batches(loader, skip) if skip else loader:
+                images, target = self._mixed(images, target)
+                with accelerator.accumulate(self.model):
+                    loss = run.loss(self.criterion, self.model(images), target)
+                    watch.see(loss)
+                    accelerator.backward(loss)
+                    if t.clip_grad is not None and accelerator.sync_gradients:
+                        accelerator.unscale_gradients(self.optimizer)
+                        dispatch_clip_grad(self.model.parameters(), t.clip_grad, mode=t.clip_mode)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                if accelerator.sync_gradients:
+                    update += 1
+                    if scheduler is not None:
+                        scheduler.step_update(update)
+                    if ema is not None:
+                        ema.update(run.subnet.model, step=run.step)
+                progress.step()
+            skip = 0
+            watch.check()
+            if hasattr(self.optimizer.optimizer, "sync_lookahead"):
+                self.optimizer.optimizer.sync_lookahead()
+            run.subnet.apply_()
+            good = run.subnet.state()
+            val = self.evaluate(self.val_loader, run, ema)
+            if scheduler is not None:
+                scheduler.step(epoch + 1, val["top1"])
+            if val["top1"] > done["best"]["top1"]:
+                done["best"] = {**val, "epoch": epoch}
+            progress.epoch(epoch, val)
+            now = time.monotonic()
+            if checkpoint is not None and epoch + 1 < run.epochs and now - last_save >= t.checkpoint_interval:
+                self._save(checkpoint, run, ema, done | {"epoch": epoch + 1, "seconds": done["seconds"] + now - began})
+                last_save = now
+        test = self.evaluate(self.test_loader, run, ema)
+        run.metrics |= {
+            "val_top1_best": done["best"]["top1"],
+            "val_top1": val.get("top1", done["best"]["top1"]),
+            "val_loss": val.get("loss", math.nan),
+            "test_top1": test["top1"],
+            "test_loss": test["loss"],
+            "seconds": round(done["seconds"] + time.monotonic() - began, 2),
+        }
+        if ema is not None and folder is not None and accelerator.is_main_process:
+            # The metrics are the averaged weights'; the search prunes by the raw ones, in model.safetensors.
+            write_state(folder / "model_ema.safetensors", Subnet(ema.module, ()).state())
+        if checkpoint is not None and accelerator.is_main_process:
+            checkpoint.unlink(missing_ok=True)
+        return run.metrics
+
+    @torch.no_grad()
+    def evaluate(self, loader: Any, run: Run, ema: ModelEmaV3 | None = None) -> dict[str, float]:
+        """Top-1 accuracy (percent) and cross-entropy of the run's model, among the run's classes only."""
+        model: nn.Module = self.model
+        if ema is not None:
+            model = ema.module
+            # The average started dense; what is pruned now must not show in what is scored.
+            averaged = Subnet(model, run.subnet.names)
+            averaged.set_mask_(run.subnet.mask)
+        model.eval()
+        sums = torch.zeros(3, device=self.accelerator.device, dtype=torch.float64)
+        for images, target in self.accelerator.prepare_data_loader(subset_of(loader, run.classes)):
+            with self.accelerator.autocast():
+                output = model(self._laid_out(images))
+            output = output[0] if isinstance(output, tuple | list) else output
+            output, target = self.accelerator.gather_for_metrics((output.float(), target))
+            if run.classes is not None:
+                outside = torch.ones(output.shape[1], dtype=torch.bool, device=output.device)
+                outside[torch.as_tensor(run.classes)] = False
+                output = output.masked_fill(outside, -torch.inf)
+            sums[0] += nn.functional.cross_entropy(output, target, reduction="sum")
+            sums[1] += (output.argmax(1) == target).sum()
+            sums[2] += len(target)
+        loss, correct, count = sums.tolist()
+        return {"top1": 100 * correct / count, "loss": loss / count}
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.settings.channels_last else images
+
+    def _mixed(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        images = self._laid_out(images)
+        if self.mixup is None:
+            return images, target
+        if len(images) % 2:  # timm's mixup pairs images
+            images, target = images[:-1], target[:-1]
+        return self.mixup(images, target)
+
+    def _save(self, path: Path, run: Run, ema: ModelEmaV3 | None, done: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process or self.settings.sched == "plateau":
+            return  # the plateau schedule's history cannot be read back safely: such a run starts again
+        scaler = self.accelerator.scaler
+        saved = {
+            "model": run.subnet.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "run": run.progress_state(),
+            "ema": None if ema is None else ema.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "done": done,
+        }
+        with replacing(path) as temporary:
+            torch.save(saved, temporary)
+
+    def _load(self, path: Path, run: Run, ema: ModelEmaV3 | None) -> dict[str, Any] | None:
+        if not path.exists():
+            return None
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        run.load_progress_(saved["run"])
+        run.subnet.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if ema is not None:
+            ema.load_state_dict(saved["ema"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        return saved["done"]
+
+
+class _Watch:
+    """Remembers the first step whose loss was not finite, without waiting for the device at every step."""
+
+    def __init__(self, run: Run, device: torch.device, folder: Path | None, good: State):
+        self.run, self.folder, self.good = run, folder, good
+        self.every = 1 if device.type == "cpu" else _CHECK_EVERY
+        self.first = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def see(self, loss: Tensor) -> None:
+        bad = ~loss.detach().isfinite() & (self.first < 0)
+        self.first = torch.where(bad, self.run.step, self.first)
+        if self.run.step % self.every == 0:
+            self.check()
+
+    def check(self) -> None:
+        step = int(self.first)
+        if step < 0:
+            return
+        kept = ""
+        if self.folder is not None:
+            path = self.folder / "last_good.safetensors"
+            with suppress(OSError):
+                write_state(path, self.good)
+                kept = f"; the weights at the end of the last good epoch are in {path}"
+        raise NonFiniteLoss(
+            f"{self.run.name}: the loss is not finite at step {step} of the run{kept}. Finished rounds are kept. "
+            "Lower training.lr or set training.clip_grad, and search again with --restart or another output"
+        )
+
+
+def _criterion(t: Any, soft: bool) -> nn.Module:
+    if t.bce_loss:
+        return BinaryCrossEntropy(smoothing=0.0 if soft else t.smoothing)
+    if soft:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(t.smoothing) if t.smoothing else nn.CrossEntropyLoss()
+
+
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
