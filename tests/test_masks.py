@@ -29,7 +29,9 @@ def test_top_is_exact_and_separates(values, data):
         assert scores[mask].min() >= scores[~mask].max()
 
 
-@given(st.dictionaries(st.text(max_size=3), st.integers(0, 50), min_size=1).filter(lambda s: sum(s.values())), st.data())
+@given(
+    st.dictionaries(st.text(max_size=3), st.integers(0, 50), min_size=1).filter(lambda s: sum(s.values())), st.data()
+)
 def test_apportion_is_exact_and_fair(sizes, data):
     whole = sum(sizes.values())
     count = data.draw(st.integers(0, whole))

@@ -163,7 +163,9 @@ def test_released_hooks_are_gone(model):
 def test_masks_hold_through_accelerate_and_compile_wrappers(model):
     masks = half_masks(model)
     accelerator = Accelerator(cpu=True)
-    wrapped, optimizer = accelerator.prepare(torch.compile(model, backend="eager"), torch.optim.AdamW(model.parameters()))
+    wrapped, optimizer = accelerator.prepare(
+        torch.compile(model, backend="eager"), torch.optim.AdamW(model.parameters())
+    )
     subnet = Subnet(wrapped, tuple(masks))
     assert subnet.model is model
     assert plain_model(wrapped) is model

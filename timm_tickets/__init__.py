@@ -7,11 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .experiment import search, train
     from .masks import Masks, intersect, layer_sparsities, prunable_names, shuffled_masks, sparsity
     from .pruner import End, Method, Pruner, Rewind, Run
     from .recipe import Recipe, list_recipes, load_recipe
     from .registry import create_pruner, get_method, list_pruners, register_pruner
-    from .experiment import search, train
     from .settings import SettingError
     from .subnet import Subnet
     from .ticket import Ticket, TicketError, load_ticket

@@ -20,6 +20,8 @@ from torch.utils.data import (
     Subset,
 )
 
+from .settings import SettingError, unknown
+
 _read_labels: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
 
 
@@ -68,7 +70,9 @@ def subset_of(data: Any, classes: Sequence[int] | None) -> Any:
         labels = labels_of(data)
         return Subset(data, torch.isin(labels, torch.as_tensor(classes)).nonzero().flatten().tolist())
     if data.batch_size is None:
-        raise ValueError("subset: the loader has no batch_size; give `Run.subset` the data set and build a loader of it")
+        raise ValueError(
+            "subset: the loader has no batch_size; give `Run.subset` the data set and build a loader of it"
+        )
     part: Any = subset_of(data.dataset, classes)
     return DataLoader(
         part,
@@ -131,9 +135,11 @@ class Digits(Dataset[tuple[Any, int]]):
         from sklearn.model_selection import train_test_split
 
         if split not in ("train", "test"):
-            raise ValueError(f"split: {split!r} is not one of the digits' splits; valid: 'train', 'test'")
+            raise SettingError(unknown("split of the digits", split, ("train", "test")))
         bunch: Any = load_digits()
-        train, test = train_test_split(np.arange(len(bunch.target)), test_size=0.2, stratify=bunch.target, random_state=0)
+        train, test = train_test_split(
+            np.arange(len(bunch.target)), test_size=0.2, stratify=bunch.target, random_state=0
+        )
         chosen = np.sort(train if split == "train" else test)
         pixels = np.round(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
         small = [Image.fromarray(image) for image in pixels]
@@ -150,17 +156,27 @@ class Digits(Dataset[tuple[Any, int]]):
 
 
 def split_dataset(settings: Any, split: str) -> Any:
-    """One split of the recipe's data set, without a transform: the embedded ``digits`` or any of timm's."""
+    """One split of the recipe's data set, without a transform: the embedded ``digits`` or any of timm's.
+
+    Raises:
+        SettingError: It cannot be opened.
+    """
     if settings.dataset == "digits":
         return Digits(split)
-    return create_dataset(
-        settings.dataset,
-        root=settings.data_dir,
-        split=split,
-        download=settings.dataset_download,
-        class_map=settings.class_map,
-        input_img_mode=settings.input_img_mode,
-    )
+    try:
+        return create_dataset(
+            settings.dataset,
+            root=settings.data_dir,
+            split=split,
+            download=settings.dataset_download,
+            class_map=settings.class_map,
+            input_img_mode=settings.input_img_mode,
+        )
+    except (RuntimeError, ValueError, OSError, AssertionError, ImportError, TypeError, KeyError) as error:
+        raise SettingError(
+            f"data: timm cannot open split {split!r} of {settings.dataset!r} in data_dir {settings.data_dir!r}: "
+            f"{error}; check data.dataset, data.data_dir and the split names, or set data.dataset_download=true"
+        ) from error
 
 
 class Data:

@@ -67,7 +67,7 @@ def search(
     folder = _open_folder(recipe, recipe.folder, restart)
     final = folder / f"{recipe.name}.ticket"
     if (done := read_json(folder / "result.json")) is not None:
-        console.print(f"{folder} is finished; nothing to do (--restart searches again)")
+        console.print(f"{folder} is finished; nothing to do (--restart searches again)", soft_wrap=True)
         print_table(done["rows"], console)
         return Result(folder, load_ticket(final), done["rows"])
 
@@ -77,23 +77,20 @@ def search(
     pruner.metadata |= _origin(recipe, data, model)
     trainer = Trainer(recipe, model, data)
     subnet = pruner.subnet
-    rows: list[dict[str, Any]] = []
     extra = 1 if pruner.runs else 2  # the ticket's own training, and a dense one where no run of the search is
     with RichProgress(console, None if pruner.runs is None else pruner.runs + extra) as progress:
         for run in pruner:
-            _tell_replayed(pruner.replayed, rows, folder, progress)
+            progress.replayed(pruner.replayed, folder)
             trainer.fit(run, folder / run.name, progress)
             progress.end(run)
-        _tell_replayed(pruner.replayed, rows, folder, progress)
+        progress.replayed(pruner.replayed, folder)
         ticket = pruner.ticket
-        rows = _records(folder)
         experiment = _Experiment(folder, trainer, subnet, progress, ticket.metadata)
-        if recipe.dense and not any(row["sparsity"] == 0 for row in rows):
-            dense = full_masks(subnet.weights())
-            experiment.train("dense", dense, pruner.first_state, index=0)
-        last = 1 + max((row["round"] for row in rows if row["name"] != "dense"), default=-1)
+        if recipe.dense and not any(row["sparsity"] == 0 for row in _records(folder)):
+            experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0)
+        last = pruner.rounds_done
         metrics = experiment.train(
-            f"round_{last:02d}", ticket.masks, ticket.values, 1 + len(rows), last, ticket.metadata["start_step"]
+            f"round_{last:02d}", ticket.masks, ticket.values, pruner.runs_done, last, ticket.metadata["start_step"]
         )
     ticket.metadata["metrics"] = metrics
     rows = _records(folder)
@@ -103,7 +100,7 @@ def search(
         plot(rows, folder / "accuracy.png", f"{recipe.name}: {recipe.model.model}, {recipe.pruner['name']}")
         write_json(folder / "result.json", {"rows": rows, "fingerprint": ticket.fingerprint})
     print_table(rows, console)
-    console.print(f"ticket: {final} (sparsity {ticket.sparsity:.4f}, {final.stat().st_size:,} bytes)")
+    console.print(f"ticket: {final} (sparsity {ticket.sparsity:.4f}, {final.stat().st_size:,} bytes)", soft_wrap=True)
     return Result(folder, ticket, rows)
 
 
@@ -136,7 +133,7 @@ def train(
     given.apply_(model)
     folder = _open_folder(recipe, recipe.output or Path("output") / f"{recipe.name}_train_{stem}", restart, given)
     if (done := read_json(folder / "result.json")) is not None:
-        console.print(f"{folder} is finished; nothing to do (--restart trains again)")
+        console.print(f"{folder} is finished; nothing to do (--restart trains again)", soft_wrap=True)
     else:
         subnet = Subnet(model, tuple(given.masks))
         with RichProgress(console, 1) as progress:
@@ -233,11 +230,3 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     """The finished trainings of a folder, in order: dense first, then by round and part."""
     found = [read_json(path) for path in folder.glob("*/run.json")]
     return sorted(found, key=lambda row: (row["name"] != "dense", row["round"], row["part"]))
-
-
-def _tell_replayed(replayed: list[str], rows: list[dict[str, Any]], folder: Path, progress: RichProgress) -> None:
-    """Say once which runs were read from the folder instead of trained."""
-    if replayed and not rows:
-        rows.extend(_records(folder))
-        progress.say(f"continuing {folder}: {len(replayed)} finished runs skipped ({replayed[0]} to {replayed[-1]})")
-        progress.skip(len(replayed))

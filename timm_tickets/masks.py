@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .settings import SettingError
+
 Masks = dict[str, Tensor]
 Scores = dict[str, Tensor]
 Scope = Literal["global", "layerwise"]
@@ -39,7 +41,7 @@ def prunable_names(model: nn.Module, include: Sequence[str] = ("*",), exclude: S
         Parameter names in the model's own order. A weight that two layers share is named once.
 
     Raises:
-        ValueError: Nothing is left to prune, or a wildcard matches no weight (most often a misspelt one).
+        SettingError: Nothing is left to prune, or a wildcard matches no weight (most often a misspelt one).
     """
     classifiers = classifier_names(model)
     weights = {id(m.weight) for m in model.modules() if isinstance(m, _MATRICES)}
@@ -51,7 +53,7 @@ def prunable_names(model: nn.Module, include: Sequence[str] = ("*",), exclude: S
     for setting, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if candidates and not any(fnmatchcase(name, pattern) for name in candidates):
-                raise ValueError(
+                raise SettingError(
                     f"{setting}: {pattern!r} matches none of the {len(candidates)} prunable weights, "
                     f"which are named like {candidates[0]!r} and {candidates[-1]!r}; correct or drop the wildcard"
                 )
@@ -61,7 +63,7 @@ def prunable_names(model: nn.Module, include: Sequence[str] = ("*",), exclude: S
         if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
     ]
     if not names:
-        raise ValueError(
+        raise SettingError(
             f"no prunable weight in {type(model).__name__}: {len(candidates)} convolution and linear weights outside "
             f"the classifier, none left by include={tuple(include)} and exclude={tuple(exclude)}; widen these settings"
         )
@@ -101,16 +103,16 @@ def keep_count(count: int, sparsity: float) -> int:
     """How many of ``count`` weights an asked sparsity keeps: ``count - round(count * sparsity)``.
 
     Raises:
-        ValueError: The sparsity is outside [0, 1), or would round to keeping nothing.
+        SettingError: The sparsity is outside [0, 1), or would round to keeping nothing.
 
     >>> keep_count(1000, 0.95)
     50
     """
     if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity: {sparsity} is not valid; it is the pruned fraction, at least 0 and below 1")
+        raise SettingError(f"sparsity: {sparsity} is not valid; it is the pruned fraction, at least 0 and below 1")
     keep = count - round(count * sparsity)
     if keep < 1:
-        raise ValueError(
+        raise SettingError(
             f"sparsity: {sparsity} would prune all of the {count} prunable weights; "
             f"the most that leaves one is {1 - 1 / count:.6g}"
         )

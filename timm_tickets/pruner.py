@@ -11,12 +11,12 @@ folder feeds these ends to the generator and yields only the runs that are missi
 import re
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
@@ -256,6 +256,10 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it searches")
 
+    def described(self) -> dict[str, Any]:
+        """The registered name and every setting, as JSON types."""
+        return {"name": self.name, **TypeAdapter(type(self)).dump_python(self, mode="json")}
+
     def runs(self, subnet: Subnet) -> int | None:
         """How many runs the search will ask for, where that is known beforehand."""
         return None
@@ -273,6 +277,8 @@ class Pruner(Iterator[Run]):
         subnet: The model with its mask and rewind point.
         first_state: The state dict the search began with, once it has begun.
         replayed: Names of the runs that were read from the folder instead of trained.
+        runs_done: Runs that have ended, replayed ones included.
+        rounds_done: Rounds that have ended.
     """
 
     def __init__(self, method: Method, model: nn.Module, folder: str | Path | None = None):
@@ -281,9 +287,10 @@ class Pruner(Iterator[Run]):
         keep_count(total(self.subnet.mask), method.sparsity)  # refused now, not after the first training
         self.folder = None if folder is None else Path(folder)
         self.replayed: list[str] = []
+        self.runs_done = self.rounds_done = 0
         self.metadata: dict[str, Any] = {
             "model": describe_model(self.subnet.model),
-            "pruner": {"name": method.name, **asdict(method)},  # pyright: ignore[reportArgumentType]
+            "pruner": method.described(),
         }
         self.first_state: State = {}
         self._start_step = 0
@@ -325,7 +332,6 @@ class Pruner(Iterator[Run]):
         subnet.load_(subnet.start)
         search = self.method.search(subnet)
         ends: list[End] | None = None
-        index = number = 0
         while True:
             try:
                 requests = search.send(ends)  # pyright: ignore[reportArgumentType]
@@ -335,8 +341,8 @@ class Pruner(Iterator[Run]):
             mask = subnet.mask
             ends = []
             for part, run in enumerate(requests):
-                run.subnet, run.index, run.round, run.part = subnet, index, number, part
-                run.name = f"round_{number:02d}" + (f"_part_{part}" if base else "")
+                run.subnet, run.index, run.round, run.part = subnet, self.runs_done, self.rounds_done, part
+                run.name = f"round_{run.round:02d}" + (f"_part_{part}" if base else "")
                 run.epochs = run.epochs or self.method.epochs
                 run.start_step = self._start_step
                 end = self._read(run)
@@ -351,10 +357,10 @@ class Pruner(Iterator[Run]):
                 else:
                     self.replayed.append(run.name)
                 ends.append(end)
-                index += 1
+                self.runs_done += 1
             if ends[0].rewind is not None:
                 self._start_step = ends[0].rewind_step
-            number += 1
+            self.rounds_done += 1
 
     def _first_state(self) -> State:
         """The model as given; with a folder, as it was given the first time."""

@@ -51,7 +51,7 @@ class ModelSettings(_Part):
 
         name = value.partition(".")[0]
         if not timm.is_model(name):
-            raise ValueError(unknown("architecture", name, timm.list_models()))
+            raise ValueError(unknown("architecture", name, map(str, timm.list_models())))
         return value
 
 
@@ -121,7 +121,6 @@ class TrainingSettings(_Part):
     decay_epochs: Positive = 90
     decay_milestones: tuple[Count, ...] = (90, 180, 270)
     decay_rate: Positive = 0.1
-    patience_epochs: Natural = 10
     smoothing: Fraction = 0.0
     bce_loss: bool = False
     mixup: Annotated[float, Field(ge=0)] = 0.0
@@ -149,13 +148,14 @@ class TrainingSettings(_Part):
         from timm.optim import list_optimizers
 
         if value.lower().removeprefix("lookahead_") not in list_optimizers():
-            raise ValueError(unknown("optimizer", value, list_optimizers()))
+            raise ValueError(unknown("optimizer", value, map(str, list_optimizers())))
         return value
 
     @field_validator("sched")
     @classmethod
     def _known_sched(cls, value: str) -> str:
-        valid = ("cosine", "tanh", "step", "constant", "multistep", "plateau", "poly", "wsd", "rsqrt", "none")
+        # Not plateau: timm is dropping it, and a stopped run could not continue its history.
+        valid = ("cosine", "tanh", "step", "constant", "multistep", "poly", "wsd", "rsqrt", "none")
         if value not in valid:
             raise ValueError(unknown("schedule", value, valid))
         return value
@@ -186,25 +186,16 @@ class Recipe(_Part):
             raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '-' and '_'")
         return value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _resolve_pruner(cls, values: Any) -> Any:
+    @model_validator(mode="after")
+    def _resolve_pruner(self) -> "Recipe":
         """Fill in the pruner's defaults, so that the resolved recipe says everything."""
-        if not isinstance(values, dict) or not isinstance(values.get("pruner"), dict):
-            return values
-        from dataclasses import asdict
-
         from .registry import get_method
 
-        settings = dict(values["pruner"])
+        settings = {"epochs": self.training.epochs, "seed": self.seed} | self.pruner
         name = settings.pop("name", None)
         if not isinstance(name, str):
             raise SettingError("pruner.name: is not set; give a registered name (`timm-tickets list` shows them)")
-        training = values.get("training")
-        epochs = training.get("epochs", 20) if isinstance(training, dict) else 20
-        settings = {"epochs": epochs, "seed": values.get("seed", 42)} | settings
-        method: Any = check(get_method(name), settings, "pruner")
-        return {**values, "pruner": {"name": name, **asdict(method)}}
+        return self.model_copy(update={"pruner": check(get_method(name), settings, "pruner").described()})
 
     @property
     def folder(self) -> Path:
@@ -280,17 +271,17 @@ def load_recipe(recipe: "str | Path | Recipe", overrides: Sequence[str] = ()) ->
             values = OmegaConf.load(path)
         except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
             raise SettingError(f"{path} is not a recipe: {error}") from None
+    if not OmegaConf.is_dict(values):
+        raise SettingError(f"{recipe} is not a recipe: it must hold settings by name, such as 'model:' and 'pruner:'")
     try:
         for override in overrides:
             key, equals, _ = override.partition("=")
             if not equals or not key:
                 raise SettingError(f"--set: {override!r} is not valid; write key=value, such as pruner.sparsity=0.9")
         merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
+        plain: Any = OmegaConf.to_container(merged, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise SettingError(f"{recipe} with {list(overrides)} is not a recipe: {error}") from None
-    if not isinstance(plain, dict):
-        raise SettingError(f"{recipe} is not a recipe: it must hold settings by name, such as 'model:' and 'pruner:'")
     return check(Recipe, {str(key): value for key, value in plain.items()})
 
 

@@ -84,7 +84,7 @@ def create_pruner(name: str, model: nn.Module, *, folder: str | Path | None = No
         **settings: ``sparsity`` (fraction to prune, in [0, 1)), ``epochs`` of one run, and the method's own.
 
     Raises:
-        SettingError: An unknown pruner or setting, or a value out of range.
-        ValueError: The model has nothing to prune, or cannot reach the sparsity.
+        SettingError: An unknown pruner or setting, a value out of range, nothing to prune in the model, or a sparsity
+            that its prunable weights cannot reach.
     """
     return Pruner(check(get_method(name), settings, "pruner"), model, folder)

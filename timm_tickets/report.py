@@ -14,7 +14,7 @@ from rich.table import Table
 from .files import is_writer, replacing, write_bytes
 from .pruner import Run
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "name",
     "round",
     "part",
@@ -63,10 +63,13 @@ class RichProgress:
 
     def say(self, text: str) -> None:
         if is_writer():
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
-    def skip(self, trainings: int) -> None:
-        self._done += trainings
+    def replayed(self, names: Sequence[str], folder: Path) -> None:
+        """Say once which finished runs were read from the folder instead of trained."""
+        if names and not self._done:
+            self.say(f"continuing {folder}: {len(names)} finished runs skipped ({names[0]} to {names[-1]})")
+            self._done = len(names)
 
     def begin(self, run: Run, steps: int) -> None:
         self.epochs, self.steps = run.epochs, steps

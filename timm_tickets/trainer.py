@@ -15,6 +15,7 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
@@ -105,9 +106,13 @@ class Trainer:
     def __init__(self, recipe: Recipe, model: nn.Module, data: Data):
         t = self.settings = recipe.training
         self.seed = recipe.seed
+        precision = {"float16": "fp16", "bfloat16": "bf16"}[t.amp_dtype] if t.amp else "no"
+        if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+            # Accelerate fixes the precision once a process; a second search in one may want another.
+            AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             gradient_accumulation_steps=t.grad_accum_steps,
-            mixed_precision={"float16": "fp16", "bfloat16": "bf16"}[t.amp_dtype] if t.amp else "no",
+            mixed_precision=precision,
             dataloader_config=DataLoaderConfiguration(split_batches=True),
             step_scheduler_with_optimizer=False,
         )
@@ -210,7 +215,7 @@ class Trainer:
             good = run.subnet.state()
             val = self.evaluate(self.val_loader, run, ema)
             if scheduler is not None:
-                scheduler.step(epoch + 1, val["top1"])
+                scheduler.step(epoch + 1)
             if val["top1"] > done["best"]["top1"]:
                 done["best"] = {**val, "epoch": epoch}
             progress.epoch(epoch, val)
@@ -272,8 +277,8 @@ class Trainer:
         return self.mixup(images, target)
 
     def _save(self, path: Path, run: Run, ema: ModelEmaV3 | None, done: dict[str, Any]) -> None:
-        if not self.accelerator.is_main_process or self.settings.sched == "plateau":
-            return  # the plateau schedule's history cannot be read back safely: such a run starts again
+        if not self.accelerator.is_main_process:
+            return
         scaler = self.accelerator.scaler
         saved = {
             "model": run.subnet.model.state_dict(),

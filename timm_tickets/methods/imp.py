@@ -25,9 +25,9 @@ class IMP(Method):
     Departures: the last round prunes less than prune_rate where it has to meet the asked sparsity exactly.
     """
 
-    prune_rate: Annotated[float, Field(gt=0, lt=1, description="fraction of the remaining weights to prune a round")] = (
-        0.2
-    )
+    prune_rate: Annotated[
+        float, Field(gt=0, lt=1, description="fraction of the remaining weights to prune a round")
+    ] = 0.2
     scope: Annotated[Scope, Field(description="compare weights across all layers, or within each")] = "global"
     rewind: Rewind = "0ep"
 

@@ -1,0 +1,245 @@
+"""What every pruner promises, whatever its method. A new method is one row in METHODS."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import timm_tickets as tt
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method: its name, settings that keep the test short, and settings that must be refused."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    refused: tuple[dict[str, Any], ...] = ()
+
+
+METHODS = [
+    Row(
+        "imp",
+        {"prune_rate": 0.6},
+        ({"prune_rate": 0}, {"prune_rate": 1}, {"scope": "rows"}, {"rewind": "2 epochs"}),
+    ),
+    Row("imp", {"prune_rate": 0.6, "scope": "layerwise", "rewind": "1it"}),
+    Row("magnitude", {}, ({"scope": "rows"},)),
+    Row("magnitude", {"scope": "layerwise"}),
+    Row("random", {}, ({"seed": -1},)),
+    Row("random", {"scope": "layerwise"}),
+]
+SPARSITY = 0.9
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=5e-4),
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=0.05),
+}
+
+
+def ids(row):
+    return "-".join([row.name, *(str(value) for value in row.settings.values())])
+
+
+every_method = pytest.mark.parametrize("row", METHODS, ids=ids)
+
+
+def fresh(seed=0, classes=4):
+    torch.manual_seed(seed)
+    return timm.create_model("test_resnet", num_classes=classes)
+
+
+def loader():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(24, 3, 32, 32, generator=generator)
+    return DataLoader(TensorDataset(images, torch.arange(24) % 4), batch_size=8)
+
+
+def pruner_of(row, model, **more):
+    return tt.create_pruner(row.name, model, **({"sparsity": SPARSITY, "epochs": 1} | row.settings | more))
+
+
+def train_run(run, model, optimizer="sgd", check=None):
+    """A user's loop, with clipping."""
+    optimizer = run.attach(OPTIMIZERS[optimizer](model.parameters()))
+    criterion = torch.nn.CrossEntropyLoss()
+    model.train()
+    for _ in range(run.epochs):
+        for images, labels in run.subset(loader()):
+            loss = run.loss(criterion, model(images), labels)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            if check:
+                check()
+
+
+def searched(row, model, **more):
+    pruner = pruner_of(row, model, **more)
+    for run in pruner:
+        train_run(run, model)
+    return pruner
+
+
+def test_every_registered_pruner_is_in_the_table():
+    assert {row.name for row in METHODS} == set(tt.list_pruners())
+
+
+@every_method
+def test_reaches_its_sparsity_exactly(row):
+    model = fresh()
+    total = sum(mask.numel() for mask in searched(row, model).ticket.masks.values())
+    for sparsity in (0.0, 0.5, SPARSITY, 0.987):
+        pruner = searched(row, fresh(), sparsity=sparsity)
+        pruned = sum(int((~mask).sum()) for mask in pruner.ticket.masks.values())
+        assert pruned == round(sparsity * total)
+        assert pruner.sparsity == pruner.ticket.sparsity == pytest.approx(sparsity, abs=1 / total)
+
+
+@every_method
+def test_leaves_the_model_masked_at_the_tickets_start(row):
+    model = fresh()
+    ticket = searched(row, model).ticket
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, ticket.values[name]), name
+    for name, mask in ticket.masks.items():
+        assert not model.get_parameter(name)[~mask].any()
+
+
+@every_method
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_pruned_weights_are_exactly_zero_after_every_step(row, optimizer):
+    model = fresh()
+    pruner = pruner_of(row, model)
+
+    def check():
+        assert pruner.sparsity == 0 or any(not m.all() for m in pruner.ticket.masks.values())
+        for name, mask in pruner.ticket.masks.items():
+            assert not model.get_parameter(name)[~mask].any()
+
+    for run in pruner:
+        train_run(run, model, optimizer, check)
+    ticket = pruner.ticket
+    attached = ticket.attach(model, OPTIMIZERS[optimizer](model.parameters()))
+    before = {name: model.get_parameter(name).clone() for name in ticket.masks}
+    for images, labels in loader():
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        attached.step()
+        attached.zero_grad()
+        for name, mask in ticket.masks.items():
+            weight = model.get_parameter(name)
+            assert not weight[~mask].any()
+    assert any(not torch.equal(before[name], model.get_parameter(name)) for name in before)
+
+
+@every_method
+def test_the_classifier_is_not_pruned_and_trains(row):
+    model = fresh()
+    assert not any(name.startswith("fc.") for name in searched(row, model).ticket.masks)
+    model = fresh()
+    pruner = pruner_of(row, model)
+    for run in pruner:
+        head = model.fc.weight.detach().clone()
+        assert model.fc.weight.requires_grad
+        train_run(run, model)
+        assert not torch.equal(head, model.fc.weight)
+    assert model.fc.weight.requires_grad
+
+
+@every_method
+def test_same_seed_same_ticket(row):
+    one, same = (searched(row, fresh(), seed=3).ticket for _ in range(2))
+    assert one.fingerprint == same.fingerprint
+
+
+@every_method
+def test_the_model_stays_a_plain_timm_model(row):
+    model, plain = fresh(), fresh()
+    searched(row, model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@every_method
+def test_ticket_goes_through_a_file_bit_for_bit(row, tmp_path):
+    model = fresh()
+    ticket = searched(row, model).ticket
+    ticket.save(tmp_path / "one.ticket")
+    loaded = tt.load_ticket(tmp_path / "one.ticket")
+    assert loaded.sparsity == ticket.sparsity
+    assert loaded.metadata == ticket.metadata
+    assert loaded.metadata["pruner"]["name"] == row.name
+    other = fresh(seed=9)
+    for _ in range(2):  # twice is once
+        loaded.apply_(other)
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    model.eval(), other.eval()
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(image), other(image))
+
+
+@every_method
+def test_replay_after_a_stop_gives_the_same_ticket(row, tmp_path):
+    whole = searched(row, fresh()).ticket
+    runs = pruner_of(row, fresh(), folder=tmp_path / "count").runs
+    assert runs is not None
+    for stop in range(runs):
+        folder = tmp_path / str(stop)
+        model = fresh()
+        for run in pruner_of(row, model, folder=folder):
+            train_run(run, model)
+            if run.index == stop:
+                break  # killed here: this run was trained but not written down
+        model = fresh(seed=77)  # the folder, not the new model, says where the search began
+        pruner = pruner_of(row, model, folder=folder)
+        trained = []
+        for run in pruner:
+            trained.append(run.index)
+            train_run(run, model)
+        assert trained == list(range(stop, runs))
+        assert len(pruner.replayed) == stop
+        assert pruner.ticket.fingerprint == whole.fingerprint
+
+
+@every_method
+def test_settings_out_of_range_are_refused(row):
+    wrong = (*row.refused, {"sparsity": 1}, {"sparsity": -0.1}, {"sparsity": "much"}, {"epochs": 0}, {"unheard": 1})
+    for settings in wrong:
+        (name,) = settings
+        with pytest.raises(tt.SettingError, match=name):
+            pruner_of(row, fresh(), **settings)
+    with pytest.raises(tt.SettingError, match="sparsity"):
+        tt.create_pruner(row.name, fresh())
+    with pytest.raises(tt.SettingError, match="would prune all"):
+        pruner_of(row, fresh(), sparsity=1 - 1e-9)
+
+
+@every_method
+def test_include_and_exclude_choose_the_layers(row):
+    names = tt.prunable_names(fresh())
+    ticket = searched(row, fresh(), exclude=(names[0],)).ticket
+    assert list(ticket.masks) == names[1:]
+    assert ticket.sparsity == pytest.approx(SPARSITY, abs=1e-4)
+
+
+@every_method
+def test_a_run_may_end_early_or_late(row):
+    model = fresh()
+    pruner = pruner_of(row, model, epochs=3)
+    for run in pruner:
+        for _ in range(1 + 4 * (run.index % 2)):
+            train_one_step(run, model)
+    assert pruner.sparsity == pytest.approx(SPARSITY, abs=1e-4)
+
+
+def train_one_step(run, model):
+    optimizer = run.attach(OPTIMIZERS["sgd"](model.parameters()))
+    images, labels = next(iter(run.subset(loader())))
+    run.loss(torch.nn.CrossEntropyLoss(), model(images), labels).backward()
+    optimizer.step()

@@ -1,0 +1,360 @@
+"""Searches and trainings from recipes: what they leave, how they continue, how they fail."""
+
+import csv
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+
+import timm_tickets as tt
+from timm_tickets import trainer as trainer_module
+from timm_tickets.trainer import NonFiniteLoss
+
+SHORT = ["training.epochs=2", "pruner.sparsity=0.8", "pruner.prune_rate=0.6", "training.checkpoint_interval=0"]
+
+
+def search(folder, *more, restart=False):
+    """A search of two rounds and its ticket's training, two epochs each; its result and what it printed."""
+    text = io.StringIO()
+    result = tt.search(
+        "digits_imp", [*SHORT, f"output={folder}", *more], restart=restart, console=Console(file=text, width=200)
+    )
+    return result, text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted search: (result, output)."""
+    return search(tmp_path_factory.mktemp("whole"))
+
+
+def test_what_a_search_leaves(whole):
+    result, text = whole
+    folder = result.folder
+    assert tt.load_recipe(folder / "recipe.yaml").hash == tt.load_recipe("digits_imp", SHORT).hash
+    rows = list(csv.DictReader((folder / "summary.csv").open()))
+    assert [row["name"] for row in rows] == ["round_00", "round_01", "round_02"]
+    assert [float(row["sparsity"]) for row in rows] == pytest.approx([0, 0.6, 0.8], abs=1e-5)
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    for row in rows:
+        where = folder / row["name"]
+        ticket = tt.load_ticket(where / f"{row['name']}.ticket")
+        assert ticket.sparsity == pytest.approx(float(row["sparsity"]), abs=1e-9)
+        trained = timm.create_model("test_resnet", num_classes=10, checkpoint_path=where / "model.safetensors")
+        for name, mask in ticket.masks.items():
+            assert not trained.get_parameter(name)[~mask].any()
+        assert 0 <= float(row["test_top1"]) <= 100
+        assert row["name"] in text
+    assert not list(folder.rglob("*.tmp"))
+    assert not list(folder.rglob("checkpoint.pt"))
+
+
+def test_the_final_ticket_holds_its_metrics_and_recipe(whole):
+    result, _ = whole
+    ticket = tt.load_ticket(result.folder / "digits_imp.ticket")
+    assert ticket.fingerprint == result.ticket.fingerprint
+    assert ticket.metadata["metrics"]["test_top1"] == result.rows[-1]["metrics"]["test_top1"]
+    assert ticket.metadata["recipe"]["hash"] == tt.load_recipe("digits_imp", SHORT).hash
+    assert ticket.metadata["model"]["kwargs"] == {"num_classes": 10}
+
+
+def test_the_recorded_accuracy_is_the_saved_models(whole):
+    from timm_tickets.data import Data
+
+    result, _ = whole
+    data = Data(tt.load_recipe("digits_imp").data)
+    model = timm.create_model(
+        "test_resnet", num_classes=10, checkpoint_path=result.folder / "round_02" / "model.safetensors"
+    ).eval()
+    test = data.test_set(model)
+    images, labels = zip(*(test[i] for i in range(len(test))), strict=True)
+    with torch.no_grad():
+        correct = (model(torch.stack(images)).argmax(1) == torch.tensor(labels)).float().mean()
+    assert 100 * correct.item() == pytest.approx(result.rows[-1]["metrics"]["test_top1"], abs=1e-4)
+
+
+def test_splits_do_not_overlap():
+    from timm_tickets.data import Data
+
+    data = Data(tt.load_recipe("digits_imp").data)
+    train, val = set(data._train.indices), set(data._val.indices)
+    assert not train & val
+    assert len(train | val) == 1437
+    assert len(val) == 144
+    assert len(data._test) == 360
+
+
+def test_a_finished_search_does_nothing(whole):
+    result, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")}
+    again, text = search(result.folder)
+    assert "is finished; nothing to do" in text
+    assert again.ticket.fingerprint == result.ticket.fingerprint
+    assert before == {path: path.stat().st_mtime_ns for path in result.folder.rglob("*")}
+
+
+def test_a_changed_recipe_is_refused_with_the_differences(whole):
+    result, _ = whole
+    with pytest.raises(tt.SettingError) as error:
+        search(result.folder, "training.lr=0.3", "pruner.sparsity=0.9")
+    assert "training.lr: 0.05 there, 0.3 now" in str(error.value)
+    assert "pruner.sparsity: 0.8 there, 0.9 now" in str(error.value)
+    assert "--restart" in str(error.value)
+    assert tt.load_ticket(result.folder / "digits_imp.ticket").fingerprint == result.ticket.fingerprint
+
+
+def test_restart_deletes_results_and_nothing_else(tmp_path):
+    search(tmp_path, "pruner.sparsity=0.3", "pruner.prune_rate=0.3", "training.epochs=1")
+    (tmp_path / "notes.txt").write_text("mine")
+    result, text = search(tmp_path, "pruner.sparsity=0.2", "training.epochs=1", restart=True)
+    assert "skipped" not in text
+    assert result.ticket.sparsity == pytest.approx(0.2, abs=1e-5)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("epochs_before", [1, 2, 3, 5])
+def test_stopped_at_any_epoch_it_continues_to_the_same_ticket(whole, tmp_path, monkeypatch, epochs_before):
+    """Stops after an epoch has been trained but before it is written down, or between rounds."""
+    seen = {"epochs": 0}
+    evaluate = trainer_module.Trainer.evaluate
+
+    def counted(self, loader, run, ema=None):
+        if loader is self.val_loader:
+            seen["epochs"] += 1
+            if seen["epochs"] == epochs_before:
+                raise Stop
+        return evaluate(self, loader, run, ema)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.Trainer, "evaluate", counted)
+        with pytest.raises(Stop):
+            search(tmp_path)
+    result, text = search(tmp_path)
+    expected, _ = whole
+    assert result.ticket.fingerprint == expected.ticket.fingerprint
+    assert [row["metrics"]["test_top1"] for row in result.rows] == [
+        row["metrics"]["test_top1"] for row in expected.rows
+    ]
+    assert ("finished runs skipped" in text) == (epochs_before > 2)
+    left, right = (timm.models.load_state_dict(r.folder / "round_02" / "model.safetensors") for r in (result, expected))
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+@pytest.mark.parametrize("name", ["write_summary", "plot"])
+def test_stopped_after_the_last_training_it_only_reports(whole, tmp_path, monkeypatch, name):
+    from timm_tickets import experiment
+
+    def stop(*_):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, name, stop)
+        with pytest.raises(Stop):
+            search(tmp_path)
+    trained = sorted(path.name for path in tmp_path.glob("*/run.json"))
+    result, text = search(tmp_path)
+    assert "round_02 is finished; skipped" in text
+    assert [row["name"] for row in result.rows] == ["round_00", "round_01", "round_02"]
+    assert sorted(path.name for path in tmp_path.glob("*/run.json")) == trained
+    assert result.ticket.fingerprint == whole[0].ticket.fingerprint
+    metrics = tt.load_ticket(tmp_path / "digits_imp.ticket").metadata["metrics"]
+    assert metrics["test_top1"] == whole[0].rows[-1]["metrics"]["test_top1"]
+
+
+def test_killed_it_continues_to_the_same_ticket(whole, tmp_path):
+    command = [sys.executable, "-m", "timm_tickets", "search", "digits_imp"]
+    for setting in [*SHORT, f"output={tmp_path}"]:
+        command += ["--set", setting]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "round_00" / "run.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "result.json").exists()
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "continuing" in out
+    assert "1 finished runs skipped" in out
+    ticket = tt.load_ticket(tmp_path / "digits_imp.ticket")
+    expected, _ = whole
+    assert ticket.fingerprint == expected.ticket.fingerprint
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_late_rewinding_goes_on_in_the_schedule(tmp_path):
+    result, _ = search(tmp_path, "pruner.rewind=1ep", "pruner.sparsity=0.6")
+    steps = [row["steps"] for row in result.rows]
+    per_epoch = steps[0] // 2
+    assert steps == [2 * per_epoch, per_epoch]
+    assert result.ticket.metadata["start_step"] == per_epoch
+
+
+def test_a_pruner_without_runs_gets_a_dense_control(tmp_path):
+    recipe = tmp_path / "oneshot.yaml"
+    text = (Path(__file__).parent.parent / "recipes" / "digits_imp.yaml").read_text()
+    recipe.write_text(text.replace("name: imp", "name: magnitude").replace("  prune_rate: 0.2\n", ""))
+    console = Console(file=io.StringIO())
+    overrides = ["training.epochs=1", "pruner.sparsity=0.5", f"output={tmp_path / 'run'}"]
+    result = tt.search(recipe, overrides, console=console)
+    assert [(row["name"], row["sparsity"]) for row in result.rows] == [
+        ("dense", 0),
+        ("round_00", pytest.approx(0.5, abs=1e-5)),
+    ]
+    assert result.rows[0]["metrics"] != result.rows[1]["metrics"]
+    without = tt.search(recipe, [*overrides[:2], "dense=false", f"output={tmp_path / 'no'}"], console=console)
+    assert [row["name"] for row in without.rows] == ["round_00"]
+    assert without.ticket.fingerprint == result.ticket.fingerprint
+
+
+def test_training_a_ticket_and_the_dense_network(whole, tmp_path):
+    expected, _ = whole
+    console = Console(file=io.StringIO(), width=200)
+    ticket = expected.folder / "digits_imp.ticket"
+    result = tt.train("digits_imp", ticket, [*SHORT, f"output={tmp_path / 'a'}"], console=console)
+    assert result.rows[0]["sparsity"] == pytest.approx(0.8, abs=1e-5)
+    trained = timm.models.load_state_dict(result.folder / "round_00" / "model.safetensors")
+    for name, mask in result.ticket.masks.items():
+        assert not trained[name][~mask].any()
+    again = tt.train("digits_imp", ticket, [*SHORT, f"output={tmp_path / 'a'}"], console=console)
+    assert again.rows == result.rows
+    with pytest.raises(tt.SettingError, match="another one was trained there"):
+        tt.train("digits_imp", expected.folder / "round_01" / "round_01.ticket", [*SHORT, f"output={tmp_path / 'a'}"])
+    dense = tt.train("digits_imp", None, [*SHORT, f"output={tmp_path / 'b'}"], console=console)
+    assert dense.rows[0]["sparsity"] == 0
+    # The dense run is the search's first round: the same seeds, so the same weights.
+    left, right = (
+        timm.models.load_state_dict(folder / "round_00" / "model.safetensors")
+        for folder in (dense.folder, expected.folder)
+    )
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_a_ticket_of_another_architecture_is_refused(whole, tmp_path):
+    with pytest.raises(tt.TicketError, match="'test_resnet', the model is 'test_vit'"):
+        tt.train(
+            "digits_imp",
+            whole[0].folder / "digits_imp.ticket",
+            ["model.model=test_vit", f"output={tmp_path / 'x'}"],
+        )
+    assert not (tmp_path / "x").exists()
+
+
+def test_nan_stops_says_the_step_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    original = tt.Run.loss
+
+    def poisoned(self, criterion, output, target):
+        loss = original(self, criterion, output, target)
+        return loss * math.nan if self.index == 1 and self.step == 25 else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tt.Run, "loss", poisoned)
+        with pytest.raises(NonFiniteLoss, match=r"round_01: the loss is not finite at step 25 .*last_good"):
+            search(tmp_path)
+    good = timm.models.load_state_dict(tmp_path / "round_01" / "last_good.safetensors")
+    assert all(value.isfinite().all() for value in good.values())
+    assert (tmp_path / "round_00" / "run.json").exists()
+    _, text = search(tmp_path)  # what was finished is still there
+    assert "1 finished runs skipped" in text
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"cannot write .*recipe\.yaml"):
+        search(tmp_path / "file" / "run")
+    assert time.monotonic() - began < 5
+
+
+def test_a_disk_that_fills_loses_nothing(whole, tmp_path, monkeypatch):
+    original = os.fsync
+    calls = {"left": 9}
+
+    def filling(number):
+        calls["left"] -= 1
+        if calls["left"] < 0:
+            raise OSError(28, os.strerror(28))
+        return original(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", filling)
+        with pytest.raises(OSError, match=r"cannot write .*No space left on device; nothing written before is lost"):
+            search(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+    result, _ = search(tmp_path)
+    assert result.ticket.fingerprint == whole[0].ticket.fingerprint
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["training.opt=adamw", "training.lr=0.001", "training.clip_grad=1.0", "training.grad_accum_steps=2"],
+        ["training.mixup=0.2", "training.cutmix=1.0", "training.smoothing=0.1", "training.model_ema=true"],
+        ["training.opt=lookahead_sgd", "training.sched=multistep", "training.decay_milestones=[1]"],
+        [
+            "training.amp=true",
+            "training.amp_dtype=bfloat16",
+            "training.channels_last=true",
+            "training.sched=plateau",
+            "training.sched_on_updates=false",
+        ],
+        ["training.torchcompile=eager", "training.smoothing=0.1", "training.sched=none", "data.workers=2"],
+        ["training.bce_loss=true", "training.smoothing=0.1", "pruner.scope=layerwise", "pruner.rewind=3it"],
+        ["model.model=test_vit", "model.drop_path=0.1", "training.layer_decay=0.8", "training.batch_size=512"],
+    ],
+    ids=lambda settings: settings[0],
+)
+def test_trainings_of_every_kind_leave_exact_tickets(tmp_path, settings):
+    more = ["training.epochs=1", "pruner.sparsity=0.7", "pruner.prune_rate=0.7", *settings]
+    result, _ = search(tmp_path, *more)
+    assert result.ticket.sparsity == pytest.approx(0.7, abs=1e-5)
+    for file in result.folder.glob("round_01/model*.safetensors"):
+        trained = timm.models.load_state_dict(file)
+        for name, mask in result.ticket.masks.items():
+            assert not trained[name][~mask].any(), (file, name)
+    assert len(list(result.folder.glob("round_01/model*.safetensors"))) == 1 + ("model_ema" in str(settings))
+
+
+def test_a_torchvision_style_folder_of_images_is_searched(tmp_path):
+    """The way of real data sets: timm's own reader, validation held out, another number of classes."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 40), ("test", 8)):
+        for label in range(3):
+            where = tmp_path / "images" / split / f"class{label}"
+            where.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 60, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                pixels[..., label] += 150
+                Image.fromarray(pixels.numpy()).save(where / f"{i}.png")
+    result, _ = search(
+        tmp_path / "run",
+        "data.dataset=folder",
+        f"data.data_dir={tmp_path / 'images'}",
+        "training.batch_size=16",
+    )
+    assert result.ticket.metadata["model"]["num_classes"] == 3
+    assert result.rows[-1]["metrics"]["test_top1"] > 60
+    assert json.loads((result.folder / "result.json").read_text())["rows"]
+
+
+def test_data_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(tt.SettingError, match=r"data: .*torch/cifar10"):
+        search(tmp_path, "data.dataset=torch/cifar10", f"data.data_dir={tmp_path}")
+    assert Path(tmp_path).exists()

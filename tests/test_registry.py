@@ -1,0 +1,80 @@
+import sys
+from typing import Annotated
+
+import pytest
+from pydantic import Field
+
+import timm_tickets as tt
+from timm_tickets import registry
+from timm_tickets.masks import keep_count, prune, total
+
+
+def test_names_are_sorted_and_filtered():
+    names = tt.list_pruners()
+    assert names == sorted(names)
+    assert {"imp", "magnitude", "random"} <= set(names)
+    assert tt.list_pruners("ma*") == [name for name in names if name.startswith("ma")]
+    assert tt.list_pruners("none*") == []
+
+
+def test_an_unknown_pruner_is_refused_with_the_closest(model):
+    with pytest.raises(tt.SettingError, match="'magnitud' is unknown; did you mean 'magnitude'"):
+        tt.create_pruner("magnitud", model, sparsity=0.5)
+
+
+@pytest.fixture
+def unregister():
+    before = dict(registry._methods)
+    yield
+    registry._methods.clear()
+    registry._methods.update(before)
+
+
+@pytest.mark.usefixtures("unregister")
+def test_a_method_is_one_class(model):
+    @tt.register_pruner("smallest_layers_first")
+    class Mine(tt.Method):
+        """Keep the first weights."""
+
+        power: Annotated[float, Field(gt=0)] = 1.0
+
+        def search(self, subnet):
+            (end,) = yield [tt.Run(epochs=1)]
+            cut = total(end.mask) - keep_count(total(end.mask), self.sparsity)
+            subnet.set_mask_(prune(end.mask, {n: -(w.abs() ** self.power) for n, w in end.weights.items()}, cut))
+            subnet.rewind_()
+
+    with pytest.raises(tt.SettingError, match=r"pruner\.power: -1 is not valid; it must be greater than 0"):
+        tt.create_pruner("smallest_layers_first", model, sparsity=0.5, power=-1)
+    pruner = tt.create_pruner("smallest_layers_first", model, sparsity=0.5, power=2)
+    assert [run.epochs for run in pruner] == [1]
+    assert pruner.ticket.sparsity == pytest.approx(0.5, abs=1e-5)
+    assert pruner.ticket.metadata["pruner"]["power"] == 2
+    with pytest.raises(ValueError, match="registered already"):
+        tt.register_pruner("smallest_layers_first")(tt.get_method("imp"))
+
+
+@pytest.mark.usefixtures("unregister")
+def test_a_method_of_another_package_is_found_through_its_entry_point(tmp_path, monkeypatch, model):
+    (tmp_path / "elsewhere.py").write_text(
+        "import timm_tickets as tt\n"
+        "from timm_tickets.masks import keep_count, prune, total\n"
+        "@tt.register_pruner('elsewhere')\n"
+        "class Elsewhere(tt.Method):\n"
+        "    '''Prune the largest.'''\n"
+        "    def search(self, subnet):\n"
+        "        cut = total(subnet.mask) - keep_count(total(subnet.mask), self.sparsity)\n"
+        "        scores = {n: -w.abs() for n, w in subnet.weights().items()}\n"
+        "        subnet.set_mask_(prune(subnet.mask, scores, cut))\n"
+        "        yield from ()\n"
+    )
+    info = tmp_path / "elsewhere-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[timm_tickets.pruners]\nelsewhere = elsewhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry._load.cache_clear()
+    assert "elsewhere" in tt.list_pruners()
+    assert tt.create_pruner("elsewhere", model, sparsity=0.25).ticket.sparsity == pytest.approx(0.25, abs=1e-5)
+    del sys.modules["elsewhere"]
+    registry._load.cache_clear()

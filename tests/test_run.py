@@ -1,0 +1,254 @@
+"""A run's own promises: subsets, sliced losses, rewind points, counting."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch import nn
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+import timm_tickets as tt
+from timm_tickets.data import Shuffled, labels_of, loader_of
+
+
+def run_of(**fields):
+    return tt.Run(**{"epochs": 2, **fields})
+
+
+class Plain(Dataset):
+    """No targets, no samples: its labels are found by reading it."""
+
+    def __init__(self):
+        self.reads = 0
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return torch.full((1,), float(index)), index % 3
+
+
+class Targets(Plain):
+    targets = (0, 1, 2, 0, 1, 2)
+
+
+class Samples(Plain):
+    samples = (("a", 0), ("b", 1), ("c", 2), ("d", 0), ("e", 1), ("f", 2))
+
+
+class Shifted(Targets):
+    @staticmethod
+    def target_transform(target):
+        return target + 10
+
+
+@pytest.mark.parametrize("dataset", [Targets(), Samples(), Plain(), TensorDataset(torch.zeros(6), torch.arange(6) % 3)])
+def test_labels_are_found_and_subset_keeps_them(dataset):
+    part = run_of(classes=(1, 2)).subset(dataset)
+    assert [int(part[i][1]) for i in range(len(part))] == [1, 2, 1, 2]
+
+
+def test_known_labels_are_not_read_and_unknown_ones_only_once():
+    known, plain = Targets(), Plain()
+    for dataset in (known, plain):
+        for _ in range(3):
+            run_of(classes=(0,)).subset(dataset)
+    assert (known.reads, plain.reads) == (0, 6)
+
+
+def test_labels_through_subsets_concatenations_and_transforms():
+    assert labels_of(Subset(ConcatDataset([Targets(), Plain()]), [1, 2, 6, 11])).tolist() == [1, 2, 0, 2]
+    assert labels_of(Shifted()).tolist() == [10, 11, 12, 10, 11, 12]
+
+
+def test_everything_is_the_very_same_object():
+    loader = DataLoader(Targets(), batch_size=2)
+    run = run_of()
+    assert run.subset(loader) is loader
+    assert run.batches_per_epoch == 3
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_loader_is_cut_to_its_classes(shuffle):
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(Targets(), batch_size=3, shuffle=shuffle, generator=generator)
+    run = run_of(classes=(0, 2))
+    part = run.subset(loader)
+    assert isinstance(part.sampler, RandomSampler if shuffle else SequentialSampler)
+    assert sorted(int(label) for _, labels in part for label in labels) == [0, 0, 2, 2]
+    assert run.batches_per_epoch == len(part) == 2
+
+
+def test_our_loader_is_cut_and_its_order_follows_the_seed():
+    loader = loader_of(TensorDataset(torch.arange(60.0), torch.arange(60) % 3), 4, 0, shuffle=True)
+    part = run_of(classes=(1,)).subset(loader)
+    assert isinstance(part.sampler, Shuffled)
+    orders = []
+    for seed in (1, 1, 2):
+        part.sampler.seed = seed
+        orders.append(torch.cat([values for values, _ in part]).tolist())
+    assert orders[0] == orders[1] != orders[2]
+    assert set(orders[0]) == set(range(1, 60, 3))
+
+
+def test_a_sampler_that_cannot_be_cut_is_refused():
+    loader = DataLoader(Targets(), sampler=WeightedRandomSampler([1.0] * 6, 6))
+    with pytest.raises(ValueError, match="WeightedRandomSampler"):
+        run_of(classes=(0,)).subset(loader)
+
+
+def test_loss_slices_logits_and_shifts_labels():
+    logits = torch.tensor([[9.0, 1.0, 2.0, 3.0], [9.0, 4.0, 5.0, 6.0]])
+    loss = run_of(classes=(3, 1)).loss(nn.CrossEntropyLoss(), logits, torch.tensor([1, 3]))
+    # By hand: columns (3, 1) are (3, 1) and (6, 4), targets are columns 1 and 0.
+    expected = nn.functional.cross_entropy(torch.tensor([[3.0, 1.0], [6.0, 4.0]]), torch.tensor([1, 0]))
+    assert torch.equal(loss, expected)
+
+
+def test_loss_slices_soft_targets_to_a_distribution():
+    mixup = Mixup(mixup_alpha=1.0, label_smoothing=0.1, num_classes=4)
+    _, soft = mixup(torch.zeros(2, 3, 4, 4), torch.tensor([1, 2]))
+    seen = {}
+
+    def criterion(output, target):
+        seen["target"] = target
+        return SoftTargetCrossEntropy()(output, target)
+
+    loss = run_of(classes=(1, 2)).loss(criterion, torch.zeros(2, 4), soft)
+    assert torch.allclose(seen["target"].sum(1), torch.ones(2))
+    assert torch.allclose(seen["target"], soft[:, 1:3] / soft[:, 1:3].sum(1, keepdim=True))
+    assert loss.item() == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-6)
+
+
+def test_slicing_trains_the_same_function_as_a_smaller_head():
+    torch.manual_seed(0)
+    big = timm.create_model("test_resnet", num_classes=6)
+    small = copy.deepcopy(big)
+    small.reset_classifier(2)
+    with torch.no_grad():
+        small.fc.weight.copy_(big.fc.weight[[4, 5]])
+        small.fc.bias.copy_(big.fc.bias[[4, 5]])
+    images, labels = torch.randn(8, 3, 32, 32), torch.tensor([4, 5, 4, 5, 5, 5, 4, 4])
+    run = run_of(classes=(4, 5))
+    other_rows = big.fc.weight[:4].clone()
+    for model, loss in (
+        (big, lambda out: run.loss(nn.CrossEntropyLoss(), out, labels)),
+        (small, lambda out: nn.functional.cross_entropy(out, labels - 4)),
+    ):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        for _ in range(2):
+            loss(model(images)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, value in small.state_dict().items():
+        got = big.state_dict()[name]
+        assert torch.allclose(got[[4, 5]] if name.startswith("fc.") else got, value, atol=1e-6), name
+    assert torch.equal(big.fc.weight[:4], other_rows)
+
+
+def test_penalty_is_added():
+    subnet = object()
+    run = run_of(penalty=lambda given: torch.tensor(7.0 if given is subnet else 0.0))
+    run.subnet = subnet
+    assert run.loss(lambda output, target: output.sum(), torch.ones(2), torch.zeros(2)).item() == 9.0
+
+
+def rewinding(model, rewind, steps, epochs=1, per_epoch=None, accumulate=1):
+    """Train IMP's first run by hand; give back the states after each step and the pruner."""
+    pruner = tt.create_pruner("imp", model, sparsity=0.5, prune_rate=0.5, epochs=epochs, rewind=rewind)
+    run = next(pruner)
+    optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
+    if per_epoch:
+        run.batches_per_epoch = per_epoch
+    states = [copy.deepcopy(model.state_dict())]
+    for _ in range(steps):
+        for _ in range(accumulate):
+            loss = run.loss(nn.CrossEntropyLoss(), model(torch.randn(4, 3, 32, 32)), torch.randint(0, 10, (4,)))
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        states.append(copy.deepcopy(model.state_dict()))
+    return pruner, run, states
+
+
+def assert_rewound_to(pruner, state):
+    assert next(pruner, None) is None
+    ticket = pruner.ticket
+    for name, value in state.items():
+        expected = value.masked_fill(~ticket.masks[name], 0) if name in ticket.masks else value
+        assert torch.equal(pruner.subnet.model.state_dict()[name], expected), name
+        assert torch.equal(ticket.values[name], expected), name
+
+
+@pytest.mark.parametrize(("rewind", "step"), [("0ep", 0), ("0it", 0), ("2it", 2), ("1ep", 3), ("2ep", 6)])
+def test_weights_and_buffers_return_to_the_rewind_point(model, rewind, step):
+    pruner, _, states = rewinding(model, rewind, steps=7, epochs=3, per_epoch=3)
+    assert_rewound_to(pruner, states[step])
+    assert pruner.ticket.metadata["start_step"] == step
+
+
+def test_epochs_are_counted_in_batches_under_accumulation(model):
+    pruner, run, states = rewinding(model, "1ep", steps=4, epochs=2, per_epoch=4, accumulate=2)
+    assert (run.step, run.batches, run.progress) == (4, 8, 1.0)
+    assert_rewound_to(pruner, states[2])
+
+
+def test_a_rewind_point_never_reached_becomes_the_last_state_with_a_warning(model):
+    pruner, _, states = rewinding(model, "500it", steps=2)
+    with pytest.warns(UserWarning, match="ended after 2 steps, before its rewind point '500it'"):
+        assert_rewound_to(pruner, states[-1])
+
+
+def test_epochs_cannot_be_counted_without_subset_and_the_warning_says_so(model):
+    pruner, _, states = rewinding(model, "1ep", steps=2)
+    with pytest.warns(UserWarning, match=r"run\.subset\(loader\)"):
+        assert_rewound_to(pruner, states[-1])
+
+
+def test_late_rewinding_tells_later_runs_where_to_go_on(model):
+    pruner = tt.create_pruner("imp", model, sparsity=0.7, prune_rate=0.5, rewind="2it")
+    starts = []
+    for run in pruner:
+        starts.append(run.start_step)
+        optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1))
+        for _ in range(3):
+            run.loss(nn.CrossEntropyLoss(), model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])).backward()
+            optimizer.step()
+    assert starts == [0, 2]
+
+
+def test_progress_is_clipped_to_one(model):
+    _, run, _ = rewinding(model, "0ep", steps=9, epochs=1, per_epoch=4)
+    assert run.progress == 1.0
+
+
+def test_a_pruner_goes_on_where_iteration_stopped(model):
+    pruner = tt.create_pruner("imp", model, sparsity=0.9, prune_rate=0.5)
+    seen = []
+    for run in pruner:
+        seen.append(run.index)
+        if run.index == 1:
+            break
+    seen += [run.index for run in pruner]
+    assert seen == [0, 1, 2, 3]
+    assert list(pruner) == []
+
+
+def test_a_ticket_asked_for_before_iterating(model):
+    assert tt.create_pruner("magnitude", model, sparsity=0.5).ticket.sparsity == pytest.approx(0.5, abs=1e-5)
+    pruner = tt.create_pruner("imp", model, sparsity=0.5, prune_rate=0.5)
+    assert pruner.ticket.sparsity == 0
+    assert [run.index for run in pruner] == [0]
