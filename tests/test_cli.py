@@ -1,0 +1,95 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import timm_tickets as tt
+from timm_tickets.cli import app
+
+
+def call(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def test_help_does_not_wait_for_torch():
+    """torch takes over a second to import; help must not touch it."""
+    script = (
+        "import sys; from typer.testing import CliRunner; from timm_tickets.cli import app\n"
+        "out = CliRunner().invoke(app, ['--help']); assert out.exit_code == 0, out.output\n"
+        "assert all(name in out.output for name in ('list', 'search', 'train', 'info', 'recipe'))\n"
+        "assert not {'torch', 'timm', 'numpy', 'matplotlib'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_module_is_the_command():
+    out = subprocess.run([sys.executable, "-m", "timm_tickets", "--help"], capture_output=True, text=True, check=True)
+    assert "search" in out.stdout
+
+
+def test_list_shows_every_pruner_with_its_line_and_settings():
+    out = call("list").output
+    for name in tt.list_pruners():
+        assert name in out
+    assert "prune_rate=0.2" in out.replace("\n", "")
+    assert "random" not in call("list", "im*").output
+
+
+def test_recipe_prints_resolved_yaml_lists_and_writes_a_schema(tmp_path):
+    out = call("recipe", "digits_imp", "--set", "pruner.sparsity=0.5")
+    assert yaml.safe_load(out.output)["pruner"]["sparsity"] == 0.5
+    assert "digits_imp: " in call("recipe", "--list").output
+    call("recipe", "--schema", tmp_path / "schema.json")
+    assert json.loads((tmp_path / "schema.json").read_text())["properties"]["pruner"]
+
+
+def test_search_then_info_then_train(tmp_path):
+    short = ["--set", "training.epochs=1", "--set", "pruner.sparsity=0.5", "--set", "pruner.prune_rate=0.5"]
+    out = call("search", "digits_imp", *short, "--set", f"output={tmp_path / 'a'}")
+    assert out.exit_code == 0, out.output
+    assert "round_01" in out.output
+    ticket = tmp_path / "a" / "digits_imp.ticket"
+    out = call("info", ticket)
+    assert out.exit_code == 0, out.output
+    for words in ("test_resnet", "0.500000", "test_top1", '"name": "imp"', f"{ticket.stat().st_size:,} bytes"):
+        assert words in out.output
+    out = call("train", "digits_imp", "--ticket", ticket, *short, "--set", f"output={tmp_path / 'b'}")
+    assert out.exit_code == 0, out.output
+    assert (tmp_path / "b" / "round_00" / "model.safetensors").exists()
+    assert "finished" in call("search", "digits_imp", *short, "--set", f"output={tmp_path / 'a'}").output
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["search", "digit_imp"], "did you mean 'digits_imp'"),
+        (["search", "digits_imp", "--set", "pruner.name=impp"], "did you mean 'imp'"),
+        (["search", "digits_imp", "--set", "pruner.sparsity=1"], "pruner.sparsity"),
+        (["search", "digits_imp", "--set", "pruner.exclude=[layr*]"], "matches none"),
+        (["search", "digits_imp", "--set", "model.model_kwargs.widht=3"], "timm cannot build"),
+        (["train", "digits_imp", "--ticket", "nowhere.ticket"], "no ticket at"),
+        (["info", __file__], "not a ticket"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_message_without_a_traceback(args, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = call(*args)
+    assert out.exit_code == 2
+    assert out.stderr.startswith("error: ")
+    assert words in out.stderr
+    assert "Traceback" not in out.output
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch):
+    from timm_tickets import trainer
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "fit", interrupted)
+    out = call("search", "digits_imp", "--set", f"output={tmp_path}")
+    assert out.exit_code == 130
+    assert "the same command continues" in out.stderr
