@@ -75,10 +75,10 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _clear(parameter: Tensor, pruned: Tensor) -> None:
-    # A post-accumulate hook must return None. masked_fill_, not a product: it leaves +0.0 and clears infinities.
+def _mask_gradient(parameter: Tensor, mask: Tensor) -> None:
+    # A post-accumulate hook must return None. A product with a bool mask is vectorised on CPUs, masked_fill_ is not.
     if parameter.grad is not None:
-        parameter.grad.masked_fill_(pruned, 0)
+        parameter.grad.mul_(mask)
 
 
 class Subnet:
@@ -99,7 +99,7 @@ class Subnet:
         self.names = tuple(names)
         self.start: State | None = None
         self._mask = full_masks(self.weights())
-        self._pruned: Masks = {}  # on the weights' devices, only while hooks hold the masks
+        self._held: Masks = {}  # copies on the weights' devices, only while hooks hold the masks
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The prunable parameters by name, looked up afresh: wrappers such as FSDP2 replace the objects."""
@@ -123,16 +123,15 @@ class Subnet:
     def set_mask_(self, masks: Mapping[str, Tensor]) -> None:
         """Replace the mask and zero what it prunes. During a run the hooks follow from the next step on."""
         self._mask = {name: masks[name].detach().to("cpu", torch.bool) for name in self.names}
-        for name, pruned in self._pruned.items():
-            pruned.copy_(~self._mask[name])
+        for name, held in self._held.items():
+            held.copy_(self._mask[name])
         self.apply_()
 
     @torch.no_grad()
     def apply_(self) -> None:
         """Set every pruned weight to exactly zero."""
         for name, weight in self.weights().items():
-            pruned = self._pruned.get(name)
-            weight.masked_fill_(~self._mask[name].to(weight.device) if pruned is None else pruned, 0)
+            weight.masked_fill_(~self._mask[name].to(weight.device), 0)
 
     def state(self) -> State:
         """A copy of the whole state dict, contiguous, on the CPU."""
@@ -163,23 +162,26 @@ class Subnet:
             after_step: Called after each optimizer step, once the masks are applied.
         """
         self.release_()
-        hooks: list[Any] = []
-        _hooks[self.model] = hooks
-        for name, parameter in self.parameters().items():
-            self._pruned[name] = ~self._mask[name].to(parameter.device)
-            if parameter.requires_grad:
-                hook = partial(_clear, pruned=self._pruned[name])
-                hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+        parameters = self.parameters()
+        self._held = {name: self._mask[name].to(parameter.device, copy=True) for name, parameter in parameters.items()}
+        hooks: list[Any] = [
+            parameter.register_post_accumulate_grad_hook(partial(_mask_gradient, mask=self._held[name]))
+            for name, parameter in parameters.items()
+            if parameter.requires_grad
+        ]
 
+        @torch.no_grad()
         def stepped(*_: Any) -> None:
-            self.apply_()
+            for name, weight in self.weights().items():
+                weight.mul_(self._held[name])
             if after_step is not None:
                 after_step()
 
         hooks.append(plain_optimizer(optimizer).register_step_post_hook(stepped))
+        _hooks[self.model] = hooks
 
     def release_(self) -> None:
         """Remove the hooks on this model, whoever put them there. The weights stay as they are."""
         for hook in _hooks.pop(self.model, []):
             hook.remove()
-        self._pruned = {}
+        self._held = {}
