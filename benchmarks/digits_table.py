@@ -23,10 +23,10 @@ from timm_tickets.trainer import build_model
 
 RECIPE = "digits_imp"
 PRUNERS = {
-    "imp, 20 % a round": "{{name: imp, sparsity: {s}}}",
-    "imp, one shot": "{{name: imp, sparsity: {s}, prune_rate: {s}}}",
-    "magnitude at initialisation": "{{name: magnitude, sparsity: {s}}}",
-    "random, global": "{{name: random, sparsity: {s}}}",
+    "imp, 20 % a round": ["pruner.name=imp"],
+    "imp, one shot": ["pruner.name=imp", "pruner.prune_rate={s}"],
+    "magnitude at initialisation": ["pruner.name=magnitude"],
+    "random, global": ["pruner.name=random"],
 }
 CONTROLS = ("imp's layer counts, random mask", "imp's mask, other start")
 
@@ -36,43 +36,27 @@ def one_seed(seed: int, sparsity: float, output: Path, console: Console) -> tupl
     accuracy: dict[str, float] = {}
     trainings: dict[str, int] = {}
     found: tt.Ticket | None = None
-    common = [f"seed={seed}", "dense=false"]
+    common = [f"seed={seed}", f"pruner.sparsity={sparsity}", "dense=false"]
     for row, pruner in PRUNERS.items():
         folder = output / f"{row.replace(' ', '_').replace(',', '').replace('%', 'percent')}_{sparsity}_{seed}"
-        settings = [*common, f"pruner={pruner.format(s=sparsity)}", f"output={folder}"]
-        recipe = base_recipe(settings)
-        result = tt.search(recipe, console=console)
+        settings = [setting.format(s=sparsity) for setting in pruner]
+        result = tt.search(RECIPE, [*common, *settings, f"output={folder}"], console=console)
         accuracy[row] = result.rows[-1]["metrics"]["test_top1"]
         trainings[row] = len(result.rows)
         if row == "imp, 20 % a round":
             accuracy["dense"], trainings["dense"] = result.rows[0]["metrics"]["test_top1"], 1
             found = result.ticket
     assert found is not None
-    same, other = (build_model(base_recipe([f"seed={s}"]), 10) for s in (seed, seed + 1000))
+    same, other = (build_model(tt.load_recipe(RECIPE, [f"seed={s}"]), 10) for s in (seed, seed + 1000))
     tickets = (tt.Ticket.of(same, tt.shuffled_masks(found.masks, seed)), tt.Ticket.of(other, found.masks))
     for row, ticket in zip(CONTROLS, tickets, strict=True):
         folder = output / f"{'random_mask' if ticket is tickets[0] else 'other_start'}_{sparsity}_{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         ticket.save(folder / "control.ticket")
-        recipe = base_recipe([*common, f"output={folder}"])
-        accuracy[row] = tt.train(recipe, folder / "control.ticket", console=console).rows[-1]["metrics"]["test_top1"]
+        result = tt.train(RECIPE, folder / "control.ticket", [*common, f"output={folder}"], console=console)
+        accuracy[row] = result.rows[-1]["metrics"]["test_top1"]
         trainings[row] = trainings["imp, 20 % a round"] + 1
     return accuracy, trainings
-
-
-def base_recipe(overrides: list[str]) -> tt.Recipe:
-    """The recipe with its pruner replaced as a whole: settings of another pruner would be refused."""
-    import yaml
-
-    from timm_tickets.recipe import recipes_folder
-
-    values = yaml.safe_load((recipes_folder() / f"{RECIPE}.yaml").read_text())
-    for override in overrides:
-        key, _, value = override.partition("=")
-        values[key] = yaml.safe_load(value)
-    from timm_tickets.settings import check
-
-    return check(tt.Recipe, values)
 
 
 def main() -> None:

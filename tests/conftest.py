@@ -20,3 +20,14 @@ def digits():
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     test, train = order[:360], order[360:]
     return images[train], labels[train], images[test], labels[test]
+
+
+@pytest.fixture
+def unregister():
+    """Forget the pruners that a test registers."""
+    from timm_tickets import registry
+
+    before = dict(registry._methods)
+    yield
+    registry._methods.clear()
+    registry._methods.update(before)

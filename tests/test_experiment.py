@@ -18,7 +18,6 @@ from rich.console import Console
 
 import timm_tickets as tt
 from timm_tickets import trainer as trainer_module
-from timm_tickets.trainer import NonFiniteLoss
 
 SHORT = ["training.epochs=2", "pruner.sparsity=0.8", "pruner.prune_rate=0.6", "training.checkpoint_interval=0"]
 
@@ -55,7 +54,7 @@ def test_what_a_search_leaves(whole):
             assert not trained.get_parameter(name)[~mask].any()
         assert 0 <= float(row["test_top1"]) <= 100
         assert row["name"] in text
-    assert not list(folder.rglob("*.tmp"))
+    assert not list(folder.rglob(".*"))
     assert not list(folder.rglob("checkpoint.pt"))
 
 
@@ -90,6 +89,10 @@ def test_splits_do_not_overlap():
     train, val = set(data._train.indices), set(data._val.indices)
     assert not train & val
     assert len(train | val) == 1437
+    train_images, test_images = (
+        {part.images[i].tobytes() for i in range(len(part))} for part in (data._train.dataset, data._test)
+    )
+    assert len(train_images & test_images) <= 1  # one digit was scanned twice
     assert len(val) == 144
     assert len(data._test) == 360
 
@@ -115,11 +118,58 @@ def test_a_changed_recipe_is_refused_with_the_differences(whole):
 
 def test_restart_deletes_results_and_nothing_else(tmp_path):
     search(tmp_path, "pruner.sparsity=0.3", "pruner.prune_rate=0.3", "training.epochs=1")
-    (tmp_path / "notes.txt").write_text("mine")
+    mine = ("notes.txt", "best.ticket", "round_table/data", "round_00/notes.txt", "other/.draft.tmp")
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
     result, text = search(tmp_path, "pruner.sparsity=0.2", "training.epochs=1", restart=True)
     assert "skipped" not in text
     assert result.ticket.sparsity == pytest.approx(0.2, abs=1e-5)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert all((tmp_path / name).read_text() == "mine" for name in mine)
+
+
+def test_a_recipe_that_somebody_else_wrote_is_not_overwritten(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("name: mine\n")
+    with pytest.raises(tt.SettingError, match="was not written by timm-tickets"):
+        search(tmp_path, restart=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_recipe_that_cannot_be_built_leaves_the_folder_free(tmp_path):
+    with pytest.raises(tt.SettingError, match="widht"):
+        search(tmp_path / "run", "model.model_kwargs.widht=3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_search_and_a_training_do_not_share_a_folder(whole, tmp_path):
+    with pytest.raises(tt.SettingError, match="experiment: search there, training of dense now"):
+        tt.train("digits_imp", None, [*SHORT, f"output={whole[0].folder}"])
+
+
+def test_a_ticket_that_rewinds_past_the_training_is_refused(whole, tmp_path):
+    ticket = tt.load_ticket(whole[0].folder / "digits_imp.ticket")
+    ticket.metadata["start_epoch"] = 5.0
+    ticket.save(tmp_path / "late.ticket")
+    with pytest.raises(tt.SettingError, match=r"starts at epoch 5 .* of 2: nothing is left to train"):
+        tt.train("digits_imp", tmp_path / "late.ticket", [*SHORT, f"output={tmp_path / 'run'}"])
+
+
+def test_a_checkpoint_stays_until_its_run_is_written(whole, tmp_path, monkeypatch):
+    """The disk fills at the very end of a training: the next call only scores and writes."""
+    from timm_tickets import pruner
+
+    def full(path, state):
+        raise OSError("cannot write: No space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pruner, "write_state", full)
+        patch.setattr(pruner.Pruner, "_first_state", lambda self: self.subnet.state())
+        with pytest.raises(OSError, match="No space left"):
+            search(tmp_path)
+    assert (tmp_path / "round_00" / "checkpoint.pt").exists()
+    result, text = search(tmp_path)
+    assert "round_00 goes on after 2 of 2 epochs" in text
+    assert result.ticket.fingerprint == whole[0].ticket.fingerprint
 
 
 class Stop(BaseException):
@@ -194,7 +244,7 @@ def test_killed_it_continues_to_the_same_ticket(whole, tmp_path):
     ticket = tt.load_ticket(tmp_path / "digits_imp.ticket")
     expected, _ = whole
     assert ticket.fingerprint == expected.ticket.fingerprint
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_late_rewinding_goes_on_in_the_schedule(tmp_path):
@@ -202,7 +252,7 @@ def test_late_rewinding_goes_on_in_the_schedule(tmp_path):
     steps = [row["steps"] for row in result.rows]
     per_epoch = steps[0] // 2
     assert steps == [2 * per_epoch, per_epoch]
-    assert result.ticket.metadata["start_step"] == per_epoch
+    assert result.ticket.metadata["start_epoch"] == 1
 
 
 def test_a_pruner_without_runs_gets_a_dense_control(tmp_path):
@@ -233,7 +283,7 @@ def test_training_a_ticket_and_the_dense_network(whole, tmp_path):
         assert not trained[name][~mask].any()
     again = tt.train("digits_imp", ticket, [*SHORT, f"output={tmp_path / 'a'}"], console=console)
     assert again.rows == result.rows
-    with pytest.raises(tt.SettingError, match="another one was trained there"):
+    with pytest.raises(tt.SettingError, match="experiment: training of ticket"):
         tt.train("digits_imp", expected.folder / "round_01" / "round_01.ticket", [*SHORT, f"output={tmp_path / 'a'}"])
     dense = tt.train("digits_imp", None, [*SHORT, f"output={tmp_path / 'b'}"], console=console)
     assert dense.rows[0]["sparsity"] == 0
@@ -264,7 +314,7 @@ def test_nan_stops_says_the_step_and_keeps_the_last_good_state(tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(tt.Run, "loss", poisoned)
-        with pytest.raises(NonFiniteLoss, match=r"round_01: the loss is not finite at step 25 .*last_good"):
+        with pytest.raises(tt.TrainingError, match=r"round_01: the loss is not finite at step 25 .*last_good"):
             search(tmp_path)
     good = timm.models.load_state_dict(tmp_path / "round_01" / "last_good.safetensors")
     assert all(value.isfinite().all() for value in good.values())
@@ -276,14 +326,14 @@ def test_nan_stops_says_the_step_and_keeps_the_last_good_state(tmp_path, monkeyp
 def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     began = time.monotonic()
-    with pytest.raises(OSError, match=r"cannot write .*recipe\.yaml"):
+    with pytest.raises(OSError, match=r"cannot write .*experiment\.json"):
         search(tmp_path / "file" / "run")
     assert time.monotonic() - began < 5
 
 
 def test_a_disk_that_fills_loses_nothing(whole, tmp_path, monkeypatch):
     original = os.fsync
-    calls = {"left": 9}
+    calls = {"left": 17}
 
     def filling(number):
         calls["left"] -= 1
@@ -295,11 +345,12 @@ def test_a_disk_that_fills_loses_nothing(whole, tmp_path, monkeypatch):
         patch.setattr(os, "fsync", filling)
         with pytest.raises(OSError, match=r"cannot write .*No space left on device; nothing written before is lost"):
             search(tmp_path)
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".*"))
     result, _ = search(tmp_path)
     assert result.ticket.fingerprint == whole[0].ticket.fingerprint
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")  # adahessian's second derivative
 @pytest.mark.parametrize(
     "settings",
     [
@@ -313,6 +364,7 @@ def test_a_disk_that_fills_loses_nothing(whole, tmp_path, monkeypatch):
             "training.sched=step",
         ],
         ["training.torchcompile=eager", "training.smoothing=0.1", "training.sched=none", "data.workers=2"],
+        ["training.opt=adahessian", "training.lr=0.05", "training.epochs=1", "data.val_fraction=0.3"],
         ["training.bce_loss=true", "training.smoothing=0.1", "pruner.scope=layerwise", "pruner.rewind=3it"],
         ["model.model=test_vit", "model.drop_path=0.1", "training.layer_decay=0.8", "training.batch_size=512"],
     ],

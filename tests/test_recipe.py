@@ -57,8 +57,17 @@ def test_the_resolved_recipe_is_a_recipe_and_means_the_same(tmp_path):
 
 def test_the_hash_follows_what_decides_the_result():
     recipe = tt.load_recipe("digits_imp")
-    assert tt.load_recipe("digits_imp", ["output=/elsewhere", "data.workers=3"]).hash == recipe.hash
+    assert tt.load_recipe("digits_imp", ["output=/elsewhere", "training.checkpoint_interval=3"]).hash == recipe.hash
     assert tt.load_recipe("digits_imp", ["seed=1"]).hash != recipe.hash
+
+
+def test_naming_another_pruner_drops_the_first_ones_own_settings():
+    recipe = tt.load_recipe("digits_imp", ["pruner.name=random", "pruner.scope=layerwise"])
+    assert recipe.pruner["sparsity"] == 0.95
+    assert recipe.pruner["scope"] == "layerwise"
+    assert "prune_rate" not in recipe.pruner
+    with pytest.raises(tt.SettingError, match="'prune_rate' is unknown"):
+        tt.load_recipe("digits_imp", ["pruner.name=random", "pruner.prune_rate=0.1"])
 
 
 def test_yaml_is_only_data(tmp_path):

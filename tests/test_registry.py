@@ -22,15 +22,8 @@ def test_an_unknown_pruner_is_refused_with_the_closest(model):
         tt.create_pruner("magnitud", model, sparsity=0.5)
 
 
-@pytest.fixture
-def unregister():
-    before = dict(registry._methods)
-    yield
-    registry._methods.clear()
-    registry._methods.update(before)
-
-
 @pytest.mark.usefixtures("unregister")
+@pytest.mark.filterwarnings("ignore:.*without an optimizer step")
 def test_a_method_is_one_class(model):
     @tt.register_pruner("smallest_layers_first")
     class Mine(tt.Method):
@@ -77,4 +70,25 @@ def test_a_method_of_another_package_is_found_through_its_entry_point(tmp_path, 
     assert "elsewhere" in tt.list_pruners()
     assert tt.create_pruner("elsewhere", model, sparsity=0.25).ticket.sparsity == pytest.approx(0.25, abs=1e-5)
     del sys.modules["elsewhere"]
+    registry._load.cache_clear()
+
+
+@pytest.mark.usefixtures("unregister")
+def test_another_packages_class_does_not_replace_a_pruner_of_the_same_name():
+    class IMP(tt.Method):
+        """Another."""
+
+    with pytest.raises(ValueError, match="registered already"):
+        tt.register_pruner("imp")(IMP)
+
+
+def test_a_broken_entry_point_is_named_and_the_others_stay(tmp_path, monkeypatch):
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[timm_tickets.pruners]\nbroken = not_there_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry._load.cache_clear()
+    with pytest.warns(UserWarning, match="not_there_at_all"):
+        assert "imp" in tt.list_pruners()
     registry._load.cache_clear()

@@ -1,17 +1,22 @@
 """A run's own promises: subsets, sliced losses, rewind points, counting."""
 
 import copy
+import os
 
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
+    DistributedSampler,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
@@ -79,6 +84,173 @@ def test_everything_is_the_very_same_object():
     run = run_of()
     assert run.subset(loader) is loader
     assert run.batches_per_epoch == 3
+
+
+def test_the_length_of_an_epoch_is_the_first_loaders_and_streams_have_none():
+    run = run_of()
+    run.subset(Targets())
+    assert run.batches_per_epoch is None  # a data set does not say how long an epoch is
+    run.subset(DataLoader(Targets(), batch_size=2))
+    run.subset(DataLoader(Targets(), batch_size=6))  # such as the validation loader
+    assert run.batches_per_epoch == 3
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(range(3))
+
+    stream = DataLoader(Stream())
+    run = run_of()
+    assert run.subset(stream) is stream
+    with pytest.raises(RuntimeError, match=r"run\.batches_per_epoch"):
+        run.progress  # noqa: B018
+
+
+def test_prepared_and_prefetching_loaders_are_cut_too():
+    class Prefetch:
+        """As timm's PrefetchLoader, which needs a GPU: a loader inside, the rest handed through."""
+
+        def __init__(self, loader):
+            self.loader = loader
+
+        def __len__(self):
+            return len(self.loader)
+
+        def __iter__(self):
+            return iter(self.loader)
+
+    plain = DataLoader(Targets(), batch_size=2)
+    for loader in (Accelerator(cpu=True).prepare(plain), Prefetch(plain)):
+        run = run_of(classes=(0, 1))
+        part = run.subset(loader)
+        assert type(part) is type(loader)
+        assert [label for _, labels in part for label in labels.tolist()] == [0, 1, 0, 1]
+        assert run.batches_per_epoch == 2
+
+
+def test_cut_loaders_keep_draws_epochs_and_batch_size():
+    draws = RandomSampler(Targets(), replacement=True, num_samples=60)
+    part = run_of(classes=(0, 1)).subset(DataLoader(Targets(), batch_size=4, sampler=draws))
+    assert len(part.sampler) == 40
+    sampler = DistributedSampler(Targets(), num_replicas=2, rank=1, seed=5)
+    sampler.set_epoch(7)
+    part = run_of(classes=(0,)).subset(DataLoader(Targets(), batch_size=4, sampler=sampler, drop_last=True))
+    assert (part.sampler.rank, part.sampler.seed, part.sampler.epoch) == (1, 5, 7)
+    assert len(part) == 0 or part.batch_size <= len(part.dataset)
+
+
+def test_targets_outside_the_classes_are_refused():
+    with pytest.raises(ValueError, match="outside this run's"):
+        run_of(classes=(1, 2)).loss(nn.CrossEntropyLoss(), torch.zeros(3, 4), torch.tensor([1, 3, 2]))
+
+
+def test_an_optimizer_of_another_model_is_refused(model):
+    run = next(tt.create_pruner("imp", model, sparsity=0.5))
+    with pytest.raises(ValueError, match="none of this model's parameters"):
+        run.attach(torch.optim.SGD(copy.deepcopy(model).parameters(), 0.1))
+
+
+def test_a_run_that_nobody_attached_warns(model):
+    pruner = tt.create_pruner("imp", model, sparsity=0.5, prune_rate=0.5)
+    next(pruner)
+    with pytest.warns(UserWarning, match="round_00 ended without an optimizer step"):
+        next(pruner, None)
+
+
+def test_weights_that_are_not_finite_stop_the_search_and_are_not_written(model, tmp_path):
+    pruner = tt.create_pruner("imp", model, sparsity=0.5, prune_rate=0.5, folder=tmp_path)
+    next(pruner)
+    with torch.no_grad():
+        model.fc.bias[0] = torch.nan
+    with pytest.raises(tt.TrainingError, match=r"fc\.bias"):
+        next(pruner)
+    assert not (tmp_path / "round_00").exists()
+    for again in (lambda: next(pruner), lambda: pruner.ticket):  # not mistaken for the end of the search
+        with pytest.raises(RuntimeError, match="stopped at an error"):
+            again()
+
+
+def test_a_write_that_fails_is_not_mistaken_for_the_end(model, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    pruner = tt.create_pruner("magnitude", model, sparsity=0.5, folder=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            next(pruner)
+    with pytest.raises(RuntimeError, match="stopped at an error"):
+        pruner.sparsity  # noqa: B018
+
+
+def test_a_folder_is_for_one_search(model, tmp_path):
+    first = tt.create_pruner("random", model, sparsity=0.5, folder=tmp_path).ticket
+    assert tt.create_pruner("random", model, sparsity=0.5, folder=tmp_path).ticket.fingerprint == first.fingerprint
+    with pytest.raises(tt.SettingError, match=r"sparsity: 0\.5 there, 0\.6 now"):
+        tt.create_pruner("random", model, sparsity=0.6, folder=tmp_path).ticket  # noqa: B018
+    other = timm.create_model("test_resnet", num_classes=3)
+    with pytest.raises(tt.SettingError, match="tensors differ"):
+        tt.create_pruner("random", other, sparsity=0.5, folder=tmp_path).ticket  # noqa: B018
+
+
+@pytest.mark.filterwarnings("ignore:.*without an optimizer step")
+def test_metrics_may_be_tensors(model, tmp_path):
+    for run in tt.create_pruner("imp", model, sparsity=0.5, prune_rate=0.5, folder=tmp_path):
+        run.metrics["accuracy"] = torch.tensor(0.5)
+    assert tt.load_ticket(tmp_path / "round_00" / "round_00.ticket").metadata["metrics"] == {"accuracy": 0.5}
+
+
+@pytest.mark.filterwarnings("ignore:.*without an optimizer step")
+def test_replay_leaves_the_model_where_the_run_left_it(model, tmp_path, unregister):
+    @tt.register_pruner("goes_on")
+    class GoesOn(tt.Method):
+        """Three runs, each from where the last ended."""
+
+        def search(self, subnet):
+            for _ in range(3):
+                (end,) = yield [tt.Run()]
+            subnet.start = end.state
+            subnet.rewind_()
+
+    def whole(folder, stop=None):
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=10)
+        pruner = tt.create_pruner("goes_on", model, sparsity=0, folder=folder)
+        for run in pruner:
+            if run.index == stop:
+                return None
+            with torch.no_grad():
+                model.fc.bias += 1 + run.index
+        return pruner.ticket.fingerprint
+
+    expected = whole(tmp_path / "a")
+    whole(tmp_path / "b", stop=2)
+    assert whole(tmp_path / "b") == expected
+
+
+def test_a_rewind_point_at_the_very_end_would_leave_nothing_to_train(model):
+    pruner, _, states = rewinding(model, "1ep", steps=3, epochs=1, per_epoch=3)
+    with pytest.warns(UserWarning, match="without passing its rewind point '1ep'"):
+        assert_rewound_to(pruner, states[-1])
+    assert pruner.ticket.metadata["start_epoch"] == 0
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
+def test_a_wrapped_model_is_pruned_as_the_plain_one(model, wrap):
+    plain = tt.create_pruner("magnitude", copy.deepcopy(model), sparsity=0.5).ticket
+    assert tt.create_pruner("magnitude", wrap(model), sparsity=0.5).ticket.fingerprint == plain.fingerprint
+
+
+def test_lookahead_rewinds_to_the_model_after_its_slow_step(model):
+    pruner = tt.create_pruner("imp", model, sparsity=0.5, prune_rate=0.5, rewind="12it")
+    run = next(pruner)
+    optimizer = run.attach(create_optimizer_v2(model, "lookahead_momentum", lr=0.1))
+    for _ in range(12):  # the second slow step, the first that moves the weights
+        nn.functional.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.randint(0, 10, (4,))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = copy.deepcopy(model.state_dict())
+    assert_rewound_to(pruner, after)
+    assert "step" not in optimizer.__dict__
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -197,7 +369,7 @@ def assert_rewound_to(pruner, state):
 def test_weights_and_buffers_return_to_the_rewind_point(model, rewind, step):
     pruner, _, states = rewinding(model, rewind, steps=7, epochs=3, per_epoch=3)
     assert_rewound_to(pruner, states[step])
-    assert pruner.ticket.metadata["start_step"] == step
+    assert pruner.ticket.metadata["start_epoch"] == step / 3
 
 
 def test_epochs_are_counted_in_batches_under_accumulation(model):
@@ -208,7 +380,7 @@ def test_epochs_are_counted_in_batches_under_accumulation(model):
 
 def test_a_rewind_point_never_reached_becomes_the_last_state_with_a_warning(model):
     pruner, _, states = rewinding(model, "500it", steps=2)
-    with pytest.warns(UserWarning, match="ended after 2 steps, before its rewind point '500it'"):
+    with pytest.warns(UserWarning, match="round_00 ended after 2 steps without passing its rewind point '500it'"):
         assert_rewound_to(pruner, states[-1])
 
 
@@ -222,12 +394,13 @@ def test_late_rewinding_tells_later_runs_where_to_go_on(model):
     pruner = tt.create_pruner("imp", model, sparsity=0.7, prune_rate=0.5, rewind="2it")
     starts = []
     for run in pruner:
-        starts.append(run.start_step)
+        starts.append(run.start_epoch)
+        run.batches_per_epoch = 4
         optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1))
         for _ in range(3):
             run.loss(nn.CrossEntropyLoss(), model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])).backward()
             optimizer.step()
-    assert starts == [0, 2]
+    assert starts == [0, 0.5]
 
 
 def test_progress_is_clipped_to_one(model):
@@ -235,6 +408,7 @@ def test_progress_is_clipped_to_one(model):
     assert run.progress == 1.0
 
 
+@pytest.mark.filterwarnings("ignore:.*without an optimizer step")
 def test_a_pruner_goes_on_where_iteration_stopped(model):
     pruner = tt.create_pruner("imp", model, sparsity=0.9, prune_rate=0.5)
     seen = []
@@ -247,6 +421,7 @@ def test_a_pruner_goes_on_where_iteration_stopped(model):
     assert list(pruner) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*without an optimizer step")
 def test_a_ticket_asked_for_before_iterating(model):
     assert tt.create_pruner("magnitude", model, sparsity=0.5).ticket.sparsity == pytest.approx(0.5, abs=1e-5)
     pruner = tt.create_pruner("imp", model, sparsity=0.5, prune_rate=0.5)

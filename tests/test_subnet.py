@@ -11,7 +11,12 @@ from torch.nn.utils import parametrize
 from timm_tickets import shuffled_masks
 from timm_tickets.masks import full_masks, prunable_names, prune
 from timm_tickets.scores import random
-from timm_tickets.subnet import Subnet, plain_model, reset_
+from timm_tickets.subnet import Subnet
+from timm_tickets.wrappers import plain_model, plain_optimizer, reset_
+
+
+def _masked_in_place(parameter, mask):
+    parameter.grad.mul_(mask)
 
 
 def half_masks(model, seed=0):
@@ -67,11 +72,12 @@ def test_in_place_masks_equal_a_parametrized_twin_bit_for_bit(model, opt, clip):
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
-def test_gradient_mask_alone_or_weight_mask_alone_is_not_enough(model):
-    """Why both hooks: without the gradient's, clipping counts pruned gradients."""
+def test_one_of_the_two_hooks_alone_is_not_enough(model):
+    """With the weights' alone clipping counts pruned gradients; with the gradients' alone old momentum moves weights."""
     masks = half_masks(model)
-    twin = copy.deepcopy(model)
-    for one, hold in ((model, True), (twin, False)):
+    name = next(iter(masks))
+    only_weights = copy.deepcopy(model)
+    for one, hold in ((model, True), (only_weights, False)):
         subnet = Subnet(one, tuple(masks))
         subnet.set_mask_(masks)
         optimizer = torch.optim.SGD(one.parameters(), 0.1)
@@ -80,8 +86,18 @@ def test_gradient_mask_alone_or_weight_mask_alone_is_not_enough(model):
         for images, labels in batches(1):
             step(one, optimizer, images, labels, clip=0.01)
         subnet.apply_()
-    name = next(iter(masks))
-    assert not torch.equal(model.get_parameter(name), twin.get_parameter(name))
+    assert not torch.equal(model.get_parameter(name), only_weights.get_parameter(name))
+
+    subnet.release_()
+    model = only_weights
+    only_gradients = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for images, labels in batches(1):
+        step(model, only_gradients, images, labels)  # dense: momentum everywhere
+    subnet.set_mask_(masks)
+    model.get_parameter(name).register_post_accumulate_grad_hook(lambda p: _masked_in_place(p, masks[name]))
+    for images, labels in batches(1):
+        step(model, only_gradients, images, labels)
+    assert model.get_parameter(name)[~masks[name]].any()
 
 
 # These need a GPU or a package that is not installed.
@@ -101,10 +117,10 @@ def test_every_timm_optimizer_keeps_masks_and_can_be_reset(name):
     for _ in range(2):  # the second time with the same optimizer, reset
         model.load_state_dict(start)
         subnet.set_mask_(mask)
-        reset_(getattr(optimizer, "_base_optimizer", optimizer))
+        reset_(plain_optimizer(optimizer))
         subnet.hold_(optimizer)
         torch.manual_seed(5)
-        for i in range(7):
+        for i in range(14):
             x = torch.randn(9, 6, generator=torch.Generator().manual_seed(i))
             loss = model(x).square().mean()
             loss.backward(create_graph=getattr(optimizer, "is_second_order", False))
@@ -117,18 +133,36 @@ def test_every_timm_optimizer_keeps_masks_and_can_be_reset(name):
         assert all(torch.equal(ends[0][key], ends[1][key]) for key in start)
 
 
-def test_reset_restores_the_learning_rate_a_schedule_left_low(model):
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4),
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=5),
+    ],
+)
+def test_an_optimizer_used_again_begins_each_schedule_at_its_beginning(model, schedule):
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    reset_(optimizer)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
-    for images, labels in batches(2):
-        step(model, optimizer, images, labels)
-        schedule.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
-    reset_(optimizer)
-    assert optimizer.param_groups[0]["lr"] == 0.1
-    assert not optimizer.state
-    assert "initial_lr" not in optimizer.param_groups[0]
+    rates = []
+    for _ in range(2):
+        reset_(optimizer)
+        assert not optimizer.state
+        scheduler = schedule(optimizer)
+        scheduler_rates = []
+        for images, labels in batches(4):
+            scheduler_rates.append(optimizer.param_groups[0]["lr"])
+            step(model, optimizer, images, labels)
+            scheduler.step()
+        rates.append(scheduler_rates)
+    assert rates[0] == rates[1]
+    assert max(rates[1]) >= 0.1
+
+
+def test_reset_leaves_hyper_parameters_as_the_user_set_them(model):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for rate in (0.1, 0.05):
+        optimizer.param_groups[0]["lr"] = rate
+        reset_(optimizer)
+        assert optimizer.param_groups[0]["lr"] == rate
 
 
 def test_who_attaches_last_holds(model):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .pruner import End, Method, Pruner, Rewind, Run
     from .recipe import Recipe, list_recipes, load_recipe
     from .registry import create_pruner, get_method, list_pruners, register_pruner
-    from .settings import SettingError
+    from .settings import SettingError, TrainingError
     from .subnet import Subnet
     from .ticket import Ticket, TicketError, load_ticket
 
@@ -22,7 +22,7 @@ _MODULES = {
     "recipe": ("Recipe", "list_recipes", "load_recipe"),
     "registry": ("create_pruner", "get_method", "list_pruners", "register_pruner"),
     "experiment": ("search", "train"),
-    "settings": ("SettingError",),
+    "settings": ("SettingError", "TrainingError"),
     "subnet": ("Subnet",),
     "ticket": ("Ticket", "TicketError", "load_ticket"),
 }
@@ -35,7 +35,7 @@ __all__ = [  # noqa: RUF022 - grouped by module, as above
     "Recipe", "list_recipes", "load_recipe",
     "create_pruner", "get_method", "list_pruners", "register_pruner",
     "search", "train",
-    "SettingError",
+    "SettingError", "TrainingError",
     "Subnet",
     "Ticket", "TicketError", "load_ticket",
 ]  # fmt: skip

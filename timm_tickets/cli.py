@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -26,16 +27,15 @@ def _about() -> None:
 @contextmanager
 def _errors() -> Iterator[None]:
     """Turn what a user can mend into one message on standard error, without a traceback."""
-    from .settings import SettingError
+    from .settings import SettingError, TrainingError
     from .ticket import TicketError
-    from .trainer import NonFiniteLoss
 
     try:
         yield
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         raise typer.Exit(130) from None
-    except (SettingError, TicketError, NonFiniteLoss, OSError) as error:
+    except (SettingError, TicketError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
@@ -43,22 +43,20 @@ def _errors() -> Iterator[None]:
 @app.command("list")
 def list_(pattern: Annotated[str, typer.Argument(help="wildcard on the names")] = "*") -> None:
     """Show the registered pruners and their settings."""
-    from dataclasses import MISSING, fields
+    with _errors():
+        from .registry import get_method, list_pruners
 
-    from .registry import get_method, list_pruners
-
-    table = Table(box=None, header_style="bold")
-    for title in ("pruner", "what it does", "settings"):
-        table.add_column(title)
-    for name in list_pruners(pattern):
-        method = get_method(name)
-        settings = []
-        for field in fields(method):
-            info: Any = method.__pydantic_fields__[field.name]  # pyright: ignore[reportAttributeAccessIssue]
-            needed = field.default is MISSING and info.is_required()
-            settings.append(field.name if needed else f"{field.name}={info.default!r}")
-        table.add_row(name, (method.__doc__ or "").strip().splitlines()[0], ", ".join(settings))
-    Console().print(table)
+        table = Table(box=None, header_style="bold")
+        for title in ("pruner", "what it does", "settings"):
+            table.add_column(title)
+        for name in list_pruners(pattern):
+            method: Any = get_method(name)
+            settings = [
+                key if info.is_required() else f"{key}={info.default!r}"
+                for key, info in method.__pydantic_fields__.items()
+            ]
+            table.add_row(name, (method.__doc__ or "").strip().splitlines()[0], Text(", ".join(settings)))
+        Console().print(table)
 
 
 @app.command()
@@ -110,7 +108,7 @@ def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="a .ticket fi
             table.add_column(title, justify="right")
         for name, layer in layer_sparsities(ticket.masks).items():
             mask = ticket.masks[name]
-            table.add_row(name, "x".join(map(str, mask.shape)), f"{int(mask.sum()):,}", f"{layer:.4f}")
+            table.add_row(Text(name), "x".join(map(str, mask.shape)), f"{int(mask.sum()):,}", f"{layer:.4f}")
         console.print(table)
 
 

@@ -7,13 +7,17 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import (
+    BatchSampler,
     ConcatDataset,
     DataLoader,
     Dataset,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -66,40 +70,75 @@ def subset_of(data: Any, classes: Sequence[int] | None) -> Any:
         out = copy.copy(data)
         out.loader = subset_of(data.loader, classes)
         return out
-    if not isinstance(data, DataLoader):
+    if not is_loader(data):
         labels = labels_of(data)
-        return Subset(data, torch.isin(labels, torch.as_tensor(classes)).nonzero().flatten().tolist())
-    if data.batch_size is None:
-        raise ValueError(
-            "subset: the loader has no batch_size; give `Run.subset` the data set and build a loader of it"
-        )
+        items: Any = data
+        return Subset(items, torch.isin(labels, torch.as_tensor(classes)).nonzero().flatten().tolist())
+    if isinstance(data.dataset, IterableDataset):
+        raise ValueError("subset: a stream cannot be cut to some classes; use a data set with an item for each index")
+    shard: Any = data.batch_sampler
+    batches = shard
+    while hasattr(batches, "batch_sampler"):  # Accelerate's shard of it
+        batches = batches.batch_sampler
+    if type(batches) is not BatchSampler:
+        raise _cannot_cut(batches)
     part: Any = subset_of(data.dataset, classes)
-    return DataLoader(
+    loader = DataLoader(
         part,
-        batch_size=data.batch_size,
-        sampler=_sampler_for(part, data.sampler),
+        batch_size=min(batches.batch_size, max(1, len(part))),
+        sampler=_sampler_for(part, batches.sampler),
+        drop_last=batches.drop_last,
         num_workers=data.num_workers,
         collate_fn=data.collate_fn,
         pin_memory=data.pin_memory,
-        drop_last=data.drop_last,
+        timeout=data.timeout,
         worker_init_fn=data.worker_init_fn,
+        multiprocessing_context=data.multiprocessing_context,
         generator=data.generator,
+        prefetch_factor=data.prefetch_factor,
         persistent_workers=data.persistent_workers,
     )
+    if not isinstance(data, DataLoaderShard):
+        return loader
+    state = PartialState()
+    return prepare_data_loader(
+        loader,
+        device=data.device,
+        put_on_device=data.device is not None,
+        num_processes=state.num_processes,
+        process_index=state.process_index,
+        split_batches=getattr(shard, "split_batches", False),
+        even_batches=getattr(shard, "even_batches", True),
+        rng_types=data.rng_types,
+    )
+
+
+def is_loader(data: Any) -> bool:
+    """Whether this yields batches, and is not a data set to be indexed."""
+    return not hasattr(data, "__getitem__") and hasattr(data, "__iter__")
 
 
 def _sampler_for(part: Any, sampler: Any) -> Sampler[int]:
     if isinstance(sampler, Shuffled):
         return Shuffled(part, sampler.seed)
     if isinstance(sampler, DistributedSampler):
-        return DistributedSampler(
+        out = DistributedSampler(
             part, sampler.num_replicas, sampler.rank, sampler.shuffle, sampler.seed, sampler.drop_last
         )
+        out.set_epoch(sampler.epoch)
+        return out
     if isinstance(sampler, RandomSampler):
-        return RandomSampler(part, generator=sampler.generator)
+        # As many draws for each item as before, where a number was asked for.
+        asked = getattr(sampler, "_num_samples", None)
+        draws = None if asked is None else max(1, round(asked * len(part) / len(sampler.data_source)))
+        return RandomSampler(part, sampler.replacement, draws, sampler.generator)
     if isinstance(sampler, SequentialSampler):
         return SequentialSampler(part)
-    raise ValueError(
+    raise _cannot_cut(sampler)
+
+
+def _cannot_cut(sampler: Any) -> ValueError:
+    return ValueError(
         f"subset: a loader with a {type(sampler).__name__} cannot be cut to some classes; give `Run.subset` the data "
         "set instead and build the loader of what it returns"
     )
@@ -194,19 +233,27 @@ class Data:
 
         self.settings = settings
         train = split_dataset(settings, settings.train_split)
+        labels = labels_of(train)
+        classes = int(labels.max()) + 1
+        self.num_classes = settings.num_classes or classes
+        if self.num_classes < classes:
+            raise SettingError(f"data.num_classes: {self.num_classes} is too few; the labels go up to {classes - 1}")
         self._test = split_dataset(settings, settings.test_split)
         if settings.val_split is not None:
             self._train, self._val = train, split_dataset(settings, settings.val_split)
-            self.num_classes = settings.num_classes or int(labels_of(train).max()) + 1
             return
-        labels = labels_of(train)
-        self.num_classes = settings.num_classes or int(labels.max()) + 1
-        kept, held = train_test_split(
-            np.arange(len(labels)),
-            test_size=settings.val_fraction,
-            stratify=labels.numpy(),
-            random_state=settings.split_seed,
-        )
+        try:
+            kept, held = train_test_split(
+                np.arange(len(labels)),
+                test_size=settings.val_fraction,
+                stratify=labels.numpy(),
+                random_state=settings.split_seed,
+            )
+        except ValueError as error:
+            raise SettingError(
+                f"data.val_fraction: {settings.val_fraction} of {len(labels)} images in {classes} classes cannot be "
+                f"held out evenly: {error}; choose another fraction, or name a data.val_split"
+            ) from error
         self._train, self._val = Subset(train, np.sort(kept).tolist()), Subset(train, np.sort(held).tolist())
 
     def train_set(self, model: nn.Module) -> Dataset[Any]:

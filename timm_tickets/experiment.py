@@ -4,27 +4,31 @@ The folder holds the resolved recipe, one folder a round (its ticket, its traine
 ``run.json`` written last), the final ticket, summary.csv and the plot.
 """
 
-import shutil
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from accelerate import PartialState
 from rich.console import Console
 
 from .data import Data
-from .files import is_writer, read_json, write_bytes, write_json, write_state
+from .files import is_writer, read_json, remove_temporaries, write_bytes, write_json
 from .masks import Masks, full_masks
-from .pruner import End, Run, run_record
-from .recipe import Recipe, _flat, load_recipe
+from .pruner import CHECKPOINT, Run, write_run
+from .recipe import Recipe, load_recipe
 from .registry import create_pruner
 from .report import RichProgress, plot, print_table, write_summary
 from .settings import SettingError
 from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
 from .trainer import Trainer, build_model, model_kwargs
+
+_RECIPE, _RESULT, _KIND = "recipe.yaml", "result.json", "experiment.json"
+_MARK = "# timm-tickets: the resolved recipe of this folder's results."
+_RUN_FOLDER = re.compile(r"dense|round_\d+(_part_\d+)?")
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,15 @@ def search(
 
     Raises:
         SettingError: A wrong recipe, or another recipe's folder.
-        NonFiniteLoss: A training's loss was NaN; finished rounds are kept.
+        TrainingError: A training's loss was NaN; finished rounds are kept.
         OSError: The folder cannot be written; what was written before is kept.
     """
     recipe = load_recipe(recipe, overrides)
     console = console or Console()
-    folder = _open_folder(recipe, recipe.folder, restart)
-    final = folder / f"{recipe.name}.ticket"
-    if (done := read_json(folder / "result.json")) is not None:
+    PartialState()  # joins the other processes, if any: from here on one of them writes
+    folder, final = recipe.folder, recipe.folder / f"{recipe.name}.ticket"
+    _check_folder(folder, recipe, None, restart)
+    if (done := read_json(folder / _RESULT)) is not None:
         console.print(f"{folder} is finished; nothing to do (--restart searches again)", soft_wrap=True)
         print_table(done["rows"], console)
         return Result(folder, load_ticket(final), done["rows"])
@@ -76,6 +81,7 @@ def search(
     pruner = create_pruner(recipe.pruner["name"], model, folder=folder, **recipe.method_settings)
     pruner.metadata |= _origin(recipe, data, model)
     trainer = Trainer(recipe, model, data)
+    _claim_folder(folder, recipe, None)  # only now: a recipe that cannot be built leaves no folder behind
     subnet = pruner.subnet
     extra = 1 if pruner.runs else 2  # the ticket's own training, and a dense one where no run of the search is
     with RichProgress(console, None if pruner.runs is None else pruner.runs + extra) as progress:
@@ -86,21 +92,23 @@ def search(
         progress.replayed(pruner.replayed, folder)
         ticket = pruner.ticket
         experiment = _Experiment(folder, trainer, subnet, progress, ticket.metadata)
-        if recipe.dense and not any(row["sparsity"] == 0 for row in _records(folder)):
+        if recipe.dense and not pruner.trained_dense:
             experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0)
         last = pruner.rounds_done
         metrics = experiment.train(
-            f"round_{last:02d}", ticket.masks, ticket.values, pruner.runs_done, last, ticket.metadata["start_step"]
+            f"round_{last:02d}", ticket.masks, ticket.values, pruner.runs_done, last, ticket.metadata["start_epoch"]
         )
     ticket.metadata["metrics"] = metrics
+    PartialState().wait_for_everyone()
     rows = _records(folder)
     if is_writer():
         ticket.save(final)
         write_summary(rows, folder / "summary.csv")
         plot(rows, folder / "accuracy.png", f"{recipe.name}: {recipe.model.model}, {recipe.pruner['name']}")
-        write_json(folder / "result.json", {"rows": rows, "fingerprint": ticket.fingerprint})
-    print_table(rows, console)
-    console.print(f"ticket: {final} (sparsity {ticket.sparsity:.4f}, {final.stat().st_size:,} bytes)", soft_wrap=True)
+        write_json(folder / _RESULT, {"rows": rows, "fingerprint": ticket.fingerprint})
+        print_table(rows, console)
+        size = f"{final.stat().st_size:,} bytes"
+        console.print(f"ticket: {final} (sparsity {ticket.sparsity:.4f}, {size})", soft_wrap=True)
     return Result(folder, ticket, rows)
 
 
@@ -118,32 +126,36 @@ def train(
 
     Raises:
         TicketError: The ticket cannot be read, or is for another architecture.
-        SettingError, NonFiniteLoss, OSError: As `search`.
+        SettingError, TrainingError, OSError: As `search`.
     """
     recipe = load_recipe(recipe, overrides)
     console = console or Console()
+    PartialState()
     given = None if ticket is None else load_ticket(ticket)
     stem = "dense" if ticket is None else Path(ticket).stem
+    folder = recipe.output or Path("output") / f"{recipe.name}_train_{stem}"
+    _check_folder(folder, recipe, given or "dense", restart)
     data = Data(recipe.data)
     model = build_model(recipe, data.num_classes)
     if given is None:
         # Through the pruner's own settings, so that the dense network's masks name the same weights.
         weights = create_pruner(recipe.pruner["name"], model, **recipe.method_settings).subnet.weights()
-        given = Ticket.of(model, full_masks(weights), {**_origin(recipe, data, model), "start_step": 0})
+        given = Ticket.of(model, full_masks(weights), _origin(recipe, data, model))
     given.apply_(model)
-    folder = _open_folder(recipe, recipe.output or Path("output") / f"{recipe.name}_train_{stem}", restart, given)
-    if (done := read_json(folder / "result.json")) is not None:
+    if (done := read_json(folder / _RESULT)) is not None:
         console.print(f"{folder} is finished; nothing to do (--restart trains again)", soft_wrap=True)
     else:
+        trainer = Trainer(recipe, model, data)
+        _claim_folder(folder, recipe, given if ticket is not None else "dense")
         subnet = Subnet(model, tuple(given.masks))
         with RichProgress(console, 1) as progress:
-            experiment = _Experiment(folder, Trainer(recipe, model, data), subnet, progress, given.metadata)
-            start_step = given.metadata.get("start_step", 0)
-            experiment.train("round_00", given.masks, given.values, 0, 0, start_step)
+            experiment = _Experiment(folder, trainer, subnet, progress, given.metadata)
+            experiment.train("round_00", given.masks, given.values, 0, 0, given.metadata.get("start_epoch", 0.0))
+        PartialState().wait_for_everyone()
         done = {"rows": _records(folder), "fingerprint": given.fingerprint}
         if is_writer():
             write_summary(done["rows"], folder / "summary.csv")
-            write_json(folder / "result.json", done)
+            write_json(folder / _RESULT, done)
     print_table(done["rows"], console)
     return Result(folder, given, done["rows"])
 
@@ -159,7 +171,7 @@ class _Experiment:
     metadata: dict[str, Any]
 
     def train(
-        self, name: str, masks: Masks, start: State, index: int, round: int = 0, start_step: int = 0
+        self, name: str, masks: Masks, start: State, index: int, round: int = 0, start_epoch: float = 0.0
     ) -> dict[str, Any]:
         """Train these masks from this start into the folder of this name; skip what is finished there."""
         where = self.folder / name
@@ -169,16 +181,12 @@ class _Experiment:
         self.subnet.set_mask_(masks)
         self.subnet.load_(start)
         epochs = self.trainer.settings.epochs
-        run = Run(epochs, index=index, round=round, name=name, start_step=start_step, subnet=self.subnet)
+        run = Run(epochs, index=index, round=round, name=name, start_epoch=start_epoch, subnet=self.subnet)
         self.trainer.fit(run, where, self.progress)
         self.progress.end(run)
         end = run.finish_()
-        if is_writer():
-            ticket = Ticket.from_state(start, masks, {**self.metadata, "metrics": run.metrics})
-            ticket.save(where / f"{name}.ticket")
-            write_state(where / "model.safetensors", end.state)
-            write_json(where / "run.json", run_record(run, End(end.state, masks, metrics=run.metrics)))
-        return run.metrics
+        write_run(where, run, end, Ticket.from_state(start, masks, self.metadata))
+        return end.metrics
 
 
 def _origin(recipe: Recipe, data: Data, model: Any) -> dict[str, Any]:
@@ -187,43 +195,74 @@ def _origin(recipe: Recipe, data: Data, model: Any) -> dict[str, Any]:
     return {"model": described, "recipe": {"name": recipe.name, "hash": recipe.hash, "dataset": recipe.data.dataset}}
 
 
-def _open_folder(recipe: Recipe, folder: Path, restart: bool, ticket: Ticket | None = None) -> Path:
-    """Make the run folder, or find out that this very recipe may be continued in it."""
-    stored = folder / "recipe.yaml"
-    given = folder / "start.ticket"
-    if restart and stored.exists() and is_writer():
-        _clear_folder(folder)
-    if stored.exists():
-        old = _flat(yaml.safe_load(stored.read_text()))
-        new = recipe.compared()
-        changed = [f"{key}: {old.get(key)} there, {value} now" for key, value in new.items() if old.get(key) != value]
-        if ticket is not None and given.exists() and load_ticket(given).fingerprint != ticket.fingerprint:
-            changed.append("the ticket: another one was trained there")
-        if changed:
-            raise SettingError(
-                f"{folder} holds another recipe's results:\n  "
-                + "\n  ".join(changed)
-                + "\ncontinue it with the old settings, choose another output=, or begin again with --restart"
-            )
-    elif is_writer():
-        if ticket is not None:
-            ticket.save(given)
-        write_bytes(stored, recipe.to_yaml().encode())
+def _check_folder(folder: Path, recipe: Recipe, trained: Ticket | str | None, restart: bool) -> None:
+    """Find out whether this very experiment may begin or continue in the folder; clear it where that is asked.
+
+    Args:
+        folder: The run folder.
+        recipe: The recipe.
+        trained: None for a search; for a training its ticket, or ``dense``.
+        restart: Delete what an earlier experiment left.
+
+    Raises:
+        SettingError: The folder holds another experiment, or files of somebody else under our names.
+    """
+    stored = folder / _RECIPE
+    if not stored.exists():
+        return
+    if not stored.read_text().startswith(_MARK):
+        raise SettingError(f"{stored} was not written by timm-tickets; choose another output=")
+    if restart:
+        if is_writer():
+            _clear_folder(folder, recipe)
+        PartialState().wait_for_everyone()
+        return
+    try:
+        old = load_recipe(stored).compared()  # resolved again: settings newer than the folder have their defaults
+    except SettingError as error:
+        raise SettingError(f"{stored} cannot be continued: {error}\nbegin again with --restart") from None
+    new = recipe.compared()
+    changed = [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in new | old if old.get(key) != new.get(key)]
+    there, now = read_json(folder / _KIND), _kind(trained)
+    if there is not None and there != now:
+        changed.append(f"experiment: {there} there, {now} now")
+    if changed:
+        raise SettingError(
+            f"{folder} holds another experiment's results:\n  "
+            + "\n  ".join(changed)
+            + "\ncontinue it with the old settings, choose another output=, or begin again with --restart"
+        )
+
+
+def _claim_folder(folder: Path, recipe: Recipe, trained: Ticket | str | None) -> None:
+    """Make the folder this experiment's, and clean up after a process that was killed while it wrote."""
     if is_writer():
-        for left in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
-            left.unlink()
-    return folder
+        write_json(folder / _KIND, _kind(trained))
+        write_bytes(folder / _RECIPE, f"{_MARK}\n{recipe.to_yaml()}".encode())
+        for place in (folder, *(path for path in folder.iterdir() if _RUN_FOLDER.fullmatch(path.name))):
+            remove_temporaries(place)
+    PartialState().wait_for_everyone()
 
 
-def _clear_folder(folder: Path) -> None:
-    """Delete what an experiment wrote, and nothing else that a user may keep there; the recipe goes last."""
-    for path in [*folder.glob("round_*"), folder / "dense"]:
-        if path.is_dir():
-            shutil.rmtree(path)
-    for pattern in ("result.json", "*.ticket", "start.safetensors", "summary.csv", "accuracy.png", "recipe.yaml"):
-        for path in folder.glob(pattern):
-            with suppress(FileNotFoundError):
-                path.unlink()
+def _kind(trained: Ticket | str | None) -> str:
+    if trained is None:
+        return "search"
+    return f"training of {trained if isinstance(trained, str) else f'ticket {trained.fingerprint}'}"
+
+
+def _clear_folder(folder: Path, recipe: Recipe) -> None:
+    """Delete what an experiment of this name wrote, and nothing else; the recipe goes last, to be able to try again."""
+    for path in folder.iterdir():
+        if path.is_dir() and _RUN_FOLDER.fullmatch(path.name) and not path.is_symlink():
+            for name in ("*.ticket", "*.safetensors", "run.json", CHECKPOINT):
+                for file in path.glob(name):
+                    file.unlink()
+            remove_temporaries(path)
+            with suppress(OSError):  # something of the user's is in it
+                path.rmdir()
+    ours = (_RESULT, f"{recipe.name}.ticket", "start.safetensors", "pruner.json", "summary.csv", "accuracy.png", _KIND)
+    for name in (*ours, _RECIPE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+_TEMPORARY = ".timm-tickets-tmp"
+
 
 def is_writer() -> bool:
     """Whether this process is the one that writes: rank 0, or the only one."""
@@ -26,24 +28,37 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: The file could not be written (a full disk, no permission). The temporary file is gone and what
             stood at ``path`` before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        _flush(temporary)
         temporary.replace(path)
+        _flush(path.parent)  # the rename itself
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             temporary.unlink()
-        number = error.errno if isinstance(error, OSError) else None
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise OSError(
-            number, f"cannot write {path}: {reason}; nothing written before is lost. Free or choose a place, run again"
-        ) from error
+        message = f"cannot write {path}: {reason}; nothing written before is lost. Free or choose a place, run again"
+        raise OSError(message) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what a process that was killed while it wrote has left in a folder."""
+    for left in folder.glob(f".*{_TEMPORARY}"):
+        left.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -59,7 +74,7 @@ def read_json(path: Path) -> Any:
     """The parsed file, or None where it does not exist."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

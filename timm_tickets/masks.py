@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .settings import SettingError
+from .wrappers import plain_model
 
 Masks = dict[str, Tensor]
 Scores = dict[str, Tensor]
@@ -22,7 +23,7 @@ _MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Module names of a timm model's classifier, from ``pretrained_cfg['classifier']``; empty where there is none."""
-    config = getattr(model, "pretrained_cfg", None) or {}
+    config = getattr(plain_model(model), "pretrained_cfg", None) or {}
     found = config.get("classifier")
     if found is None:
         return ()
@@ -43,6 +44,7 @@ def prunable_names(model: nn.Module, include: Sequence[str] = ("*",), exclude: S
     Raises:
         SettingError: Nothing is left to prune, or a wildcard matches no weight (most often a misspelt one).
     """
+    model = plain_model(model)
     classifiers = classifier_names(model)
     weights = {id(m.weight) for m in model.modules() if isinstance(m, _MATRICES)}
     candidates = [
@@ -167,7 +169,7 @@ def prune(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int,
 
     Args:
         masks: Bool, the masks to start from; what they prune stays pruned.
-        scores: Float, same keys and shapes.
+        scores: Float, same keys and shapes, on any device.
         count: How many to prune now, over all layers together.
         scope: ``global`` compares all layers with one another; ``layerwise`` prunes the same fraction of what each
             layer still keeps.
@@ -175,11 +177,12 @@ def prune(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int,
     Returns:
         New masks, with exactly ``count`` fewer weights kept.
     """
-    # Half precision is compared in float32: kthvalue lacks it on some devices.
-    alive = {
-        name: scores[name].to(torch.promote_types(scores[name].dtype, torch.float32)).masked_fill(~mask, -torch.inf)
-        for name, mask in masks.items()
-    }
+    alive: Scores = {}
+    for name, mask in masks.items():
+        score = scores[name].detach()
+        # Half precision is compared in float32: kthvalue lacks it on some devices.
+        score = score.to(mask.device, torch.promote_types(score.dtype, torch.float32))
+        alive[name] = score.masked_fill(~mask, -torch.inf)
     if scope == "layerwise":
         sizes = {name: int(mask.sum()) for name, mask in masks.items()}
         cuts = apportion(count, sizes)

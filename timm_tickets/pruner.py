@@ -11,6 +11,7 @@ folder feeds these ends to the generator and yields only the runs that are missi
 import re
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -20,11 +21,16 @@ from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
-from .data import subset_of
+from .data import is_loader, subset_of
 from .files import is_writer, read_json, read_state, write_json, write_state
 from .masks import Masks, keep_count, layer_sparsities, prunable_names, sparsity, total
-from .subnet import State, Subnet, plain_optimizer, reset_
+from .settings import SettingError, TrainingError
+from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
+from .wrappers import plain_optimizer, reset_
+
+# A trainer's checkpoint within a run; it stays until the run is written down.
+CHECKPOINT = "checkpoint.pt"
 
 Rewind = Annotated[
     str,
@@ -43,14 +49,14 @@ class End:
         state: The state dict at the end, pruned weights zero.
         mask: The mask at the end.
         rewind: The state at the run's rewind point, where it was asked to take one.
-        rewind_step: Optimizer steps before that point.
+        rewind_epoch: How far into training that point lies, in epochs; 0 where it was never reached.
         metrics: Whatever the trainer measured.
     """
 
-    state: State
-    mask: Masks
-    rewind: State | None = None
-    rewind_step: int = 0
+    state: State = field(repr=False)
+    mask: Masks = field(repr=False)
+    rewind: State | None = field(default=None, repr=False)
+    rewind_epoch: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -74,10 +80,10 @@ class Run:
         round: Number of its round, from 0.
         part: Number of the run within its round, from 0.
         name: Name of its folder.
-        start_step: Steps of the schedule that the starting weights already had: late rewinding goes on from there.
+        start_epoch: How far into the schedule the starting weights are, in epochs: late rewinding goes on from there.
         step: Optimizer steps taken.
         batches: Batches whose loss was taken: more than `step` under gradient accumulation.
-        batches_per_epoch: Set by `subset`; a trainer may set it itself.
+        batches_per_epoch: Set by the first `subset` of a loader; a trainer may set it itself.
         metrics: For the trainer to fill; kept with the run and in its ticket. JSON types.
     """
 
@@ -92,7 +98,7 @@ class Run:
     round: int = 0
     part: int = 0
     name: str = "round_00"
-    start_step: int = 0
+    start_epoch: float = 0.0
     step: int = 0
     batches: int = 0
     batches_per_epoch: int | None = None
@@ -100,7 +106,7 @@ class Run:
     subnet: Subnet = field(default=None, repr=False)  # pyright: ignore[reportAssignmentType]
 
     _pending: int = field(default=0, repr=False)
-    _taken: tuple[State, int] | None = field(default=None, repr=False)
+    _taken: tuple[State, float] | None = field(default=None, repr=False)
 
     @property
     def sparsity(self) -> float:
@@ -108,15 +114,29 @@ class Run:
         return self.subnet.sparsity
 
     @property
+    def position(self) -> float:
+        """Epochs of the schedule that are done.
+
+        Raises:
+            RuntimeError: Nobody has said how long an epoch is.
+        """
+        if self.batches_per_epoch is None:
+            raise RuntimeError(
+                "the run's schedule needs the length of an epoch: train on `run.subset(loader)`, or set "
+                "`run.batches_per_epoch` before the first step"
+            )
+        return self.start_epoch + self.batches / self.batches_per_epoch
+
+    @property
     def progress(self) -> float:
-        """Fraction of the run that is done, in [0, 1]: batches over ``epochs * batches_per_epoch``."""
-        return min(1.0, self.batches / max(1, self.epochs * (self.batches_per_epoch or 0)))
+        """Fraction of the run that is done, in [0, 1]: `position` over `epochs`."""
+        return min(1.0, self.position / self.epochs)
 
     def attach(self, optimizer: Any) -> Any:
         """Start the run on an optimizer: its state cleared, earlier hooks gone, pruned weights held at exactly zero.
 
-        An optimizer that was attached before also gets back the hyper-parameters it had then: a schedule left them at
-        the end of the last run, and the next schedule would take that for the beginning.
+        Its hyper-parameters stay as they are, but for a learning rate that a schedule has moved: it returns to where
+        that schedule began. Build the run's schedule afterwards.
 
         Args:
             optimizer: A torch optimizer over the model's parameters, or Accelerate's wrapper of one.
@@ -132,18 +152,20 @@ class Run:
         """The part of a data set or loader that this run trains on, with its original labels.
 
         Args:
-            data: A torch ``DataLoader`` (or timm's prefetching one), or a data set with an item for each index.
+            data: A torch ``DataLoader``, Accelerate's or timm's prefetching one, or a data set with an item for each
+                index. Give a loader that Accelerate has prepared, not the one before: its length is this process's.
 
         Returns:
             The same kind of thing; the very same object where the run trains on everything.
         """
         out = subset_of(data, self.classes)
-        if hasattr(out, "batch_size"):
-            self.batches_per_epoch = len(out)
+        if self.batches_per_epoch is None and is_loader(out):
+            with suppress(TypeError):  # a stream has no length
+                self.batches_per_epoch = len(out)
         return out
 
     def loss(self, criterion: Callable[[Tensor, Tensor], Tensor], output: Any, target: Tensor) -> Tensor:
-        """The criterion on this run's classes, plus the method's penalty.
+        """The criterion on this run's classes, plus the method's penalty. Call it once a batch.
 
         Args:
             criterion: Takes logits and targets.
@@ -152,6 +174,9 @@ class Run:
 
         Returns:
             The loss to go backward from.
+
+        Raises:
+            ValueError: A target outside the run's classes: train on `subset`.
         """
         if torch.is_grad_enabled():
             self._pending += 1
@@ -168,7 +193,8 @@ class Run:
         if self.after_step is not None:
             self.after_step(self)
         if self._taken is None and self.rewind is not None and self._reached(self.rewind):
-            self._taken = self.subnet.state(), self.step
+            reached = 0.0 if self.batches_per_epoch is None else self.position
+            self._taken = self.subnet.state(), reached
 
     def _reached(self, point: str) -> bool:
         number, unit = rewind_parts(point)
@@ -182,24 +208,38 @@ class Run:
             self.setup(self.subnet)
         self.subnet.apply_()
         if self.rewind is not None and rewind_parts(self.rewind)[0] == 0:
-            self._taken = self.subnet.state(), 0
+            self._taken = self.subnet.state(), 0.0
 
     def finish_(self) -> End:
-        """Let go of the optimizer and read off what the run ended with."""
+        """Let go of the optimizer and read off what the run ended with.
+
+        Raises:
+            TrainingError: A weight or buffer is not finite.
+        """
         self.subnet.release_()
         self.subnet.apply_()
         state = self.subnet.state()
-        end = End(state, dict(self.subnet.mask), metrics=self.metrics)
+        if (name := not_finite(state)) is not None:
+            raise TrainingError(
+                f"{self.name} ended with values in {name} that are not finite; it is not written down. Lower the "
+                "learning rate or clip gradients, and train it again"
+            )
+        if self.step == 0:
+            warnings.warn(
+                f"{self.name} ended without an optimizer step; train it on the optimizer that `run.attach` returns",
+                stacklevel=4,
+            )
+        end = End(state, dict(self.subnet.mask), metrics=plain_metrics(self.metrics))
         if self.rewind is not None:
-            if self._taken is None:
+            if self._taken is None or self._taken[1] >= self.epochs:
                 hint = " (use `run.subset(loader)` so that epochs can be counted)" * (self.batches_per_epoch is None)
                 warnings.warn(
-                    f"run {self.index} ended after {self.step} steps, before its rewind point {self.rewind!r}{hint}; "
-                    "its last state is used instead",
-                    stacklevel=3,
+                    f"{self.name} ended after {self.step} steps without passing its rewind point {self.rewind!r}"
+                    f"{hint}; its last state is used instead, and later runs train their whole schedule from it",
+                    stacklevel=4,
                 )
-                self._taken = state, self.step
-            end.rewind, end.rewind_step = self._taken
+                self._taken = state, 0.0
+            end.rewind, end.rewind_epoch = self._taken
         return end
 
     def progress_state(self) -> dict[str, Any]:
@@ -223,15 +263,28 @@ def rewind_parts(point: str) -> tuple[int, str]:
 def _slice_classes(output: Any, target: Tensor, classes: Sequence[int]) -> tuple[Any, Tensor]:
     index = torch.as_tensor(classes, device=target.device)
     if isinstance(output, tuple | list):
-        output = type(output)(one[:, index] for one in output)
+        output = tuple(one[:, index] for one in output)
     else:
         output = output[:, index]
     if target.ndim > 1:
         part = target[:, index]
         return output, part / part.sum(dim=1, keepdim=True)
     order = index.argsort()
-    place = torch.searchsorted(index[order], target).clamp(max=len(classes) - 1)
-    return output, order[place]
+    place = order[torch.searchsorted(index[order], target).clamp(max=len(classes) - 1)]
+    # On a GPU the check would wait for the device at every batch.
+    if target.device.type == "cpu" and not torch.equal(index[place], target):
+        raise ValueError(f"target: holds classes outside this run's {list(classes)}; train on `run.subset(loader)`")
+    return output, place
+
+
+def not_finite(state: State) -> str | None:
+    """Name of the first tensor with a NaN or an infinity in it."""
+    return next((name for name, value in state.items() if not value.isfinite().all()), None)
+
+
+def plain_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics as JSON types: scalar tensors and numpy numbers become Python's."""
+    return {str(key): value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
 
 
 @settings(frozen=True, kw_only=True, config={"extra": "forbid"})
@@ -279,6 +332,7 @@ class Pruner(Iterator[Run]):
         replayed: Names of the runs that were read from the folder instead of trained.
         runs_done: Runs that have ended, replayed ones included.
         rounds_done: Rounds that have ended.
+        trained_dense: Whether a run trained the whole network on everything.
     """
 
     def __init__(self, method: Method, model: nn.Module, folder: str | Path | None = None):
@@ -288,12 +342,14 @@ class Pruner(Iterator[Run]):
         self.folder = None if folder is None else Path(folder)
         self.replayed: list[str] = []
         self.runs_done = self.rounds_done = 0
+        self.trained_dense = False
         self.metadata: dict[str, Any] = {
             "model": describe_model(self.subnet.model),
             "pruner": method.described(),
         }
         self.first_state: State = {}
-        self._start_step = 0
+        self._start_epoch = 0.0
+        self._failure: BaseException | None = None
         self._waiting: Run | None = None
         self._runs = self._generate()
 
@@ -313,18 +369,31 @@ class Pruner(Iterator[Run]):
         """The ticket: at the end of the search the one that was asked for, before it the one the mask now gives."""
         self._start()
         assert self.subnet.start is not None
-        return self._ticket(self.subnet.mask, self.subnet.start, self._start_step)
+        return self._ticket(self.subnet.mask, self.subnet.start, self._start_epoch)
 
     def __next__(self) -> Run:
         if self._waiting is not None:
             run, self._waiting = self._waiting, None
             return run
-        return next(self._runs)
+        self._fail_again()
+        try:
+            return next(self._runs)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def _start(self) -> None:
         # A pruner without runs has its ticket without being iterated.
+        self._fail_again()
         if self.subnet.start is None:
-            self._waiting = next(self._runs, None)
+            self._waiting = next(self, None)
+
+    def _fail_again(self) -> None:
+        # A generator that has raised is exhausted: without this the next call would look like the end of the search.
+        if self._failure is not None:
+            raise RuntimeError("the search stopped at an error; create the pruner again to go on") from self._failure
 
     def _generate(self) -> Iterator[Run]:
         subnet = self.subnet
@@ -344,7 +413,7 @@ class Pruner(Iterator[Run]):
                 run.subnet, run.index, run.round, run.part = subnet, self.runs_done, self.rounds_done, part
                 run.name = f"round_{run.round:02d}" + (f"_part_{part}" if base else "")
                 run.epochs = run.epochs or self.method.epochs
-                run.start_step = self._start_step
+                run.start_epoch = self._start_epoch
                 end = self._read(run)
                 if end is None:
                     if base is not None:
@@ -355,23 +424,40 @@ class Pruner(Iterator[Run]):
                     end = run.finish_()
                     self._write(run, end)
                 else:
+                    subnet.set_mask_(end.mask)
+                    subnet.load_(end.state)
                     self.replayed.append(run.name)
                 ends.append(end)
+                self.trained_dense |= run.classes is None and sparsity(end.mask) == 0
                 self.runs_done += 1
             if ends[0].rewind is not None:
-                self._start_step = ends[0].rewind_step
+                self._start_epoch = ends[0].rewind_epoch
             self.rounds_done += 1
 
     def _first_state(self) -> State:
-        """The model as given; with a folder, as it was given the first time."""
-        if self.folder is None:
-            return self.subnet.state()
-        path = self.folder / "start.safetensors"
-        if path.exists():
-            return read_state(path)
+        """The model as given; with a folder, as it was given the first time.
+
+        Raises:
+            SettingError: The folder belongs to a search with other settings, or of another model.
+        """
         state = self.subnet.state()
+        if self.folder is None:
+            return state
+        shapes = {name: list(value.shape) for name, value in state.items()}
+        identity = {**self.method.described(), "model": self.metadata["model"]["architecture"], "tensors": shapes}
+        found = read_json(self.folder / "pruner.json")
+        if found is not None:
+            changed = [key for key in identity if found.get(key) != identity[key]]
+            if changed:
+                told = "; ".join(f"{k}: {found.get(k)} there, {identity[k]} now" for k in changed if k != "tensors")
+                raise SettingError(
+                    f"{self.folder} holds another search ({told or 'its tensors differ'}); "
+                    "create the pruner with the settings it began with, or give it another folder"
+                )
+            return read_state(self.folder / "start.safetensors")
         if is_writer():
-            write_state(path, state)
+            write_state(self.folder / "start.safetensors", state)
+            write_json(self.folder / "pruner.json", identity)
         return state
 
     def _read(self, run: Run) -> End | None:
@@ -386,34 +472,35 @@ class Pruner(Iterator[Run]):
             state=read_state(folder / "model.safetensors"),
             mask=load_ticket(folder / f"{run.name}.ticket").masks,
             rewind=read_state(rewind) if record["rewind"] else None,
-            rewind_step=record["rewind_step"],
+            rewind_epoch=record["rewind_epoch"],
             metrics=record["metrics"],
         )
 
     def _write(self, run: Run, end: End) -> None:
-        if self.folder is None or not is_writer():
+        if self.folder is None:
             return
-        folder = self.folder / run.name
-        start = end.rewind or self.subnet.start
+        start = self.subnet.start if end.rewind is None else end.rewind
         assert start is not None
-        ticket = self._ticket(end.mask, start, end.rewind_step or self._start_step)
-        ticket.metadata["metrics"] = end.metrics
-        ticket.save(folder / f"{run.name}.ticket")
-        write_state(folder / "model.safetensors", end.state)
-        if end.rewind is not None:
-            write_state(folder / "rewind.safetensors", end.rewind)
-        write_json(folder / "run.json", run_record(run, end))
+        ticket = self._ticket(end.mask, start, end.rewind_epoch or self._start_epoch)
+        write_run(self.folder / run.name, run, end, ticket)
 
-    def _ticket(self, mask: Masks, start: State, start_step: int) -> Ticket:
+    def _ticket(self, mask: Masks, start: State, start_epoch: float) -> Ticket:
         counts = {name: int(layer.sum()) for name, layer in mask.items()}
-        facts = {"sparsity": sparsity(mask), "kept": counts, "start_step": start_step}
+        facts = {"sparsity": sparsity(mask), "kept": counts, "start_epoch": start_epoch}
         return Ticket.from_state(start, mask, {**self.metadata, **facts})
 
 
-def run_record(run: Run, end: End) -> dict[str, Any]:
-    """What ``run.json`` says of a finished run; written last, it is the sign that the run's folder is whole."""
+def write_run(folder: Path, run: Run, end: End, ticket: Ticket) -> None:
+    """Write down a finished run; ``run.json`` last, as the sign that its folder is whole."""
+    if not is_writer():
+        return
+    ticket.metadata["metrics"] = end.metrics
+    ticket.save(folder / f"{run.name}.ticket")
+    write_state(folder / "model.safetensors", end.state)
+    if end.rewind is not None:
+        write_state(folder / "rewind.safetensors", end.rewind)
     layers = layer_sparsities(end.mask)
-    return {
+    record = {
         "name": run.name,
         "index": run.index,
         "round": run.round,
@@ -424,6 +511,8 @@ def run_record(run: Run, end: End) -> dict[str, Any]:
         "layer_max": max(layers.values()),
         "steps": run.step,
         "rewind": end.rewind is not None,
-        "rewind_step": end.rewind_step,
+        "rewind_epoch": end.rewind_epoch,
         "metrics": end.metrics,
     }
+    write_json(folder / "run.json", record)
+    (folder / CHECKPOINT).unlink(missing_ok=True)

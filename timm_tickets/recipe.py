@@ -116,7 +116,6 @@ class TrainingSettings(_Part):
     sched_on_updates: bool = False
     warmup_epochs: Natural = 0
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-5
-    warmup_prefix: bool = False
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     decay_epochs: Positive = 90
     decay_milestones: tuple[Count, ...] = (90, 180, 270)
@@ -214,9 +213,10 @@ class Recipe(_Part):
     def compared(self) -> dict[str, Any]:
         """The part that decides the result, flat: ``{'training.lr': 0.1, ...}``.
 
-        Where the output goes, how many workers load images and how often checkpoints are written do not.
+        Where the output goes and how often checkpoints are written do not. The number of workers does: each draws its
+        own augmentations.
         """
-        free = {"output", "source", "data.workers", "training.checkpoint_interval"}
+        free = {"output", "source", "training.checkpoint_interval"}
         return {key: value for key, value in _flat(self.plain()).items() if key not in free}
 
     @property
@@ -278,11 +278,24 @@ def load_recipe(recipe: "str | Path | Recipe", overrides: Sequence[str] = ()) ->
             key, equals, _ = override.partition("=")
             if not equals or not key:
                 raise SettingError(f"--set: {override!r} is not valid; write key=value, such as pruner.sparsity=0.9")
-        merged = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.from_dotlist(list(overrides))
+        _switch_pruner(values, given)
+        merged = OmegaConf.merge(values, given)
         plain: Any = OmegaConf.to_container(merged, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise SettingError(f"{recipe} with {list(overrides)} is not a recipe: {error}") from None
     return check(Recipe, {str(key): value for key, value in plain.items()})
+
+
+def _switch_pruner(values: Any, given: Any) -> None:
+    """Where an override names another pruner, drop the settings that were only the first one's."""
+    from .pruner import Method
+
+    new = OmegaConf.select(given, "pruner.name")
+    if new is None or new == OmegaConf.select(values, "pruner.name"):
+        return
+    common = {"name", *Method.__dataclass_fields__}
+    values.pruner = {key: value for key, value in values.pruner.items() if key in common}
 
 
 def json_schema() -> dict[str, Any]:

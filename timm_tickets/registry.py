@@ -5,6 +5,7 @@ An entry point names a module; importing it runs its `register_pruner` decorator
 
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import cache
@@ -37,7 +38,7 @@ def register_pruner(name: str) -> Callable[[M], M]:
 
     def register(cls: M) -> M:
         taken = _methods.get(name)
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"pruner {name!r} is registered already, by {taken.__module__}.{taken.__qualname__}")
         made: Any = dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})(cls)
         made.name = name
@@ -52,7 +53,10 @@ def _load() -> None:
     for module in pkgutil.iter_modules(methods.__path__):
         importlib.import_module(f"{methods.__name__}.{module.name}")
     for point in entry_points(group="timm_tickets.pruners"):
-        point.load()
+        try:
+            point.load()
+        except Exception as error:  # another package's code: whatever it raises must not stop ours
+            warnings.warn(f"the pruners of {point.value} cannot be loaded: {error!r}", stacklevel=2)
 
 
 def list_pruners(filter: str = "*") -> list[str]:

@@ -13,6 +13,10 @@ class SettingError(ValueError):
     """A setting that is unknown, missing or out of range."""
 
 
+class TrainingError(RuntimeError):
+    """A training that went wrong, such as a loss that is not finite; finished runs are kept."""
+
+
 def unknown(kind: str, found: str, valid: Iterable[str]) -> str:
     """The sentence for a name that does not exist, with the closest that do.
 

@@ -11,74 +11,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim import Optimizer
 
 from .masks import Masks, full_masks, sparsity
+from .wrappers import StepHook, plain_model, plain_optimizer
 
 State = dict[str, Tensor]
 
 # The hooks now on each model, so that whoever attaches next takes over instead of adding a second set.
 _hooks: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
-
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """The timm model inside DistributedDataParallel, DataParallel and ``torch.compile`` wrappers."""
-    while True:
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):  # torch.compile's wrapper; importing its class costs a second
-            model = model._orig_mod  # pyright: ignore[reportAssignmentType]
-        else:
-            return model
-
-
-def plain_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer that changes the weights, inside Accelerate's and Lookahead's wrappers.
-
-    Hooks registered on the wrappers would never fire: Accelerate's has no registry, Lookahead's ``step`` ignores its.
-    """
-    while True:
-        inner = getattr(optimizer, "_base_optimizer", None) or getattr(optimizer, "optimizer", None)
-        if inner is None:
-            return optimizer
-        optimizer = inner
-
-
-# Hyper-parameters and state of an optimizer when it was first attached.
-_first: WeakKeyDictionary[Optimizer, tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]] = WeakKeyDictionary()
-
-
-def reset_(optimizer: Optimizer) -> None:
-    """Make an optimizer as good as new: no state, and the hyper-parameters of the first time it was reset.
-
-    A schedule leaves its last learning rate in the parameter groups, where the next schedule would take it for the
-    first; some optimizers count steps there too. State that a constructor made (Adagrad's sums) is made again.
-    """
-    if optimizer not in _first:
-        groups = [{k: _copy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        counters = [[v for k, v in state.items() if str(k).endswith("step")] for state in optimizer.state.values()]
-        unused = all(found and not any(found) for found in counters)
-        made = {p: {k: _copy(v) for k, v in state.items()} for p, state in optimizer.state.items()} if unused else {}
-        _first[optimizer] = groups, made
-    groups, made = _first[optimizer]
-    for group, first in zip(optimizer.param_groups, groups, strict=False):
-        for key in set(group) - set(first) - {"params"}:  # what a scheduler added
-            del group[key]
-        group.update({k: _copy(v) for k, v in first.items()})
-    optimizer.state.clear()
-    for parameter, state in made.items():
-        optimizer.state[parameter] = {k: _copy(v) for k, v in state.items()}
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _mask_gradient(parameter: Tensor, mask: Tensor) -> None:
-    # A post-accumulate hook must return None. A product with a bool mask is vectorised on CPUs, masked_fill_ is not.
-    if parameter.grad is not None:
-        parameter.grad.mul_(mask)
 
 
 class Subnet:
@@ -160,25 +100,45 @@ class Subnet:
         Args:
             optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
             after_step: Called after each optimizer step, once the masks are applied.
+
+        Raises:
+            ValueError: The optimizer trains another model.
         """
         self.release_()
+        stepped = {id(p) for group in plain_optimizer(optimizer).param_groups for p in group["params"]}
+        if not any(id(p) in stepped for p in self.model.parameters()):
+            raise ValueError(
+                "optimizer: it has none of this model's parameters, so it would train another model; "
+                "build it from the parameters of the model that the pruner was created with"
+            )
         parameters = self.parameters()
         self._held = {name: self._mask[name].to(parameter.device, copy=True) for name, parameter in parameters.items()}
         hooks: list[Any] = [
-            parameter.register_post_accumulate_grad_hook(partial(_mask_gradient, mask=self._held[name]))
+            parameter.register_post_accumulate_grad_hook(partial(self._mask_gradient, name))
             for name, parameter in parameters.items()
             if parameter.requires_grad
         ]
 
         @torch.no_grad()
-        def stepped(*_: Any) -> None:
+        def mask_weights(*_: Any) -> None:
             for name, weight in self.weights().items():
-                weight.mul_(self._held[name])
-            if after_step is not None:
-                after_step()
+                weight.mul_(self._held_on(weight.device, name))
 
-        hooks.append(plain_optimizer(optimizer).register_step_post_hook(stepped))
+        hooks.append(plain_optimizer(optimizer).register_step_post_hook(mask_weights))
+        if after_step is not None:
+            hooks.append(StepHook(optimizer, after_step))
         _hooks[self.model] = hooks
+
+    def _mask_gradient(self, name: str, parameter: Tensor) -> None:
+        # This hook must return None. On CPUs a product with a bool mask is vectorised, masked_fill_ is not.
+        if parameter.grad is not None:
+            parameter.grad.mul_(self._held_on(parameter.grad.device, name))
+
+    def _held_on(self, device: torch.device, name: str) -> Tensor:
+        held = self._held[name]
+        if held.device != device:  # the model moved after it was attached
+            held = self._held[name] = held.to(device)
+        return held
 
     def release_(self) -> None:
         """Remove the hooks on this model, whoever put them there. The weights stay as they are."""

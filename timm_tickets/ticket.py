@@ -61,18 +61,24 @@ class _Header(BaseModel):
     metadata: dict[str, Any]
 
 
+class _KnownMetadata(BaseModel):
+    """The metadata that this package reads; a ticket may say more."""
+
+    start_epoch: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+
+
 @dataclass(eq=False)
 class Ticket:
     """A sparse subnetwork of a timm model and the weights it starts from.
 
     Attributes:
         masks: By parameter name, bool, True where the weight is kept.
-        values: The whole state dict to start from, on the CPU, exactly zero where pruned.
+        values: The whole state dict to start from, on the CPU; what the masks prune counts as zero.
         metadata: Architecture and its arguments, pruner and settings, versions, metrics: JSON types only.
     """
 
-    masks: Masks
-    values: State
+    masks: Masks = field(repr=False)
+    values: State = field(repr=False)
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -85,9 +91,17 @@ class Ticket:
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], masks: Mapping[str, Tensor], metadata: Mapping[str, Any]):
         """The ticket of these masks over a state dict on the CPU."""
-        masks = {name: mask.clone() for name, mask in masks.items()}
-        values = {n: v.masked_fill(~masks[n], 0) if n in masks else v.clone() for n, v in state.items()}
-        return cls(masks, values, {**metadata, "versions": _versions()})
+        masks = {name: mask.to("cpu", copy=True) for name, mask in masks.items()}
+        ticket = cls(masks, dict(state), {**metadata, "versions": _versions()})
+        ticket.values = {name: value.clone() for name, value in ticket.state().items()}
+        return ticket
+
+    def state(self) -> State:
+        """The state dict that the ticket gives a model: `values`, exactly zero where pruned."""
+        return {
+            name: value.masked_fill(~self.masks[name], 0) if name in self.masks else value
+            for name, value in self.values.items()
+        }
 
     @property
     def sparsity(self) -> float:
@@ -98,7 +112,7 @@ class Ticket:
     def fingerprint(self) -> str:
         """SHA-256 of the masks and of the model the ticket rebuilds: names, dtypes, shapes and every bit."""
         digest = hashlib.sha256()
-        for kind, tensors in (("mask", self.masks), ("value", self.values)):
+        for kind, tensors in (("mask", self.masks), ("value", self.state())):
             for name in sorted(tensors):
                 tensor = tensors[name].contiguous()
                 digest.update(f"{kind} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -110,7 +124,10 @@ class Ticket:
 
         Raises:
             OSError: It could not be written; a file that stood there before is untouched.
+            TicketError: It has no masks, or holds a tensor of a dtype that tickets do not know.
         """
+        if not any(mask.numel() for mask in self.masks.values()):
+            raise TicketError("a ticket without masks cannot be saved; make it with a pruner or Ticket.of")
         bits = np.concatenate([mask.flatten().numpy() for mask in self.masks.values()])
         tensors = {"masks": torch.from_numpy(np.packbits(bits))}
         parts: dict[str, list[Tensor]] = {}
@@ -141,12 +158,13 @@ class Ticket:
             TicketError: Another architecture, or parameters that differ in name or shape; the model is unchanged.
         """
         inner = plain_model(model)
-        expected = self.metadata.get("model", {}).get("architecture")
+        model_facts = self.metadata.get("model")
+        expected = model_facts.get("architecture") if isinstance(model_facts, dict) else None
         found = describe_model(inner)["architecture"]
         if expected and found and expected != found:
             raise TicketError(f"this ticket is for {expected!r}, the model is {found!r}; create a {expected!r} instead")
         self._check_names(inner.state_dict(), self.values)
-        inner.load_state_dict(self.values)
+        inner.load_state_dict(self.state())
         return model
 
     def attach(self, model: nn.Module, optimizer: Any) -> Any:
@@ -160,7 +178,7 @@ class Ticket:
             The same optimizer.
         """
         inner = plain_model(model)
-        self._check_names(inner.state_dict(), self.masks, partial=True)
+        self._check_names(dict(inner.named_parameters()), self.masks, partial=True)
         subnet = Subnet(inner, tuple(self.masks))
         subnet.set_mask_(self.masks)
         subnet.hold_(optimizer)
@@ -187,7 +205,8 @@ class Ticket:
 def load_ticket(path: str | Path) -> Ticket:
     """Read a ticket file. Nothing in it is executed, and every size is checked before memory is taken.
 
-    Memory is at most 64 times the file's size (a bit of mask becomes a byte of mask and a weight).
+    Memory is at most 160 times the file's size and 64 MB: a bit of mask becomes a byte of mask and a weight of up to 8
+    bytes, and what is rebuilt is held twice while its fingerprint is taken.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -230,7 +249,10 @@ def _unpack(path: Path, header: _Header, tensors: dict[str, Tensor]) -> Ticket:
 
     names = [entry[0] for entry in (*header.layers, *header.rest)]
     check(len(set(names)) == len(names), "a tensor is named twice")
+    check(all(name.isprintable() and len(name) < 1000 for name in names), "a tensor's name is not printable")
     check(bool(header.layers), "it has no layers")
+    check(all(math.prod(shape) for _, shape, _, _ in header.layers), "a layer has no weights")
+    _KnownMetadata.model_validate(header.metadata)
     bits = sum(math.prod(shape) for _, shape, _, _ in header.layers)
     sizes: dict[str, int] = {}
     for name, shape, dtype, count in header.layers:
@@ -245,9 +267,8 @@ def _unpack(path: Path, header: _Header, tensors: dict[str, Tensor]) -> Ticket:
     for key, (dtype, size) in expected.items():
         check(tensors[key].dtype == dtype and tensors[key].shape == (size,), f"{key} is not {size} values of {dtype}")
 
-    unpacked = np.unpackbits(tensors["masks"].numpy())
-    check(not unpacked[bits:].any(), "bits are set past the last mask")
-    flat = torch.from_numpy(unpacked[:bits].astype(np.bool_))
+    packed = tensors["masks"].numpy()
+    check(bits % 8 == 0 or not packed[-1] & (0xFF >> bits % 8), "bits are set past the last mask")
     masks: Masks = {}
     values: State = {}
     begun = dict.fromkeys(sizes, 0)
@@ -258,10 +279,12 @@ def _unpack(path: Path, header: _Header, tensors: dict[str, Tensor]) -> Ticket:
 
     start = 0
     for name, shape, dtype, count in header.layers:
-        mask = flat[start : start + math.prod(shape)].view(shape)
-        start += mask.numel()
+        stop = start + math.prod(shape)
+        unpacked = np.unpackbits(packed[start // 8 : -(-stop // 8)])[start % 8 :][: stop - start]
+        mask = torch.from_numpy(unpacked.view(np.bool_)).view(shape)
+        start = stop
         check(int(mask.sum()) == count, f"the mask of {name} keeps {int(mask.sum())}, its header says {count}")
-        masks[name] = mask.clone()
+        masks[name] = mask
         values[name] = torch.zeros(shape, dtype=_DTYPES[dtype])
         values[name][mask] = take(dtype, count)
     for name, shape, dtype in header.rest:

@@ -7,7 +7,8 @@ of an epoch goes on exactly as one that was never stopped.
 import math
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,18 +28,14 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from .data import Data, loader_of, subset_of
-from .files import replacing, write_state
-from .pruner import Run
+from .files import is_writer, replacing, write_state
+from .pruner import CHECKPOINT, Run, not_finite
 from .recipe import Recipe
-from .settings import SettingError
+from .settings import SettingError, TrainingError
 from .subnet import State, Subnet
 
 # On a GPU, asking whether a loss is finite waits for it: so ask only every so many steps.
 _CHECK_EVERY = 50
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message says at which step, and where the last good state is."""
 
 
 class Progress(Protocol):
@@ -47,6 +44,7 @@ class Progress(Protocol):
     def begin(self, run: Run, steps: int) -> None: ...
     def step(self) -> None: ...
     def epoch(self, epoch: int, metrics: dict[str, float]) -> None: ...
+    def say(self, text: str) -> None: ...
 
 
 class Silent:
@@ -55,6 +53,21 @@ class Silent:
     def begin(self, run: Run, steps: int) -> None: ...
     def step(self) -> None: ...
     def epoch(self, epoch: int, metrics: dict[str, float]) -> None: ...
+    def say(self, text: str) -> None: ...
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Turn what timm, torch or Accelerate raise for a setting they do not accept into a `SettingError`.
+
+    These libraries check some settings only when used, each with an exception of its own.
+    """
+    try:
+        yield
+    except SettingError:
+        raise
+    except (RuntimeError, TypeError, ValueError, OSError, AssertionError, LookupError, ImportError) as error:
+        raise SettingError(f"{what} cannot be built as the recipe says: {type(error).__name__}: {error}") from error
 
 
 def seed_from(*parts: int) -> int:
@@ -69,16 +82,16 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
         SettingError: timm cannot build it.
     """
     settings = recipe.model
+    if settings.num_classes is not None and settings.num_classes < num_classes:
+        raise SettingError(f"model.num_classes: {settings.num_classes} is too few; the data has {num_classes} classes")
     set_seed(recipe.seed)
-    try:
+    with building(f"model: {settings.model!r}"):
         return timm.create_model(
             settings.model,
             pretrained=settings.pretrained,
             checkpoint_path=settings.initial_checkpoint,
             **model_kwargs(recipe, num_classes),
         )
-    except (RuntimeError, TypeError, ValueError, OSError, AssertionError) as error:
-        raise SettingError(f"model: timm cannot build {settings.model!r} as the recipe says: {error}") from error
 
 
 def model_kwargs(recipe: Recipe, num_classes: int) -> dict[str, Any]:
@@ -116,19 +129,29 @@ class Trainer:
             dataloader_config=DataLoaderConfiguration(split_batches=True),
             step_scheduler_with_optimizer=False,
         )
+        if precision == "fp16" and self.accelerator.scaler is None:
+            raise SettingError("training.amp_dtype: float16 needs a GPU; set bfloat16, or training.amp=false")
         if self.accelerator.device.type == "cuda":
             _be_deterministic()
         if t.channels_last:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if t.sync_bn and self.accelerator.num_processes > 1:
             model = convert_sync_batchnorm(model)
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(t))
-        self.train_loader = loader_of(data.train_set(model), t.batch_size, recipe.data.workers, shuffle=True)
-        self.val_loader = loader_of(data.val_set(model), t.batch_size, recipe.data.workers)
-        self.test_loader = loader_of(data.test_set(model), t.batch_size, recipe.data.workers)
-        if t.torchcompile:
-            model = torch.compile(model, backend=t.torchcompile)  # pyright: ignore[reportAssignmentType]
+        with building("data"):
+            train_set, val_set, test_set = data.train_set(model), data.val_set(model), data.test_set(model)
+        prepare = self.accelerator.prepare_data_loader
+        workers = recipe.data.workers
+        self.train_loader = loader_of(train_set, t.batch_size, workers, shuffle=True)
+        self.val_loader = prepare(loader_of(val_set, t.batch_size, workers))
+        self.test_loader = prepare(loader_of(test_set, t.batch_size, workers))
+        with building("training"):
+            optimizer = create_optimizer_v2(model, **optimizer_kwargs(t))
+            if t.torchcompile:
+                model = torch.compile(model, backend=t.torchcompile)  # pyright: ignore[reportAssignmentType]
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self._second_order = getattr(optimizer, "is_second_order", False)
+        scaler = self.accelerator.scaler
+        self._fresh_scaler = None if scaler is None else scaler.state_dict()
         self.mixup = None
         if t.mixup > 0 or t.cutmix > 0 or t.cutmix_minmax is not None:
             self.mixup = Mixup(
@@ -155,46 +178,56 @@ class Trainer:
             The metrics: best and last validation top-1, test top-1 (percent) and losses of the last weights, seconds.
 
         Raises:
-            NonFiniteLoss: The loss was NaN or infinite.
+            TrainingError: The loss or a weight was NaN or infinite; the message says at which step, and where the last
+                good state is.
+            SettingError: The schedule cannot be built, or leaves no step to train.
         """
         t, accelerator, progress = self.settings, self.accelerator, progress or Silent()
         began = time.monotonic()
         run.attach(self.optimizer)
         base = run.subset(self.train_loader)
         loader = accelerator.prepare_data_loader(base)
+        accelerator._dataloaders.clear()  # it keeps every loader it has prepared; runs would pile them up
         updates = math.ceil(len(loader) / t.grad_accum_steps)
         schedule: Any = scheduler_kwargs(t) | {"num_epochs": run.epochs, "updates_per_epoch": updates}
-        scheduler: Any = create_scheduler_v2(self.optimizer, **schedule)[0]
+        with building("training.sched"):
+            scheduler: Any = create_scheduler_v2(self.optimizer, **schedule)[0]
+        if accelerator.scaler is not None and self._fresh_scaler is not None:
+            accelerator.scaler.load_state_dict(self._fresh_scaler)
         ema = ModelEmaV3(run.subnet.model, t.model_ema_decay, use_warmup=t.model_ema_warmup) if t.model_ema else None
 
         # Late rewinding goes on from its point of the schedule; a checkpoint from the end of its last epoch.
-        done = {"epoch": run.start_step // updates, "best": {"top1": -1.0}, "seconds": 0.0}
-        skip = run.start_step % updates * t.grad_accum_steps
-        checkpoint = None if folder is None else folder / "checkpoint.pt"
+        update = round(run.start_epoch * updates)
+        if update >= run.epochs * updates:
+            raise SettingError(
+                f"{run.name} starts at epoch {run.start_epoch:g} (its rewind point) of {run.epochs}: nothing is left "
+                "to train; set training.epochs higher, or rewind to an earlier point"
+            )
+        done = {"epoch": update // updates, "best": {"top1": -1.0}, "val": {}, "seconds": 0.0}
+        skip = update % updates * t.grad_accum_steps
+        checkpoint = None if folder is None else folder / CHECKPOINT
         if checkpoint is not None and (saved := self._load(checkpoint, run, ema)) is not None:
-            done, skip = saved, 0
-        update = max(run.start_step, done["epoch"] * updates)
+            done, skip, update = saved, 0, saved["epoch"] * updates
+            progress.say(f"{run.name} goes on after {done['epoch']} of {run.epochs} epochs")
         if scheduler is not None:
             scheduler.step(done["epoch"])
             scheduler.step_update(update)
         progress.begin(run, len(loader))
-        good = run.subnet.state()
+        watch = _Watch(run, accelerator.device, folder)
         last_save = time.monotonic()
-        val: dict[str, float] = {}
         for epoch in range(done["epoch"], run.epochs):
             seed = seed_from(self.seed, run.index, epoch)
             set_seed(seed)
             base.sampler.seed = seed
             if self.mixup is not None:
                 self.mixup.mixup_enabled = not (0 < t.mixup_off_epoch <= epoch)
-            watch = _Watch(run, accelerator.device, folder, good)
             self.model.train()
             for images, target in skip_first_batches(loader, skip) if skip else loader:
                 images, target = self._mixed(images, target)
                 with accelerator.accumulate(self.model):
                     loss = run.loss(self.criterion, self.model(images), target)
                     watch.see(loss)
-                    accelerator.backward(loss)
+                    accelerator.backward(loss, create_graph=self._second_order)
                     if t.clip_grad is not None and accelerator.sync_gradients:
                         accelerator.unscale_gradients(self.optimizer)
                         dispatch_clip_grad(self.model.parameters(), t.clip_grad, mode=t.clip_mode)
@@ -208,26 +241,25 @@ class Trainer:
                         ema.update(run.subnet.model, step=run.step)
                 progress.step()
             skip = 0
-            watch.check()
             if hasattr(self.optimizer.optimizer, "sync_lookahead"):
                 self.optimizer.optimizer.sync_lookahead()
             run.subnet.apply_()
-            good = run.subnet.state()
+            watch.keep(run.subnet.state())
             val = self.evaluate(self.val_loader, run, ema)
             if scheduler is not None:
                 scheduler.step(epoch + 1)
-            if val["top1"] > done["best"]["top1"]:
-                done["best"] = {**val, "epoch": epoch}
+            best = {**val, "epoch": epoch} if val["top1"] > done["best"]["top1"] else done["best"]
+            done |= {"epoch": epoch + 1, "best": best, "val": val}
             progress.epoch(epoch, val)
             now = time.monotonic()
-            if checkpoint is not None and epoch + 1 < run.epochs and now - last_save >= t.checkpoint_interval:
-                self._save(checkpoint, run, ema, done | {"epoch": epoch + 1, "seconds": done["seconds"] + now - began})
+            if checkpoint is not None and now - last_save >= t.checkpoint_interval:
+                self._save(checkpoint, run, ema, done | {"seconds": done["seconds"] + now - began})
                 last_save = now
         test = self.evaluate(self.test_loader, run, ema)
         run.metrics |= {
             "val_top1_best": done["best"]["top1"],
-            "val_top1": val.get("top1", done["best"]["top1"]),
-            "val_loss": val.get("loss", math.nan),
+            "val_top1": done["val"]["top1"],
+            "val_loss": done["val"]["loss"],
             "test_top1": test["top1"],
             "test_loss": test["loss"],
             "seconds": round(done["seconds"] + time.monotonic() - began, 2),
@@ -235,8 +267,6 @@ class Trainer:
         if ema is not None and folder is not None and accelerator.is_main_process:
             # The metrics are the averaged weights'; the search prunes by the raw ones, in model.safetensors.
             write_state(folder / "model_ema.safetensors", Subnet(ema.module, ()).state())
-        if checkpoint is not None and accelerator.is_main_process:
-            checkpoint.unlink(missing_ok=True)
         return run.metrics
 
     @torch.no_grad()
@@ -250,7 +280,7 @@ class Trainer:
             averaged.set_mask_(run.subnet.mask)
         model.eval()
         sums = torch.zeros(3, device=self.accelerator.device, dtype=torch.float64)
-        for images, target in self.accelerator.prepare_data_loader(subset_of(loader, run.classes)):
+        for images, target in subset_of(loader, run.classes):
             with self.accelerator.autocast():
                 output = model(self._laid_out(images))
             output = output[0] if isinstance(output, tuple | list) else output
@@ -308,8 +338,8 @@ class Trainer:
 class _Watch:
     """Remembers the first step whose loss was not finite, without waiting for the device at every step."""
 
-    def __init__(self, run: Run, device: torch.device, folder: Path | None, good: State):
-        self.run, self.folder, self.good = run, folder, good
+    def __init__(self, run: Run, device: torch.device, folder: Path | None):
+        self.run, self.folder, self.good = run, folder, run.subnet.state()
         self.every = 1 if device.type == "cpu" else _CHECK_EVERY
         self.first = torch.full((), -1, dtype=torch.int64, device=device)
 
@@ -317,21 +347,29 @@ class _Watch:
         bad = ~loss.detach().isfinite() & (self.first < 0)
         self.first = torch.where(bad, self.run.step, self.first)
         if self.run.step % self.every == 0:
-            self.check()
+            self._check()
 
-    def check(self) -> None:
-        step = int(self.first)
-        if step < 0:
-            return
+    def keep(self, state: State) -> None:
+        """Check an epoch's end, and remember its state as the last good one."""
+        self._check()
+        if (name := not_finite(state)) is not None:
+            self._stop(f"{name} is not finite after step {self.run.step}")
+        self.good = state
+
+    def _check(self) -> None:
+        if (step := int(self.first)) >= 0:
+            self._stop(f"the loss is not finite at step {step}")
+
+    def _stop(self, what: str) -> None:
         kept = ""
-        if self.folder is not None:
+        if self.folder is not None and is_writer():
             path = self.folder / "last_good.safetensors"
             with suppress(OSError):
                 write_state(path, self.good)
                 kept = f"; the weights at the end of the last good epoch are in {path}"
-        raise NonFiniteLoss(
-            f"{self.run.name}: the loss is not finite at step {step} of the run{kept}. Finished rounds are kept. "
-            "Lower training.lr or set training.clip_grad, and search again with --restart or another output"
+        raise TrainingError(
+            f"{self.run.name}: {what} of the run{kept}. Finished rounds are kept. Lower training.lr or set "
+            "training.clip_grad, and begin again with --restart or another output"
         )
 
 

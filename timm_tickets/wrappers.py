@@ -1,0 +1,94 @@
+"""What lies inside the wrappers of DDP, torch.compile, Accelerate and Lookahead."""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The timm model inside DistributedDataParallel, DataParallel and ``torch.compile`` wrappers."""
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile's wrapper; importing its class costs a second
+            model = model._orig_mod  # pyright: ignore[reportAssignmentType]
+        else:
+            return model
+
+
+def plain_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer that changes the weights, inside Accelerate's and Lookahead's wrappers.
+
+    Hooks registered on the wrappers would never fire: Accelerate's has no registry, Lookahead's ``step`` ignores its.
+    """
+    while True:
+        inner = getattr(optimizer, "_base_optimizer", None) or getattr(optimizer, "optimizer", None)
+        if inner is None:
+            return optimizer
+        optimizer = inner
+
+
+class StepHook:
+    """Calls a function after each step of an optimizer, whatever wraps it, until removed.
+
+    Lookahead moves the weights after the step of the optimizer inside it; there the call comes after that too.
+    """
+
+    def __init__(self, optimizer: Any, call: Callable[[], None]):
+        while (inner := getattr(optimizer, "optimizer", None)) is not None:  # Accelerate's
+            optimizer = inner
+        self._lookahead = optimizer if hasattr(optimizer, "_base_optimizer") else None
+        if self._lookahead is None:
+            self._handle = optimizer.register_step_post_hook(lambda *_: call())
+            return
+        step = type(optimizer).step
+
+        def stepped(closure: Any = None) -> Any:
+            loss = step(optimizer, closure)
+            call()
+            return loss
+
+        optimizer.step = stepped
+
+    def remove(self) -> None:
+        if self._lookahead is None:
+            self._handle.remove()
+        else:
+            self._lookahead.__dict__.pop("step", None)
+
+
+# State that an optimizer's constructor made: there to be made again.
+_made: WeakKeyDictionary[Optimizer, dict[Tensor, dict[str, Any]]] = WeakKeyDictionary()
+
+
+def reset_(optimizer: Optimizer) -> None:
+    """Clear an optimizer's state, as if it had never stepped.
+
+    Hyper-parameters stay as they are, but for a learning rate that a schedule has moved: it returns to where the
+    schedule began, or torch's next cosine would anneal the last one's zero. State that a constructor makes (Adagrad,
+    Adahessian) is put back, not only dropped, and step counters that live in the parameter groups (Lamb, Lookahead)
+    return to their beginning.
+    """
+    if optimizer not in _made:
+        counters = [[v for k, v in state.items() if str(k).endswith("step")] for state in optimizer.state.values()]
+        unused = all(found and not any(found) for found in counters)
+        _made[optimizer] = {p: _copy(state) for p, state in optimizer.state.items()} if unused else {}
+    optimizer.state.clear()
+    for parameter, state in _made[optimizer].items():
+        optimizer.state[parameter] = _copy(state)
+    for group in optimizer.param_groups:
+        if "initial_lr" in group:
+            group["lr"] = group["initial_lr"]
+        for key in [key for key in group if str(key).endswith("step")]:
+            if key in optimizer.defaults:
+                group[key] = optimizer.defaults[key]
+            else:
+                del group[key]
+
+
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
