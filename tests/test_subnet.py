@@ -73,7 +73,7 @@ def test_in_place_masks_equal_a_parametrized_twin_bit_for_bit(model, opt, clip):
 
 
 def test_one_of_the_two_hooks_alone_is_not_enough(model):
-    """With the weights' alone clipping counts pruned gradients; with the gradients' alone old momentum moves weights."""
+    """The weights' alone: clipping counts pruned gradients. The gradients' alone: old momentum moves pruned weights."""
     masks = half_masks(model)
     name = next(iter(masks))
     only_weights = copy.deepcopy(model)
