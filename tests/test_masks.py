@@ -29,17 +29,40 @@ def test_top_is_exact_and_separates(values, data):
         assert scores[mask].min() >= scores[~mask].max()
 
 
-@given(
-    st.dictionaries(st.text(max_size=3), st.integers(0, 50), min_size=1).filter(lambda s: sum(s.values())), st.data()
-)
-def test_apportion_is_exact_and_fair(sizes, data):
-    whole = sum(sizes.values())
-    count = data.draw(st.integers(0, whole))
-    parts = m.apportion(count, sizes)
+@given(st.dictionaries(st.text(max_size=3), st.integers(0, 50), min_size=1), st.data())
+def test_fill_is_exact_within_caps_and_proportional(caps, data):
+    shares = {name: data.draw(st.integers(1, 30)) for name in caps}
+    count = data.draw(st.integers(0, sum(caps.values())))
+    parts = m.fill(count, shares, caps)
     assert sum(parts.values()) == count
-    for name, size in sizes.items():
-        assert 0 <= parts[name] <= size
-        assert abs(parts[name] - count * size / whole) < 1
+    assert all(0 <= parts[name] <= cap for name, cap in caps.items())
+    open_parts = [name for name in caps if parts[name] < caps[name]]
+    for a in open_parts:  # among those not full, the ratio is that of the shares, up to one unit
+        for b in open_parts:
+            assert abs(parts[a] * shares[b] - parts[b] * shares[a]) <= shares[a] + shares[b]
+
+
+def test_budgets_by_hand():
+    shapes = {"a": (4, 2, 1, 1), "b": (10, 10)}
+    assert m.budgets(shapes, 54, "uniform") == {"a": 4, "b": 50}
+    # erk: shares 4 + 2 + 1 + 1 = 8 and 10 + 10 = 20; of 14 that is 4 and 10. Of 42 it would be 12 of a's 8: full.
+    assert m.budgets(shapes, 14, "erk") == {"a": 4, "b": 10}
+    assert m.budgets(shapes, 42, "erk") == {"a": 8, "b": 34}
+    assert m.budgets(shapes, 14, "epl") == {"a": 7, "b": 7}
+    assert m.budgets(shapes, 20, "epl") == {"a": 8, "b": 12}
+
+
+def test_epl_fills_conv6_as_the_frozen_slt_paper_says():
+    """Otsuka et al. 2024: at half the weights frozen, free densities 1 1 1 1 .907 .454 .255 1 1."""
+    sizes = [(64, 3, 3, 3), (64, 64, 3, 3), (128, 64, 3, 3), (128, 128, 3, 3), (256, 128, 3, 3), (256, 256, 3, 3)]
+    sizes += [(256, 4096), (256, 256), (10, 256)]
+    shapes = {str(i): shape for i, shape in enumerate(sizes)}
+    numel = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    assert sum(numel.values()) == 2_261_184
+    free = m.budgets(shapes, sum(numel.values()) // 2, "epl")
+    assert sum(free.values()) == 1_130_592
+    densities = [round(free[name] / numel[name], 3) for name in shapes]
+    assert densities == [1, 1, 1, 1, 0.907, 0.454, 0.255, 1, 1]
 
 
 def test_prune_global_compares_layers_and_never_revives():

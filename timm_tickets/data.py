@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -54,35 +55,75 @@ def labels_of(dataset: Any) -> Tensor:
     return _read_labels[dataset]
 
 
-def subset_of(data: Any, classes: Sequence[int] | None) -> Any:
-    """The items of these classes, labels unchanged, in their order; ``data`` itself where classes is None.
+@dataclass(frozen=True)
+class Selection:
+    """Which items a run trains on; those of all the conditions together.
+
+    Attributes:
+        classes: Only these classes.
+        part: ``(i, n)``: the i-th of n parts of all items, drawn by the seed.
+        batches: Only so many batches of a loader, drawn by the seed.
+        seed: Of what is drawn.
+    """
+
+    classes: Sequence[int] | None = None
+    part: tuple[int, int] | None = None
+    batches: int | None = None
+    seed: int = 0
+
+    @property
+    def everything(self) -> bool:
+        return self.classes is None and self.part is None and self.batches is None
+
+    def indices(self, dataset: Any, batch_size: int | None) -> list[int]:
+        """The selected items, in their order."""
+        chosen = torch.ones(len(dataset), dtype=torch.bool)
+        if self.classes is not None:
+            chosen &= torch.isin(labels_of(dataset), torch.as_tensor(self.classes))
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed))
+        if self.part is not None:
+            number, parts = self.part
+            mine = torch.zeros_like(chosen)
+            mine[order[number::parts]] = True
+            chosen &= mine
+        if self.batches is not None and batch_size is not None:
+            few = order[chosen[order]][: self.batches * batch_size]
+            chosen = torch.zeros_like(chosen)
+            chosen[few] = True
+        return chosen.nonzero().flatten().tolist()
+
+
+def subset_of(data: Any, selection: Selection) -> Any:
+    """The selected items, labels unchanged, in their order; ``data`` itself where everything is selected.
 
     Args:
         data: A map-style data set, a ``DataLoader`` over one, or timm's prefetching loader.
-        classes: Class indices.
+        selection: What to keep.
 
     Raises:
         ValueError: A loader without a map-style data set, or whose sampler cannot be made again for a subset.
     """
-    if classes is None:
+    if selection.everything:
         return data
     if hasattr(data, "loader") and not isinstance(data, DataLoader):  # timm's PrefetchLoader
         out = copy.copy(data)
-        out.loader = subset_of(data.loader, classes)
+        out.loader = subset_of(data.loader, selection)
         return out
     if not is_loader(data):
-        labels = labels_of(data)
         items: Any = data
-        return Subset(items, torch.isin(labels, torch.as_tensor(classes)).nonzero().flatten().tolist())
+        return Subset(items, selection.indices(data, None))
     if isinstance(data.dataset, IterableDataset):
-        raise ValueError("subset: a stream cannot be cut to some classes; use a data set with an item for each index")
+        raise ValueError(
+            "subset: a stream cannot be cut to some of its items; use a data set with an item for each index"
+        )
     shard: Any = data.batch_sampler
     batches = shard
     while hasattr(batches, "batch_sampler"):  # Accelerate's shard of it
         batches = batches.batch_sampler
     if type(batches) is not BatchSampler:
         raise _cannot_cut(batches)
-    part: Any = subset_of(data.dataset, classes)
+    items = data.dataset
+    part: Any = Subset(items, selection.indices(items, batches.batch_size))
     loader = DataLoader(
         part,
         batch_size=min(batches.batch_size, max(1, len(part))),
@@ -139,8 +180,8 @@ def _sampler_for(part: Any, sampler: Any) -> Sampler[int]:
 
 def _cannot_cut(sampler: Any) -> ValueError:
     return ValueError(
-        f"subset: a loader with a {type(sampler).__name__} cannot be cut to some classes; give `Run.subset` the data "
-        "set instead and build the loader of what it returns"
+        f"subset: a loader with a {type(sampler).__name__} cannot be cut to some items; give `Run.subset` the data set "
+        "instead and build the loader of what it returns"
     )
 
 

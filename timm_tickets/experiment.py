@@ -17,7 +17,7 @@ from rich.console import Console
 from .data import Data
 from .files import is_writer, read_json, remove_temporaries, write_bytes, write_json
 from .masks import Masks, full_masks
-from .pruner import CHECKPOINT, Run, write_run
+from .pruner import CHECKPOINT, End, Run, plain_metrics, write_run
 from .recipe import Recipe, load_recipe
 from .registry import create_pruner
 from .report import RichProgress, plot, print_table, write_summary
@@ -96,7 +96,13 @@ def search(
             experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0)
         last = pruner.rounds_done
         metrics = experiment.train(
-            f"round_{last:02d}", ticket.masks, ticket.values, pruner.runs_done, last, ticket.metadata["start_epoch"]
+            f"round_{last:02d}",
+            ticket.masks,
+            ticket.values,
+            pruner.runs_done,
+            last,
+            ticket.metadata["start_epoch"],
+            train=not pruner.method.ends_trained,
         )
     ticket.metadata["metrics"] = metrics
     PartialState().wait_for_everyone()
@@ -171,9 +177,16 @@ class _Experiment:
     metadata: dict[str, Any]
 
     def train(
-        self, name: str, masks: Masks, start: State, index: int, round: int = 0, start_epoch: float = 0.0
+        self,
+        name: str,
+        masks: Masks,
+        start: State,
+        index: int,
+        round: int = 0,
+        start_epoch: float = 0.0,
+        train: bool = True,
     ) -> dict[str, Any]:
-        """Train these masks from this start into the folder of this name; skip what is finished there."""
+        """Train these masks from this start into the folder of this name, or only score them; skip what is finished."""
         where = self.folder / name
         if (record := read_json(where / "run.json")) is not None:
             self.progress.say(f"{name} is finished; skipped")
@@ -182,9 +195,13 @@ class _Experiment:
         self.subnet.load_(start)
         epochs = self.trainer.settings.epochs
         run = Run(epochs, index=index, round=round, name=name, start_epoch=start_epoch, subnet=self.subnet)
-        self.trainer.fit(run, where, self.progress)
+        if train:
+            self.trainer.fit(run, where, self.progress)
+            end = run.finish_()
+        else:
+            self.trainer.score(run)
+            end = End(self.subnet.state(), masks, metrics=plain_metrics(run.metrics))
         self.progress.end(run)
-        end = run.finish_()
         write_run(where, run, end, Ticket.from_state(start, masks, self.metadata))
         return end.metrics
 
@@ -267,5 +284,5 @@ def _clear_folder(folder: Path, recipe: Recipe) -> None:
 
 def _records(folder: Path) -> list[dict[str, Any]]:
     """The finished trainings of a folder, in order: dense first, then by round and part."""
-    found = [read_json(path) for path in folder.glob("*/run.json")]
+    found = [record for path in folder.glob("*/run.json") if (record := read_json(path))["scored"]]
     return sorted(found, key=lambda row: (row["name"] != "dense", row["round"], row["part"]))

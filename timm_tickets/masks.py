@@ -4,6 +4,7 @@ A mask is ``dict[str, BoolTensor]``: a timm parameter name, and for each weight 
 Scores have the same keys and shapes, floats, higher meaning keep.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -17,6 +18,7 @@ from .wrappers import plain_model
 Masks = dict[str, Tensor]
 Scores = dict[str, Tensor]
 Scope = Literal["global", "layerwise"]
+Distribution = Literal["uniform", "erk", "epl"]
 
 _MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -149,30 +151,70 @@ def top(scores: Tensor, count: int) -> Tensor:
     return mask.view(scores.shape)
 
 
-def apportion(count: int, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Split ``count`` over layers in proportion to their sizes: exact in sum, by largest remainder, ties to the first.
+def fill(count: int, shares: Mapping[str, int], caps: Mapping[str, int]) -> dict[str, int]:
+    """Split ``count`` in proportion to shares, no part above its cap: what a full part cannot take the others share.
 
-    >>> apportion(5, {"a": 3, "b": 3, "c": 6})
+    Exact in sum: fractions go by largest remainder, ties to the first.
+
+    >>> fill(5, {"a": 3, "b": 3, "c": 6}, {"a": 3, "b": 3, "c": 6})
     {'a': 1, 'b': 1, 'c': 3}
+    >>> fill(9, {"a": 1, "b": 1, "c": 1}, {"a": 1, "b": 20, "c": 20})
+    {'a': 1, 'b': 4, 'c': 4}
     """
-    whole = sum(sizes.values())
-    if not 0 <= count <= whole:
-        raise ValueError(f"count: {count} cannot be split over layers that hold {whole}")
-    shares = {name: divmod(count * size, whole) for name, size in sizes.items()}
-    rest = count - sum(quotient for quotient, _ in shares.values())
-    first = sorted(shares, key=lambda name: -shares[name][1])[:rest]
-    return {name: quotient + (name in first) for name, (quotient, _) in shares.items()}
+    if not 0 <= count <= sum(caps.values()):
+        raise ValueError(f"count: {count} cannot be split over parts that hold {sum(caps.values())}")
+    out: dict[str, int] = {}
+    open_parts = dict(shares)
+    while True:
+        whole = sum(open_parts.values())
+        full = [name for name, share in open_parts.items() if count * share >= caps[name] * whole]
+        if not full:
+            break
+        for name in full:
+            out[name] = caps[name]
+            del open_parts[name]
+        count -= sum(caps[name] for name in full)
+    parts = {name: divmod(count * share, whole) for name, share in open_parts.items()}
+    rest = count - sum(quotient for quotient, _ in parts.values())
+    first = sorted(parts, key=lambda name: -parts[name][1])[:rest]
+    out |= {name: quotient + (name in first) for name, (quotient, _) in parts.items()}
+    return {name: out[name] for name in shares}
 
 
-def prune(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int, scope: Scope = "global") -> Masks:
+def budgets(shapes: Mapping[str, Sequence[int]], count: int, distribution: Distribution) -> dict[str, int]:
+    """How many of ``count`` weights each layer gets.
+
+    Args:
+        shapes: Shape of each layer's weight.
+        count: How many there are to give.
+        distribution: ``uniform``: the same density in every layer; ``erk``: density in proportion to the sum of a
+            layer's dimensions over their product, at most 1 (Evci et al. 2020, 1911.11134, section 3); ``epl``: the
+            same number in every layer, at most all (Otsuka et al. 2024, 2402.14029).
+    """
+    caps = {name: math.prod(shape) for name, shape in shapes.items()}
+    shares = {"uniform": caps, "erk": {n: sum(shape) for n, shape in shapes.items()}, "epl": dict.fromkeys(shapes, 1)}
+    return fill(count, shares[distribution], caps)
+
+
+def prune(
+    masks: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
+    count: int,
+    scope: Scope = "global",
+    distribution: Distribution = "uniform",
+) -> Masks:
     """Prune ``count`` more weights, those with the lowest scores among the kept.
 
     Args:
         masks: Bool, the masks to start from; what they prune stays pruned.
         scores: Float, same keys and shapes, on any device.
         count: How many to prune now, over all layers together.
-        scope: ``global`` compares all layers with one another; ``layerwise`` prunes the same fraction of what each
-            layer still keeps.
+        scope: ``global`` compares all layers with one another; ``layerwise`` prunes each by itself.
+        distribution: Layerwise, ``uniform`` prunes the same fraction of what each layer still keeps; ``erk`` and
+            ``epl`` keep what `budgets` gives each layer.
+
+    Raises:
+        ValueError: A layer keeps fewer weights than its budget asks for.
 
     Returns:
         New masks, with exactly ``count`` fewer weights kept.
@@ -185,11 +227,36 @@ def prune(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], count: int,
         alive[name] = score.masked_fill(~mask, -torch.inf)
     if scope == "layerwise":
         sizes = {name: int(mask.sum()) for name, mask in masks.items()}
-        cuts = apportion(count, sizes)
-        return {name: top(score, sizes[name] - cuts[name]) for name, score in alive.items()}
+        if distribution == "uniform":
+            cuts = fill(count, sizes, sizes)
+            keeps = {name: size - cuts[name] for name, size in sizes.items()}
+        else:
+            keeps = budgets({name: mask.shape for name, mask in masks.items()}, kept(masks) - count, distribution)
+        for name, keep in keeps.items():
+            if keep > sizes[name]:
+                raise ValueError(f"{name}: its {distribution} budget is {keep} weights, but it keeps {sizes[name]}")
+        return {name: top(score, keeps[name]) for name, score in alive.items()}
     everything = top(torch.cat([score.flatten() for score in alive.values()]), kept(masks) - count)
     parts = everything.split([score.numel() for score in alive.values()])
     return {name: part.view(score.shape) for (name, score), part in zip(alive.items(), parts, strict=True)}
+
+
+def exchange(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tensor:
+    """Drop ``count`` kept weights and grow as many of those then pruned: the step of sparse training that moves masks.
+
+    Args:
+        mask: Bool, any shape.
+        drop: Same shape; of the kept the lowest are dropped.
+        grow: Same shape; of the pruned, the just dropped among them, the highest grow.
+        count: How many; fewer where not so many are kept.
+
+    >>> mask = torch.tensor([True, True, False, False])
+    >>> exchange(mask, torch.tensor([1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 9.0, 3.0, 4.0]), 1).tolist()
+    [False, True, False, True]
+    """
+    size = int(mask.sum())
+    left = top(drop.float().masked_fill(~mask, -torch.inf), size - min(count, size))
+    return left | top(grow.float().masked_fill(left, -torch.inf), size - int(left.sum()))
 
 
 def intersect(*masks: Mapping[str, Tensor]) -> Masks:

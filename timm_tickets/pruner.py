@@ -20,10 +20,23 @@ import torch
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from .data import is_loader, subset_of
+from .data import Selection, is_loader, subset_of
 from .files import is_writer, read_json, read_state, write_json, write_state
-from .masks import Masks, keep_count, layer_sparsities, prunable_names, sparsity, total
+from .masks import (
+    Distribution,
+    Masks,
+    Scope,
+    Scores,
+    keep_count,
+    kept,
+    layer_sparsities,
+    prunable_names,
+    prune,
+    sparsity,
+    total,
+)
 from .settings import SettingError, TrainingError
 from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
@@ -48,6 +61,7 @@ class End:
     Attributes:
         state: The state dict at the end, pruned weights zero.
         mask: The mask at the end.
+        scores: What the method gathered in the run.
         rewind: The state at the run's rewind point, where it was asked to take one.
         rewind_epoch: How far into training that point lies, in epochs; 0 where it was never reached.
         metrics: Whatever the trainer measured.
@@ -55,6 +69,7 @@ class End:
 
     state: State = field(repr=False)
     mask: Masks = field(repr=False)
+    scores: Scores = field(default_factory=dict, repr=False)
     rewind: State | None = field(default=None, repr=False)
     rewind_epoch: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -72,9 +87,11 @@ class Run:
     Attributes:
         epochs: Epochs to train; the method's `epochs` unless it asked for another number.
         classes: Train on these classes only, as if the head had only these; all where None.
+        data_part: ``(i, n)``: train on the i-th of n random parts of the images; all where None.
+        limit: Train on so many batches only: a run that reads gradients and is no training. It is not scored.
         rewind: Where in this run the rewind point is taken; nowhere where None.
         setup: Called on the subnet before the run starts: the run's own starting state.
-        penalty: Added to the loss.
+        on_loss: Given the run and its loss, before backward; returns the loss to go backward from (a penalty added).
         after_step: Called after each optimizer step.
         index: Number of the run in the whole search, from 0.
         round: Number of its round, from 0.
@@ -85,13 +102,18 @@ class Run:
         batches: Batches whose loss was taken: more than `step` under gradient accumulation.
         batches_per_epoch: Set by the first `subset` of a loader; a trainer may set it itself.
         metrics: For the trainer to fill; kept with the run and in its ticket. JSON types.
+        scores: For the method to fill while the run goes on: a tensor a weight, handed back in its `End`.
+        optimizer: The optimizer that changes the weights, once attached.
+        seed: The method's.
     """
 
     epochs: int = 0
     classes: Sequence[int] | None = None
+    data_part: tuple[int, int] | None = None
+    limit: int | None = None
     rewind: str | None = None
     setup: Callable[[Subnet], None] | None = None
-    penalty: Callable[[Subnet], Tensor] | None = None
+    on_loss: Callable[["Run", Tensor], Tensor] | None = None
     after_step: Callable[["Run"], None] | None = None
 
     index: int = 0
@@ -103,6 +125,9 @@ class Run:
     batches: int = 0
     batches_per_epoch: int | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict, repr=False)
+    optimizer: Optimizer | None = field(default=None, repr=False)
+    seed: int = 0
     subnet: Subnet = field(default=None, repr=False)  # pyright: ignore[reportAssignmentType]
 
     _pending: int = field(default=0, repr=False)
@@ -112,6 +137,11 @@ class Run:
     def sparsity(self) -> float:
         """Sparsity of the mask now being trained, in [0, 1)."""
         return self.subnet.sparsity
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is a training on all classes and images."""
+        return self.classes is None and self.data_part is None and self.limit is None
 
     @property
     def position(self) -> float:
@@ -144,7 +174,8 @@ class Run:
         Returns:
             The same optimizer.
         """
-        reset_(plain_optimizer(optimizer))
+        self.optimizer = plain_optimizer(optimizer)
+        reset_(self.optimizer)
         self.subnet.hold_(optimizer, self._stepped)
         return optimizer
 
@@ -158,14 +189,14 @@ class Run:
         Returns:
             The same kind of thing; the very same object where the run trains on everything.
         """
-        out = subset_of(data, self.classes)
+        out = subset_of(data, Selection(self.classes, self.data_part, self.limit, self.seed))
         if self.batches_per_epoch is None and is_loader(out):
             with suppress(TypeError):  # a stream has no length
                 self.batches_per_epoch = len(out)
         return out
 
     def loss(self, criterion: Callable[[Tensor, Tensor], Tensor], output: Any, target: Tensor) -> Tensor:
-        """The criterion on this run's classes, plus the method's penalty. Call it once a batch.
+        """The criterion on this run's classes, plus what the method adds. Call it once a batch.
 
         Args:
             criterion: Takes logits and targets.
@@ -183,7 +214,8 @@ class Run:
         if self.classes is not None:
             output, target = _slice_classes(output, target, self.classes)
         loss = criterion(output, target)
-        return loss if self.penalty is None else loss + self.penalty(self.subnet)
+        # Scoring a validation batch must neither add a penalty nor be read as a gradient.
+        return loss if self.on_loss is None or not torch.is_grad_enabled() else self.on_loss(self, loss)
 
     def _stepped(self) -> None:
         self.step += 1
@@ -229,7 +261,8 @@ class Run:
                 f"{self.name} ended without an optimizer step; train it on the optimizer that `run.attach` returns",
                 stacklevel=4,
             )
-        end = End(state, dict(self.subnet.mask), metrics=plain_metrics(self.metrics))
+        scores = {name: score.detach().cpu().contiguous() for name, score in self.scores.items()}
+        end = End(state, dict(self.subnet.mask), scores=scores, metrics=plain_metrics(self.metrics))
         if self.rewind is not None:
             if self._taken is None or self._taken[1] >= self.epochs:
                 hint = " (use `run.subset(loader)` so that epochs can be counted)" * (self.batches_per_epoch is None)
@@ -245,10 +278,12 @@ class Run:
     def progress_state(self) -> dict[str, Any]:
         """What a checkpoint within the run must hold besides model and optimizer: tensors and primitives."""
         counters = {"step": self.step, "batches": self.batches}
-        return counters | {"taken": self._taken, "mask": dict(self.subnet.mask)}
+        method = {"mask": dict(self.subnet.mask), "scores": dict(self.scores), "tap": self.subnet.tap}
+        return counters | method | {"taken": self._taken}
 
     def load_progress_(self, saved: dict[str, Any]) -> None:
         self.step, self.batches, self._taken = saved["step"], saved["batches"], saved["taken"]
+        self.scores, self.subnet.tap = saved["scores"], saved["tap"]
         self.subnet.set_mask_(saved["mask"])
 
 
@@ -292,15 +327,27 @@ class Method:
     """What every pruner can be told; a method adds its own settings and its `search`.
 
     Subclasses are made dataclasses, and their settings checked, by `register_pruner`.
+
+    Attributes:
+        name: The registered name.
+        ends_trained: Whether the ticket's values are final, found in the search itself: nobody trains it again.
     """
 
     name: ClassVar[str] = ""
+    ends_trained: ClassVar[bool] = False
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights to prune")]
     epochs: Annotated[int, Field(ge=1, description="epochs of one training run")] = 20
     seed: Annotated[int, Field(ge=0, description="seed of everything random in the method")] = 0
     include: Annotated[tuple[str, ...], Field(description="wildcards of the weights that may be pruned")] = ("*",)
     exclude: Annotated[tuple[str, ...], Field(description="wildcards of the weights that are left alone")] = ()
+
+    def prepare_(self, subnet: Subnet) -> None:
+        """Called once, when the pruner is created: refuse a model that does not suit the settings.
+
+        Raises:
+            SettingError: The model does not suit.
+        """
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         """Yield rounds, receive their ends; leave the subnet rewound and masked.
@@ -316,6 +363,22 @@ class Method:
     def runs(self, subnet: Subnet) -> int | None:
         """How many runs the search will ask for, where that is known beforehand."""
         return None
+
+
+@settings(frozen=True, kw_only=True, config={"extra": "forbid"})
+class OneShot(Method):
+    """A method that cuts its mask once, from one set of scores."""
+
+    scope: Annotated[Scope, Field(description="compare scores across all layers, or within each")] = "global"
+    distribution: Annotated[Distribution, Field(description="layerwise, the density of each layer")] = "uniform"
+
+    def prune_(self, subnet: Subnet, scores: Scores) -> None:
+        """Prune the lowest scores among what is kept, to the asked sparsity exactly."""
+        cut = kept(subnet.mask) - keep_count(total(subnet.mask), self.sparsity)
+        subnet.set_mask_(prune(subnet.mask, scores, cut, self.scope, self.distribution))
+
+    def runs(self, subnet: Subnet) -> int:
+        return 0
 
 
 class Pruner(Iterator[Run]):
@@ -339,6 +402,7 @@ class Pruner(Iterator[Run]):
         self.method = method
         self.subnet = Subnet(model, prunable_names(model, method.include, method.exclude))
         keep_count(total(self.subnet.mask), method.sparsity)  # refused now, not after the first training
+        method.prepare_(self.subnet)
         self.folder = None if folder is None else Path(folder)
         self.replayed: list[str] = []
         self.runs_done = self.rounds_done = 0
@@ -413,6 +477,7 @@ class Pruner(Iterator[Run]):
                 run.subnet, run.index, run.round, run.part = subnet, self.runs_done, self.rounds_done, part
                 run.name = f"round_{run.round:02d}" + (f"_part_{part}" if base else "")
                 run.epochs = run.epochs or self.method.epochs
+                run.seed = self.method.seed
                 run.start_epoch = self._start_epoch
                 end = self._read(run)
                 if end is None:
@@ -428,7 +493,7 @@ class Pruner(Iterator[Run]):
                     subnet.load_(end.state)
                     self.replayed.append(run.name)
                 ends.append(end)
-                self.trained_dense |= run.classes is None and sparsity(end.mask) == 0
+                self.trained_dense |= run.whole and sparsity(end.mask) == 0
                 self.runs_done += 1
             if ends[0].rewind is not None:
                 self._start_epoch = ends[0].rewind_epoch
@@ -471,6 +536,7 @@ class Pruner(Iterator[Run]):
         return End(
             state=read_state(folder / "model.safetensors"),
             mask=load_ticket(folder / f"{run.name}.ticket").masks,
+            scores=read_state(folder / "scores.safetensors") if record["scores"] else {},
             rewind=read_state(rewind) if record["rewind"] else None,
             rewind_epoch=record["rewind_epoch"],
             metrics=record["metrics"],
@@ -486,7 +552,7 @@ class Pruner(Iterator[Run]):
 
     def _ticket(self, mask: Masks, start: State, start_epoch: float) -> Ticket:
         counts = {name: int(layer.sum()) for name, layer in mask.items()}
-        facts = {"sparsity": sparsity(mask), "kept": counts, "start_epoch": start_epoch}
+        facts = {"sparsity": sparsity(mask), "kept": counts, "start_epoch": start_epoch, "notes": self.subnet.notes}
         return Ticket.from_state(start, mask, {**self.metadata, **facts})
 
 
@@ -497,6 +563,8 @@ def write_run(folder: Path, run: Run, end: End, ticket: Ticket) -> None:
     ticket.metadata["metrics"] = end.metrics
     ticket.save(folder / f"{run.name}.ticket")
     write_state(folder / "model.safetensors", end.state)
+    if end.scores:
+        write_state(folder / "scores.safetensors", end.scores)
     if end.rewind is not None:
         write_state(folder / "rewind.safetensors", end.rewind)
     layers = layer_sparsities(end.mask)
@@ -510,6 +578,8 @@ def write_run(folder: Path, run: Run, end: End, ticket: Ticket) -> None:
         "layer_min": min(layers.values()),
         "layer_max": max(layers.values()),
         "steps": run.step,
+        "scored": run.limit is None,
+        "scores": bool(end.scores),
         "rewind": end.rewind is not None,
         "rewind_epoch": end.rewind_epoch,
         "metrics": end.metrics,

@@ -89,6 +89,9 @@ class RichProgress:
     def end(self, run: Run) -> None:
         self._done += 1
         m = run.metrics
+        if run.limit is not None:
+            self.say(f"{run.name}  read the gradients of {run.batches} batches")
+            return
         self.say(
             f"{run.name}  sparsity {run.sparsity:.4f}  val {m['val_top1']:6.2f} (best {m['val_top1_best']:.2f})  "
             f"test {m['test_top1']:6.2f}  {m['seconds']:.1f} s"
@@ -115,7 +118,7 @@ def print_table(records: Sequence[dict[str, Any]], console: Console) -> None:
         return
     table = Table(box=None, header_style="bold")
     for title in ("round", "sparsity", "layers min..max", "val best", "val last", "test top-1", "seconds"):
-        table.add_column(title, justify="left" if title == "round" else "right")
+        table.add_column(title, justify="left" if title == "round" else "right", no_wrap=True)
     for one in map(row, records):
         table.add_row(
             one["name"],

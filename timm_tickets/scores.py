@@ -1,11 +1,12 @@
 """Scores: one float for each weight, higher meaning keep. Pure functions; the masks are cut from them in masks.py."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .masks import Scores
+from .masks import Masks, Scores
 
 
 def magnitude(weights: Mapping[str, Tensor]) -> Scores:
@@ -17,3 +18,47 @@ def random(weights: Mapping[str, Tensor], seed: int) -> Scores:
     """Uniform noise in [0, 1), of the weights' shapes, on the CPU: the same for a seed whatever the device."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
+
+
+def snip(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Scores:
+    """Connection sensitivity ``|w * g|`` (Lee et al. 2018, 1810.02340, equation 5, without its normalisation)."""
+    return {name: (weight * gradients[name]).detach().abs() for name, weight in weights.items()}
+
+
+def grasp(weights: Mapping[str, Tensor], products: Mapping[str, Tensor]) -> Scores:
+    """What removing a weight would take from the gradient's norm: ``w * Hg``.
+
+    Wang et al. 2020, 2002.07376, equation 8, score ``-w * Hg`` and remove the highest; here higher means keep.
+
+    Args:
+        weights: The weights.
+        products: The Hessian times the gradient, same keys and shapes.
+    """
+    return {name: (weight * products[name]).detach() for name, weight in weights.items()}
+
+
+def synflow(model: nn.Module, masks: Masks, input_size: Sequence[int]) -> Scores:
+    """Synaptic flow ``|w| * dR/d|w|``, R the sum of outputs for an input of ones and every parameter's absolute value.
+
+    Works on a copy in double precision, in which the products of many layers do not overflow; the model is unchanged.
+
+    Args:
+        model: The model, on any device.
+        masks: What is pruned already counts as zero.
+        input_size: Channels, height, width.
+
+    Source: Tanaka et al. 2020, 2006.05467, equations 2 and 3 and algorithm 1.
+    """
+    linear = copy.deepcopy(model).double().eval()
+    with torch.no_grad():
+        for value in linear.state_dict().values():
+            value.abs_()
+        weights = {name: parameter for name, parameter in linear.named_parameters() if name in masks}
+        for name, weight in weights.items():
+            weight.requires_grad_(True)
+            weight.mul_(masks[name].to(weight.device))
+    device = next(linear.parameters()).device
+    output = linear(torch.ones(1, *input_size, dtype=torch.float64, device=device))
+    gradients = torch.autograd.grad(output.sum(), list(weights.values()))
+    products = zip(weights.items(), gradients, strict=True)
+    return {name: (weight * gradient).detach().cpu() for (name, weight), gradient in products}

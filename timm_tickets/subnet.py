@@ -32,12 +32,18 @@ class Subnet:
         model: The plain model.
         names: Names of the prunable weights, in the model's order.
         start: The rewind point: a state dict on the CPU. None until a pruner sets it.
+        notes: What a method has to tell of its search, one record after the other, in JSON types; kept in the ticket.
+        dense_gradients: The last step's gradients before they were masked, by name, while `tap` is set.
+        tap: Whether to keep them: a method that grows weights sets it for the step before it looks.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
         self.model = plain_model(model)
         self.names = tuple(names)
         self.start: State | None = None
+        self.notes: list[dict[str, Any]] = []
+        self.tap = False
+        self.dense_gradients: dict[str, Tensor] = {}
         self._mask = full_masks(self.weights())
         self._held: Masks = {}  # copies on the weights' devices, only while hooks hold the masks
 
@@ -49,6 +55,10 @@ class Subnet:
     def weights(self) -> dict[str, Tensor]:
         """The prunable weights, detached, not copied."""
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
+
+    def weights_on_cpu(self) -> dict[str, Tensor]:
+        """The prunable weights on the CPU, where scores are compared."""
+        return {name: weight.cpu() for name, weight in self.weights().items()}
 
     @property
     def mask(self) -> Masks:
@@ -132,6 +142,8 @@ class Subnet:
     def _mask_gradient(self, name: str, parameter: Tensor) -> None:
         # This hook must return None. On CPUs a product with a bool mask is vectorised, masked_fill_ is not.
         if parameter.grad is not None:
+            if self.tap:
+                self.dense_gradients[name] = parameter.grad.detach().clone()
             parameter.grad.mul_(self._held_on(parameter.grad.device, name))
 
     def _held_on(self, device: torch.device, name: str) -> Tensor:
@@ -145,3 +157,5 @@ class Subnet:
         for hook in _hooks.pop(self.model, []):
             hook.remove()
         self._held = {}
+        self.dense_gradients = {}
+        self.tap = False

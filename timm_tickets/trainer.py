@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
@@ -27,10 +26,11 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
-from .data import Data, loader_of, subset_of
+from .data import Data, Selection, loader_of, subset_of
 from .files import is_writer, replacing, write_state
 from .pruner import CHECKPOINT, Run, not_finite
 from .recipe import Recipe
+from .seeds import seed_from
 from .settings import SettingError, TrainingError
 from .subnet import State, Subnet
 
@@ -68,11 +68,6 @@ def building(what: str) -> Iterator[None]:
         raise
     except (RuntimeError, TypeError, ValueError, OSError, AssertionError, LookupError, ImportError) as error:
         raise SettingError(f"{what} cannot be built as the recipe says: {type(error).__name__}: {error}") from error
-
-
-def seed_from(*parts: int) -> int:
-    """A 32-bit seed that depends on all the parts (numpy's SeedSequence, whose mixing is fixed)."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -245,6 +240,8 @@ class Trainer:
                 self.optimizer.optimizer.sync_lookahead()
             run.subnet.apply_()
             watch.keep(run.subnet.state())
+            if run.limit is not None:  # it has only read gradients; the weights are as they were
+                return run.metrics
             val = self.evaluate(self.val_loader, run, ema)
             if scheduler is not None:
                 scheduler.step(epoch + 1)
@@ -255,19 +252,32 @@ class Trainer:
             if checkpoint is not None and now - last_save >= t.checkpoint_interval:
                 self._save(checkpoint, run, ema, done | {"seconds": done["seconds"] + now - began})
                 last_save = now
-        test = self.evaluate(self.test_loader, run, ema)
-        run.metrics |= {
-            "val_top1_best": done["best"]["top1"],
-            "val_top1": done["val"]["top1"],
-            "val_loss": done["val"]["loss"],
-            "test_top1": test["top1"],
-            "test_loss": test["loss"],
-            "seconds": round(done["seconds"] + time.monotonic() - began, 2),
-        }
+        seconds = done["seconds"] + time.monotonic() - began
+        run.metrics |= self._metrics(done["best"], done["val"], self.evaluate(self.test_loader, run, ema), seconds)
         if ema is not None and folder is not None and accelerator.is_main_process:
             # The metrics are the averaged weights'; the search prunes by the raw ones, in model.safetensors.
             write_state(folder / "model_ema.safetensors", Subnet(ema.module, ()).state())
         return run.metrics
+
+    def score(self, run: Run) -> dict[str, Any]:
+        """The metrics of the model as it is, without training: of a ticket that its search has trained."""
+        began = time.monotonic()
+        val, test = (self.evaluate(loader, run) for loader in (self.val_loader, self.test_loader))
+        run.metrics |= self._metrics(val, val, test, time.monotonic() - began)
+        return run.metrics
+
+    @staticmethod
+    def _metrics(
+        best: dict[str, float], val: dict[str, float], test: dict[str, float], seconds: float
+    ) -> dict[str, Any]:
+        return {
+            "val_top1_best": best["top1"],
+            "val_top1": val["top1"],
+            "val_loss": val["loss"],
+            "test_top1": test["top1"],
+            "test_loss": test["loss"],
+            "seconds": round(seconds, 2),
+        }
 
     @torch.no_grad()
     def evaluate(self, loader: Any, run: Run, ema: ModelEmaV3 | None = None) -> dict[str, float]:
@@ -280,7 +290,7 @@ class Trainer:
             averaged.set_mask_(run.subnet.mask)
         model.eval()
         sums = torch.zeros(3, device=self.accelerator.device, dtype=torch.float64)
-        for images, target in subset_of(loader, run.classes):
+        for images, target in subset_of(loader, Selection(run.classes)):
             with self.accelerator.autocast():
                 output = model(self._laid_out(images))
             output = output[0] if isinstance(output, tuple | list) else output

@@ -1,0 +1,135 @@
+"""SNIP, GraSP and SynFlow on two-layer networks worked out by hand."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import timm_tickets as tt
+from timm_tickets import scores
+
+
+class TwoLayers(nn.Module):
+    """y = B (A x), no bias; both layers prunable."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.a, self.b = nn.Linear(1, len(a), bias=False), nn.Linear(len(a), 1, bias=False)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.tensor(a)[:, None])
+            self.b.weight.copy_(torch.tensor(b)[None])
+
+    def forward(self, x):
+        return self.b(self.a(x.flatten(1)))
+
+
+def read(pruner, model, inputs):
+    """The short run, as a user's loop: an optimizer that moves the weights, a batch after the other."""
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.tensor(inputs), torch.zeros(len(inputs), 1)), batch_size=1
+    )
+    for run in pruner:
+        optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
+        for _ in range(run.epochs):
+            for x, y in run.subset(loader):
+                run.loss(lambda output, target: (output - target).square().sum() / 2, model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def test_snip_by_hand():
+    # y = 3 * 2 - 0.5 * 1 = 5.5 and L = y^2 / 2. dL/dA = 5.5 * (3, 0.5), dL/dB = 5.5 * (2, -1).
+    # |w g|: A 33, 2.75; B 33, 2.75.
+    model = TwoLayers([2.0, -1.0], [3.0, 0.5])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = {"a.weight": torch.tensor([[16.5], [2.75]]), "b.weight": torch.tensor([[11.0, -5.5]])}
+    found = scores.snip(model.state_dict(), gradients)
+    assert found["a.weight"].flatten().tolist() == [33.0, 2.75]
+    assert found["b.weight"].flatten().tolist() == [33.0, 2.75]
+    pruner = tt.create_pruner("snip", model, sparsity=0.5)
+    read(pruner, model, [[1.0]])
+    assert pruner.ticket.masks["a.weight"].flatten().tolist() == [True, False]
+    assert pruner.ticket.masks["b.weight"].flatten().tolist() == [True, False]
+    assert model.a.weight.flatten().tolist() == [2.0, 0.0]  # restored, then pruned
+    assert torch.equal(before["b.weight"] * pruner.ticket.masks["b.weight"], model.b.weight)
+
+
+def test_gradients_of_several_batches_are_added_at_the_same_weights():
+    # For input x, y = 5.5 x and the gradients are x^2 times those of x = 1: for 1 and 2 together 5 times.
+    model = TwoLayers([2.0, -1.0], [3.0, 0.5])
+    pruner = tt.create_pruner("snip", model, sparsity=0.5, batches=2)
+    read(pruner, model, [[1.0], [2.0]])
+    run = tt.create_pruner("snip", TwoLayers([2.0, -1.0], [3.0, 0.5]), sparsity=0.5, batches=2)
+    ends = []
+    first = next(run)
+    optimizer = first.attach(torch.optim.SGD(run.subnet.model.parameters(), 0.1))
+    for x in (1.0, 2.0):
+        output = run.subnet.model(torch.tensor([[x]]))
+        first.loss(lambda output, _: output.square().sum() / 2, output, None).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ends.append(first.scores["a.weight"].flatten().tolist())
+    assert ends == [[16.5, 2.75], [5 * 16.5, 5 * 2.75]]
+
+
+def test_grasp_by_hand():
+    # L = (ab)^2 / 2, g = (a b^2, a^2 b), H = [[b^2, 2ab], [2ab, a^2]]. At a = 2, b = 3: g = (18, 12),
+    # Hg = (9 * 18 + 12 * 12, 12 * 18 + 4 * 12) = (306, 264), w Hg = (612, 792): a goes first.
+    model = TwoLayers([2.0], [3.0])
+    products = {"a.weight": torch.tensor([[306.0]]), "b.weight": torch.tensor([[264.0]])}
+    found = scores.grasp(model.state_dict(), products)
+    assert (found["a.weight"].item(), found["b.weight"].item()) == (612.0, 792.0)
+    pruner = tt.create_pruner("grasp", model, sparsity=0.5)
+    run = next(pruner)
+    run.attach(torch.optim.SGD(model.parameters(), 0.1))
+    run.loss(lambda output, _: output.square().sum() / 2, model(torch.tensor([[1.0]])), None).backward()
+    assert run.scores["a.weight"].item() == pytest.approx(306)
+    assert run.scores["b.weight"].item() == pytest.approx(264)
+
+
+def test_grasp_removes_what_the_paper_removes():
+    """The highest -w * Hg: of -612 and -792 that is the first."""
+    model = TwoLayers([2.0], [3.0])
+    pruner = tt.create_pruner("grasp", model, sparsity=0.5)
+    read(pruner, model, [[1.0]])
+    assert not pruner.ticket.masks["a.weight"].item()
+    assert pruner.ticket.masks["b.weight"].item()
+
+
+def test_synflow_by_hand():
+    # R = 3 * 2 + 0.5 * 1 = 6.5 with absolute values; |w| dR/d|w|: A 6, 0.5; B 6, 0.5. Without data: the sign of A's
+    # second weight does not matter.
+    model = TwoLayers([2.0, -1.0], [3.0, 0.5])
+    masks = {name: torch.ones_like(value, dtype=torch.bool) for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = scores.synflow(model, masks, (1, 1, 1))
+    assert found["a.weight"].flatten().tolist() == [6.0, 0.5]
+    assert found["b.weight"].flatten().tolist() == [6.0, 0.5]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    masks["b.weight"][0, 0] = False  # what is pruned carries nothing, and so neither does what leads to it
+    found = scores.synflow(model, masks, (1, 1, 1))
+    assert found["a.weight"].flatten().tolist() == [0.0, 0.5]
+
+
+def test_synflow_conserves_flow_through_each_layer():
+    """The sum of scores is the same for every layer of a chain without branches (Tanaka et al., theorem 1)."""
+    chain = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 3, bias=False), nn.Flatten())
+    masks = {name: torch.ones_like(value, dtype=torch.bool) for name, value in chain.state_dict().items()}
+    sums = [score.sum().item() for score in scores.synflow(chain, masks, (3, 6, 6)).values()]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-12)
+
+
+def test_synflow_cuts_no_layer_off_where_magnitude_does():
+    """A chain with one wide layer of small weights (Tanaka et al., section 3: layer collapse)."""
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 64, 3), nn.ReLU(), nn.Conv2d(64, 2, 3))
+    with torch.no_grad():
+        chain[2].weight.mul_(0.01)
+    kept = {}
+    for name, more in (("magnitude", {}), ("synflow", {"input_size": (3, 8, 8)})):
+        ticket = tt.create_pruner(name, copy.deepcopy(chain), sparsity=0.99, **more).ticket
+        kept[name] = [int(mask.sum()) for mask in ticket.masks.values()]
+        assert sum(kept[name]) == 108
+    assert min(kept["magnitude"]) == 0
+    assert min(kept["synflow"]) > 0

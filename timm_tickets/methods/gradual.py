@@ -1,0 +1,59 @@
+"""Gradual magnitude pruning: one training in which the sparsity grows along a cubic.
+
+Source: Zhu & Gupta 2017, 1710.01878.
+"""
+
+from collections.abc import Generator
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from ..masks import keep_count, kept, prune, total
+from ..pruner import End, OneShot, Run
+from ..registry import register_pruner
+from ..scores import magnitude
+from ..settings import SettingError
+from ..subnet import Subnet
+
+
+@register_pruner("gradual")
+class Gradual(OneShot):
+    """Prune the smallest weights while training, for good; the ticket's values are the final weights.
+
+    Suggested: begin 0.0 to 0.2, end 0.75, so that the sparse network trains on; interval 100 steps, less in short runs.
+    Cost: one training.
+    Departures: the sparsity goes by the fraction of training done, not by a count of steps.
+    """
+
+    ends_trained: ClassVar[bool] = True
+    begin: Annotated[float, Field(ge=0, lt=1, description="fraction of training at which pruning begins")] = 0.0
+    end: Annotated[float, Field(gt=0, le=1, description="fraction of training at which it is complete")] = 0.75
+    interval: Annotated[int, Field(ge=1, description="optimizer steps between two prunings")] = 100
+
+    def prepare_(self, subnet: Subnet) -> None:
+        if self.begin >= self.end:
+            raise SettingError(f"pruner.begin: {self.begin} is not before end {self.end}; begin earlier")
+
+    def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
+        (end,) = yield [Run(after_step=self.step_)]
+        # However long the run was, the asked sparsity is met.
+        subnet.start = end.state
+        self.prune_(subnet, magnitude(end.weights))
+        subnet.rewind_()
+
+    def step_(self, run: Run) -> None:
+        if run.step % self.interval and run.progress < 1:
+            return
+        subnet = run.subnet
+        keep = keep_count(total(subnet.mask), self.scheduled(run.progress))
+        cut = max(0, kept(subnet.mask) - keep)
+        if cut:
+            subnet.set_mask_(prune(subnet.mask, magnitude(subnet.weights()), cut, self.scope, self.distribution))
+
+    def scheduled(self, progress: float) -> float:
+        """Sparsity after this fraction of training (equation 1, from 0)."""
+        done = min(1.0, max(0.0, (progress - self.begin) / (self.end - self.begin)))
+        return self.sparsity * (1 - (1 - done) ** 3)
+
+    def runs(self, subnet: Subnet) -> int:
+        return 1

@@ -1,0 +1,48 @@
+"""GraSP: pruning before training that preserves the flow of gradients.
+
+Source: Wang et al. 2020, 2002.07376.
+"""
+
+from collections.abc import Generator
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..pruner import End, OneShot, Run
+from ..registry import register_pruner
+from ..scores import grasp
+from ..subnet import Subnet
+from .snip import reading_run
+
+
+@register_pruner("grasp")
+class GraSP(OneShot):
+    """Prune once, before training, the weights whose removal least reduces the gradient's norm.
+
+    Needs a second derivative: the model must not be compiled, and kernels without one (some fused attentions) fail.
+    Suggested: ten images of each class in all, as in the paper.
+    Cost: `batches` Hessian-vector products, each about two training steps.
+    Departures: no temperature on the logits (the released code divides them by 200, the paper does not say so).
+    """
+
+    batches: Annotated[int, Field(ge=1, description="batches to read gradients from")] = 1
+
+    def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
+        (end,) = yield [reading_run(self.batches, _add_products)]
+        subnet.rewind_()
+        self.prune_(subnet, grasp(subnet.weights_on_cpu(), end.scores))
+
+    def runs(self, subnet: Subnet) -> int:
+        return 1
+
+
+def _add_products(run: Run, loss: Tensor) -> Tensor:
+    """Add H g of this batch: the gradient of ``g . g`` with one of the two held fixed."""
+    weights = run.subnet.parameters()
+    gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+    product = torch.stack([(g.detach() * g).sum() for g in gradients]).sum()
+    for name, one in zip(weights, torch.autograd.grad(product, list(weights.values()), retain_graph=True), strict=True):
+        run.scores[name] = run.scores.get(name, 0) + one
+    return loss

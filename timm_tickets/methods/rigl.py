@@ -1,0 +1,32 @@
+"""RigL: sparse training that grows where the dense gradient is largest.
+
+Source: Evci et al. 2020, 1911.11134.
+"""
+
+import math
+
+from ..pruner import Run
+from ..registry import register_pruner
+from ..scores import magnitude
+from .set import SET
+
+
+@register_pruner("rigl")
+class RigL(SET):
+    """Train sparse; now and then drop each layer's smallest weights and grow where gradients are largest.
+
+    Suggested (the paper's): erk, drop_rate 0.3 falling along a cosine, interval 100 steps, until 0.75 of training.
+    Cost: one training, at the asked sparsity throughout; a dense gradient is read at each exchange.
+    """
+
+    until: float = 0.75
+
+    def step_(self, run: Run) -> None:
+        subnet = run.subnet
+        if subnet.dense_gradients and run.step % self.interval == 0 and run.progress < self.until:
+            self.exchange_(run, magnitude(subnet.dense_gradients), self.scheduled(run.progress))
+        subnet.tap = (run.step + 1) % self.interval == 0
+
+    def scheduled(self, progress: float) -> float:
+        """Fraction to exchange after this fraction of training (section 3, cosine annealing)."""
+        return self.drop_rate / 2 * (1 + math.cos(math.pi * progress / self.until))

@@ -1,0 +1,61 @@
+"""SET: sparse evolutionary training.
+
+Source: Mocanu et al. 2018, 1707.04780.
+"""
+
+from collections.abc import Generator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ..masks import Distribution, Scores, exchange
+from ..pruner import End, OneShot, Run
+from ..registry import register_pruner
+from ..scores import magnitude, random
+from ..seeds import seed_from
+from ..subnet import Subnet
+
+
+@register_pruner("set")
+class SET(OneShot):
+    """Train sparse from the start; now and then drop each layer's smallest weights and grow as many at random.
+
+    Suggested (the paper's): erk, drop_rate 0.3, an exchange an epoch.
+    Cost: one training, at the asked sparsity throughout. The ticket's values are the final weights.
+    Departures: the smallest absolute values are dropped; the paper drops the smallest positive and largest negative.
+    """
+
+    ends_trained: ClassVar[bool] = True
+    scope: Annotated[Literal["layerwise"], Field(description="an exchange stays within its layer")] = "layerwise"
+    distribution: Annotated[Distribution, Field(description="density of each layer, throughout")] = "erk"
+    drop_rate: Annotated[float, Field(gt=0, lt=1, description="fraction of a layer's kept weights to exchange")] = 0.3
+    interval: Annotated[int, Field(ge=1, description="optimizer steps between two exchanges")] = 100
+    until: Annotated[float, Field(gt=0, le=1, description="fraction of training after which the masks stay")] = 1.0
+
+    def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
+        self.prune_(subnet, random(subnet.weights(), self.seed))
+        (end,) = yield [Run(after_step=self.step_)]
+        subnet.start = end.state
+        subnet.set_mask_(end.mask)
+        subnet.rewind_()
+
+    def step_(self, run: Run) -> None:
+        if run.step % self.interval == 0 and run.progress < self.until:
+            self.exchange_(run, random(run.subnet.weights(), seed_from(self.seed, run.step)), self.drop_rate)
+
+    def exchange_(self, run: Run, grow: Scores, rate: float) -> None:
+        """In every layer drop this fraction of the kept weights, the smallest, and grow as many of the best."""
+        subnet, old = run.subnet, run.subnet.mask
+        drop = magnitude(subnet.weights_on_cpu())
+        new = {n: exchange(mask, drop[n], grow[n].cpu(), round(rate * int(mask.sum()))) for n, mask in old.items()}
+        subnet.set_mask_(new)
+        # A weight that begins anew has no past: its momentum is from before it was pruned.
+        assert run.optimizer is not None
+        for name, parameter in subnet.parameters().items():
+            grown = (new[name] & ~old[name]).to(parameter.device)
+            for value in run.optimizer.state[parameter].values():
+                if getattr(value, "shape", None) == parameter.shape:
+                    value.masked_fill_(grown, 0)
+
+    def runs(self, subnet: Subnet) -> int:
+        return 1

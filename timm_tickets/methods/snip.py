@@ -1,0 +1,60 @@
+"""SNIP: single-shot pruning by connection sensitivity.
+
+Source: Lee et al. 2018, 1810.02340.
+"""
+
+from collections.abc import Callable, Generator
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..pruner import End, OneShot, Run
+from ..registry import register_pruner
+from ..scores import snip
+from ..subnet import Subnet
+
+
+@register_pruner("snip")
+class SNIP(OneShot):
+    """Prune once, before training, the weights whose removal changes the loss least, on a few batches.
+
+    Suggested: one batch that holds several images of each class, or several batches.
+    Cost: `batches` gradients; the weights are restored after the short run.
+    Departures: the gradients of several batches are added before the product with the weight; the paper has one batch.
+    """
+
+    batches: Annotated[int, Field(ge=1, description="batches to read gradients from")] = 1
+
+    def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
+        (end,) = yield [reading_run(self.batches, _add_gradients)]
+        subnet.rewind_()
+        self.prune_(subnet, snip(subnet.weights_on_cpu(), end.scores))
+
+    def runs(self, subnet: Subnet) -> int:
+        return 1
+
+
+def reading_run(batches: int, add: Callable[[Run, Tensor], Tensor]) -> Run:
+    """A short run that adds up something of the loss of a few batches, all of them at the same weights."""
+
+    def on_loss(run: Run, loss: Tensor) -> Tensor:
+        return add(run, loss) if run.batches < batches else loss
+
+    return Run(epochs=1, limit=batches, on_loss=on_loss, after_step=_restore if batches > 1 else None)
+
+
+def _add_gradients(run: Run, loss: Tensor) -> Tensor:
+    weights = run.subnet.parameters()
+    for name, gradient in zip(
+        weights, torch.autograd.grad(loss, list(weights.values()), retain_graph=True), strict=True
+    ):
+        run.scores[name] = run.scores.get(name, 0) + gradient
+    return loss
+
+
+def _restore(run: Run) -> None:
+    """Undo the optimizer's step and batch normalisation's statistics, for the next batch."""
+    assert run.subnet.start is not None
+    run.subnet.load_(run.subnet.start)

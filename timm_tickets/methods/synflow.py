@@ -1,0 +1,51 @@
+"""SynFlow: iterative pruning before training, without data.
+
+Source: Tanaka et al. 2020, 2006.05467.
+"""
+
+from collections.abc import Generator
+from typing import Annotated
+
+from pydantic import Field
+
+from ..masks import keep_count, kept, prune, total
+from ..pruner import End, OneShot, Run
+from ..registry import register_pruner
+from ..scores import synflow
+from ..settings import SettingError
+from ..subnet import Subnet
+from ..ticket import describe_model
+
+
+@register_pruner("synflow")
+class SynFlow(OneShot):
+    """Prune before training, in many small steps, the weights that carry least of the flow from input to output.
+
+    Use: at high sparsities, where one-shot scores cut layers off. Made for networks of convolutions and ReLU; through
+    attention and layer normalisation the flow is no longer a sum over paths.
+    Cost: `iterations` forward and backward passes of one image of ones; no training and no data.
+    """
+
+    iterations: Annotated[int, Field(ge=1, description="steps of the exponential schedule")] = 100
+    input_size: Annotated[
+        tuple[int, int, int] | None, Field(description="channels, height, width; the model's own where not given")
+    ] = None
+
+    def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
+        size = self.input_size or _input_size(subnet)
+        count = total(subnet.mask)
+        goal = keep_count(count, self.sparsity)
+        for step in range(1, self.iterations + 1):
+            keep = max(goal, round(count * (goal / count) ** (step / self.iterations)))
+            scores = synflow(subnet.model, subnet.mask, size)
+            cut = kept(subnet.mask) - keep
+            subnet.set_mask_(prune(subnet.mask, scores, cut, self.scope, self.distribution))
+        yield from ()
+
+
+def _input_size(subnet: Subnet) -> tuple[int, int, int]:
+    config = getattr(subnet.model, "pretrained_cfg", None) or {}
+    size = getattr(getattr(subnet.model, "patch_embed", None), "img_size", None) or config.get("input_size", ())[1:]
+    if not size:
+        raise SettingError("pruner.input_size: the model does not say its own; give channels, height and width")
+    return (describe_model(subnet.model)["in_chans"] or 3, *size)
