@@ -80,6 +80,7 @@ def search(
     model = build_model(recipe, data.num_classes)
     pruner = create_pruner(recipe.pruner["name"], model, folder=folder, **recipe.method_settings)
     pruner.metadata |= _origin(recipe, data, model)
+    learned = bool(pruner.subnet.gates)
     trainer = Trainer(recipe, model, data)
     _claim_folder(folder, recipe, None)  # only now: a recipe that cannot be built leaves no folder behind
     subnet = pruner.subnet
@@ -91,6 +92,8 @@ def search(
             progress.end(run)
         progress.replayed(pruner.replayed, folder)
         ticket = pruner.ticket
+        if learned:  # its parameters have changed: what was prepared is no longer the model
+            trainer = Trainer(recipe, model, data)
         experiment = _Experiment(folder, trainer, subnet, progress, ticket.metadata)
         if recipe.dense and not pruner.trained_dense:
             experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0)
@@ -200,7 +203,8 @@ class _Experiment:
             end = run.finish_()
         else:
             self.trainer.score(run)
-            end = End(self.subnet.state(), masks, metrics=plain_metrics(run.metrics))
+            state = self.subnet.state()
+            end = End(state, masks, baked=state, metrics=plain_metrics(run.metrics))
         self.progress.end(run)
         write_run(where, run, end, Ticket.from_state(start, masks, self.metadata))
         return end.metrics

@@ -32,13 +32,16 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
     return (found,) if isinstance(found, str) else tuple(found)
 
 
-def prunable_names(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[str]:
+def prunable_names(
+    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), classifier: bool = False
+) -> list[str]:
     """Names of the weights that may be pruned: every convolution's and linear layer's, but not the classifier's.
 
     Args:
         model: A timm model, or any module.
         include: Wildcards (fnmatch) on parameter names; a weight must match one of them.
         exclude: Wildcards on parameter names; a weight that matches one of them is left alone.
+        classifier: Whether the classifier may be pruned too, as in papers where every layer takes part.
 
     Returns:
         Parameter names in the model's own order. A weight that two layers share is named once.
@@ -47,7 +50,7 @@ def prunable_names(model: nn.Module, include: Sequence[str] = ("*",), exclude: S
         SettingError: Nothing is left to prune, or a wildcard matches no weight (most often a misspelt one).
     """
     model = plain_model(model)
-    classifiers = classifier_names(model)
+    classifiers = () if classifier else classifier_names(model)
     weights = {id(m.weight) for m in model.modules() if isinstance(m, _MATRICES)}
     candidates = [
         name

@@ -40,7 +40,7 @@ from .masks import (
 from .settings import SettingError, TrainingError
 from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
-from .wrappers import plain_optimizer, reset_
+from .wrappers import plain_optimizer, reset_, separate_
 
 # A trainer's checkpoint within a run; it stays until the run is written down.
 CHECKPOINT = "checkpoint.pt"
@@ -59,9 +59,10 @@ class End:
     """What a run ended with: plain data on the CPU.
 
     Attributes:
-        state: The state dict at the end, pruned weights zero.
+        state: The state dict at the end, pruned weights zero; behind gates, weights as before them.
         mask: The mask at the end.
-        scores: What the method gathered in the run.
+        scores: What the method gathered in the run, or learned.
+        baked: The state dict of the plain sparse model: `state` where there are no gates.
         rewind: The state at the run's rewind point, where it was asked to take one.
         rewind_epoch: How far into training that point lies, in epochs; 0 where it was never reached.
         metrics: Whatever the trainer measured.
@@ -70,6 +71,7 @@ class End:
     state: State = field(repr=False)
     mask: Masks = field(repr=False)
     scores: Scores = field(default_factory=dict, repr=False)
+    baked: State = field(default_factory=dict, repr=False)
     rewind: State | None = field(default=None, repr=False)
     rewind_epoch: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -93,6 +95,8 @@ class Run:
         setup: Called on the subnet before the run starts: the run's own starting state.
         on_loss: Given the run and its loss, before backward; returns the loss to go backward from (a penalty added).
         after_step: Called after each optimizer step.
+        settle: Called before the model is scored and at the end: brings the mask up to date with learned scores.
+        weight_decay: Of learned scores; the optimizer's own goes on for everything else.
         index: Number of the run in the whole search, from 0.
         round: Number of its round, from 0.
         part: Number of the run within its round, from 0.
@@ -115,6 +119,8 @@ class Run:
     setup: Callable[[Subnet], None] | None = None
     on_loss: Callable[["Run", Tensor], Tensor] | None = None
     after_step: Callable[["Run"], None] | None = None
+    settle: Callable[[Subnet], None] | None = None
+    weight_decay: float = 0.0
 
     index: int = 0
     round: int = 0
@@ -175,6 +181,8 @@ class Run:
             The same optimizer.
         """
         self.optimizer = plain_optimizer(optimizer)
+        if self.subnet.gates:
+            separate_(self.optimizer, [gate.score for gate in self.subnet.gates.values()], self.weight_decay)
         reset_(self.optimizer)
         self.subnet.hold_(optimizer, self._stepped)
         return optimizer
@@ -242,6 +250,11 @@ class Run:
         if self.rewind is not None and rewind_parts(self.rewind)[0] == 0:
             self._taken = self.subnet.state(), 0.0
 
+    def settle_(self) -> None:
+        """Bring the mask up to date with learned scores; before scoring a model in the middle of a run."""
+        if self.settle is not None:
+            self.settle(self.subnet)
+
     def finish_(self) -> End:
         """Let go of the optimizer and read off what the run ended with.
 
@@ -249,6 +262,7 @@ class Run:
             TrainingError: A weight or buffer is not finite.
         """
         self.subnet.release_()
+        self.settle_()
         self.subnet.apply_()
         state = self.subnet.state()
         if (name := not_finite(state)) is not None:
@@ -262,7 +276,8 @@ class Run:
                 stacklevel=4,
             )
         scores = {name: score.detach().cpu().contiguous() for name, score in self.scores.items()}
-        end = End(state, dict(self.subnet.mask), scores=scores, metrics=plain_metrics(self.metrics))
+        end = End(state, self.subnet.mask, scores | self.subnet.scores(), metrics=plain_metrics(self.metrics))
+        end.baked = self.subnet.baked_state() if self.subnet.gates else state
         if self.rewind is not None:
             if self._taken is None or self._taken[1] >= self.epochs:
                 hint = " (use `run.subset(loader)` so that epochs can be counted)" * (self.batches_per_epoch is None)
@@ -278,7 +293,7 @@ class Run:
     def progress_state(self) -> dict[str, Any]:
         """What a checkpoint within the run must hold besides model and optimizer: tensors and primitives."""
         counters = {"step": self.step, "batches": self.batches}
-        method = {"mask": dict(self.subnet.mask), "scores": dict(self.scores), "tap": self.subnet.tap}
+        method = {"mask": self.subnet.mask, "scores": dict(self.scores), "tap": self.subnet.tap}
         return counters | method | {"taken": self._taken}
 
     def load_progress_(self, saved: dict[str, Any]) -> None:
@@ -341,9 +356,10 @@ class Method:
     seed: Annotated[int, Field(ge=0, description="seed of everything random in the method")] = 0
     include: Annotated[tuple[str, ...], Field(description="wildcards of the weights that may be pruned")] = ("*",)
     exclude: Annotated[tuple[str, ...], Field(description="wildcards of the weights that are left alone")] = ()
+    classifier: Annotated[bool, Field(description="prune the classifier too")] = False
 
     def prepare_(self, subnet: Subnet) -> None:
-        """Called once, when the pruner is created: refuse a model that does not suit the settings.
+        """Called once, when the pruner is created: refuse a model that does not suit, attach gates, freeze.
 
         Raises:
             SettingError: The model does not suit.
@@ -400,7 +416,7 @@ class Pruner(Iterator[Run]):
 
     def __init__(self, method: Method, model: nn.Module, folder: str | Path | None = None):
         self.method = method
-        self.subnet = Subnet(model, prunable_names(model, method.include, method.exclude))
+        self.subnet = Subnet(model, prunable_names(model, method.include, method.exclude, method.classifier))
         keep_count(total(self.subnet.mask), method.sparsity)  # refused now, not after the first training
         method.prepare_(self.subnet)
         self.folder = None if folder is None else Path(folder)
@@ -471,6 +487,7 @@ class Pruner(Iterator[Run]):
             except StopIteration:
                 return
             base = subnet.state() if len(requests) > 1 else None
+            scores = subnet.scores()
             mask = subnet.mask
             ends = []
             for part, run in enumerate(requests):
@@ -484,6 +501,7 @@ class Pruner(Iterator[Run]):
                     if base is not None:
                         subnet.set_mask_(mask)
                         subnet.load_(base)
+                        subnet.load_scores_(scores)
                     run.begin_()
                     yield run
                     end = run.finish_()
@@ -491,6 +509,7 @@ class Pruner(Iterator[Run]):
                 else:
                     subnet.set_mask_(end.mask)
                     subnet.load_(end.state)
+                    subnet.load_scores_(end.scores)
                     self.replayed.append(run.name)
                 ends.append(end)
                 self.trained_dense |= run.whole and sparsity(end.mask) == 0
@@ -533,8 +552,10 @@ class Pruner(Iterator[Run]):
         if record is None:
             return None
         rewind = folder / "rewind.safetensors"
+        baked = read_state(folder / "model.safetensors")
         return End(
-            state=read_state(folder / "model.safetensors"),
+            state=baked | (read_state(folder / "ungated.safetensors") if record["gated"] else {}),
+            baked=baked,
             mask=load_ticket(folder / f"{run.name}.ticket").masks,
             scores=read_state(folder / "scores.safetensors") if record["scores"] else {},
             rewind=read_state(rewind) if record["rewind"] else None,
@@ -562,7 +583,10 @@ def write_run(folder: Path, run: Run, end: End, ticket: Ticket) -> None:
         return
     ticket.metadata["metrics"] = end.metrics
     ticket.save(folder / f"{run.name}.ticket")
-    write_state(folder / "model.safetensors", end.state)
+    write_state(folder / "model.safetensors", end.baked)
+    gated = {name: end.state[name] for name in end.mask} if end.baked is not end.state else {}
+    if gated:
+        write_state(folder / "ungated.safetensors", gated)
     if end.scores:
         write_state(folder / "scores.safetensors", end.scores)
     if end.rewind is not None:
@@ -580,6 +604,7 @@ def write_run(folder: Path, run: Run, end: End, ticket: Ticket) -> None:
         "steps": run.step,
         "scored": run.limit is None,
         "scores": bool(end.scores),
+        "gated": bool(gated),
         "rewind": end.rewind is not None,
         "rewind_epoch": end.rewind_epoch,
         "metrics": end.metrics,

@@ -4,15 +4,17 @@ The invariant it keeps: outside a search that learns its masks, the model is a p
 are exactly zero. Nothing is wrapped and no key is renamed; two hooks do the work while an optimizer steps.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from .masks import Masks, full_masks, sparsity
+from .gates import Gate
+from .masks import Masks, Scores, full_masks, sparsity
 from .wrappers import StepHook, plain_model, plain_optimizer
 
 State = dict[str, Tensor]
@@ -31,6 +33,7 @@ class Subnet:
     Attributes:
         model: The plain model.
         names: Names of the prunable weights, in the model's order.
+        gates: The gates before the weights, by name, while a search learns its masks.
         start: The rewind point: a state dict on the CPU. None until a pruner sets it.
         notes: What a method has to tell of its search, one record after the other, in JSON types; kept in the ticket.
         dense_gradients: The last step's gradients before they were masked, by name, while `tap` is set.
@@ -44,13 +47,21 @@ class Subnet:
         self.notes: list[dict[str, Any]] = []
         self.tap = False
         self.dense_gradients: dict[str, Tensor] = {}
+        self.gates: dict[str, Gate] = {}
+        self._orders: dict[str, list[str]] = {}
+        self._frozen: list[nn.Parameter] = []
         self._mask = full_masks(self.weights())
         self._held: Masks = {}  # copies on the weights' devices, only while hooks hold the masks
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The prunable parameters by name, looked up afresh: wrappers such as FSDP2 replace the objects."""
         parameters = dict(self.model.named_parameters())
-        return {name: parameters[name] for name in self.names}
+        return {name: parameters[self._key(name)] for name in self.names}
+
+    def _key(self, name: str) -> str:
+        """Where the weight of this timm name is now: behind its gate, if it has one."""
+        layer, _, leaf = name.rpartition(".")
+        return f"{layer}.parametrizations.{leaf}.original" if name in self.gates else name
 
     def weights(self) -> dict[str, Tensor]:
         """The prunable weights, detached, not copied."""
@@ -63,36 +74,105 @@ class Subnet:
     @property
     def mask(self) -> Masks:
         """The present mask, bool on the CPU; replace it with `set_mask_`."""
-        return self._mask
+        return self._mask | {name: gate.mask.to("cpu", copy=True) for name, gate in self.gates.items()}
 
     @property
     def sparsity(self) -> float:
         """Fraction of the prunable weights now pruned, in [0, 1)."""
-        return sparsity(self._mask)
+        return sparsity(self.mask)
 
     def set_mask_(self, masks: Mapping[str, Tensor]) -> None:
-        """Replace the mask and zero what it prunes. During a run the hooks follow from the next step on."""
+        """Replace the mask and zero what it prunes; behind a gate, let through what it keeps. Hooks follow at once."""
         self._mask = {name: masks[name].detach().to("cpu", torch.bool) for name in self.names}
+        for name, gate in self.gates.items():
+            gate.mask.copy_(self._mask[name])
         for name, held in self._held.items():
             held.copy_(self._mask[name])
         self.apply_()
 
     @torch.no_grad()
     def apply_(self) -> None:
-        """Set every pruned weight to exactly zero."""
+        """Set every pruned weight to exactly zero; not behind a gate, where the gate does that."""
         for name, weight in self.weights().items():
+            if name in self.gates:
+                continue
             weight.masked_fill_(~self._mask[name].to(weight.device), 0)
 
     def state(self) -> State:
-        """A copy of the whole state dict, contiguous, on the CPU."""
+        """A copy of the whole state dict under timm's names, contiguous, on the CPU; weights as before their gates."""
+        state = self.model.state_dict()
+        for name in self.gates:
+            state[name] = state.pop(self._key(name))
         return {
             name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, value in self.model.state_dict().items()
+            for name, value in state.items()
+            if not name.endswith(".score") or ".parametrizations." not in name
         }
 
+    def baked_state(self) -> State:
+        """The state dict of the plain model that `bake_` would leave."""
+        state = self.state()
+        weights = self.weights()
+        return state | {name: gate.hard(weights[name]).cpu() for name, gate in self.gates.items()}
+
+    def scores(self) -> Scores:
+        """The learned scores in the weights' shapes, copies on the CPU."""
+        return {name: gate.full_score().to("cpu", copy=True) for name, gate in self.gates.items()}
+
+    @torch.no_grad()
+    def load_scores_(self, scores: Mapping[str, Tensor]) -> None:
+        """Copy scores of the weights' shapes into the gates."""
+        for name, gate in self.gates.items():
+            score = scores[name].to(gate.score.device)
+            gate.score.copy_(score if gate.free is None else score[gate.free])
+
+    def gate_(self, make: Callable[[str, Tensor], Gate]) -> None:
+        """Put a gate before every prunable weight; before `prepare`, ``torch.compile`` and DDP.
+
+        Args:
+            make: Given a weight's name and value, returns its gate.
+        """
+        for name, weight in self.weights().items():
+            gate = make(name, weight).to(weight.device)
+            layer, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(layer)
+            self._orders[name] = list(module._parameters)
+            parametrize.register_parametrization(module, leaf, gate, unsafe=True)
+            self.gates[name] = gate
+
+    def freeze_(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Stop training these parameters until `bake_`."""
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
+
+    @torch.no_grad()
+    def bake_(self) -> None:
+        """Turn gates into plain weights, zero where pruned, and thaw what was frozen: a plain timm model again."""
+        mask = self.mask
+        for name, gate in list(self.gates.items()):
+            layer, _, leaf = name.rpartition(".")
+            module: Any = self.model.get_submodule(layer)
+            value = gate.hard(module.parametrizations[leaf].original)
+            parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+            module._parameters[leaf].copy_(value)
+            # Removing put the weight behind the bias, and optimizer states are saved by position.
+            module._parameters = {key: module._parameters[key] for key in self._orders[name]}
+            del self.gates[name]
+        self._mask = mask
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+        self.apply_()
+
     def load_(self, state: Mapping[str, Tensor]) -> None:
-        """Copy a state into the model, in place, and apply the mask."""
-        self.model.load_state_dict(state)
+        """Copy a state under timm's names into the model, in place, and apply the mask; scores stay as they are."""
+        present = self.model.state_dict()
+        with torch.no_grad():
+            for name in self.gates:
+                present[self._key(name)].copy_(state[name])
+        self.model.load_state_dict(present | {name: value for name, value in state.items() if name not in self.gates})
         self.apply_()
 
     def rewind_(self) -> None:
@@ -126,12 +206,14 @@ class Subnet:
         hooks: list[Any] = [
             parameter.register_post_accumulate_grad_hook(partial(self._mask_gradient, name))
             for name, parameter in parameters.items()
-            if parameter.requires_grad
+            if parameter.requires_grad and name not in self.gates
         ]
 
         @torch.no_grad()
         def mask_weights(*_: Any) -> None:
             for name, weight in self.weights().items():
+                if name in self.gates:
+                    continue
                 weight.mul_(self._held_on(weight.device, name))
 
         hooks.append(plain_optimizer(optimizer).register_step_post_hook(mask_weights))

@@ -242,6 +242,7 @@ class Trainer:
             watch.keep(run.subnet.state())
             if run.limit is not None:  # it has only read gradients; the weights are as they were
                 return run.metrics
+            run.settle_()
             val = self.evaluate(self.val_loader, run, ema)
             if scheduler is not None:
                 scheduler.step(epoch + 1)

@@ -1,6 +1,6 @@
 """What lies inside the wrappers of DDP, torch.compile, Accelerate and Lookahead."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -88,6 +88,20 @@ def reset_(optimizer: Optimizer) -> None:
                 group[key] = optimizer.defaults[key]
             else:
                 del group[key]
+
+
+def separate_(optimizer: Optimizer, parameters: Sequence[Tensor], weight_decay: float) -> None:
+    """Give some parameters a group of their own, with this weight decay and otherwise the first one's settings."""
+    wanted = {id(parameter) for parameter in parameters}
+    groups = optimizer.param_groups
+    for group in groups:
+        if group["params"] and all(id(p) in wanted for p in group["params"]):
+            group["weight_decay"] = weight_decay
+            return  # separated in an earlier run
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in wanted]
+    settings = {key: value for key, value in groups[0].items() if key != "params"}
+    optimizer.add_param_group(settings | {"params": list(parameters), "weight_decay": weight_decay})
 
 
 def _copy(state: dict[str, Any]) -> dict[str, Any]:

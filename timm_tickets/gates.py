@@ -1,0 +1,74 @@
+"""Gates: parametrizations that compute a weight from a learned score. They live only inside a search.
+
+A gate is attached with torch's parametrize, so that models which read ``layer.weight`` outside its forward see it too.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Gate(nn.Module):
+    """``weight * scale * mask``, whose gradient reaches the scores straight through the mask.
+
+    The mask is whatever was last copied into it; a method computes it from the scores after each step. With
+    ``by_magnitude`` the gradient is ``dL/ds = sign(s) * w * scale * dL/d(w m)`` (Ramanujan et al. 2020, 1911.13299,
+    with scores ranked by |s|), without it ``dL/ds = w * scale * dL/d(w m)`` (Zhang et al. 2021, 2104.08700).
+
+    Args:
+        score: Float; of the weight's shape, or flat, one for each True of ``free`` in memory order.
+        mask: Bool, of the weight's shape: what is kept now.
+        by_magnitude: Whether scores are ranked by their absolute value.
+        free: Bool, of the weight's shape: what the search may still choose; everything where None. Frozen weights have
+            no score at all, so they get no gradient and take no memory in the optimizer.
+    """
+
+    mask: Tensor
+    scale: Tensor
+    free: Tensor | None
+
+    def __init__(self, score: Tensor, mask: Tensor, by_magnitude: bool, free: Tensor | None = None):
+        super().__init__()
+        self.score = nn.Parameter(score)
+        self.by_magnitude = by_magnitude
+        # Not persistent: the mask is data of the search, and a state dict has no place for it.
+        self.register_buffer("mask", mask.clone(), persistent=False)
+        self.register_buffer("free", free, persistent=False)
+        self.register_buffer("scale", torch.ones((), dtype=score.dtype), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        ranked = self.score.abs() if self.by_magnitude else self.score
+        through = ranked - ranked.detach()  # zero, with the gradient of the score
+        if self.free is not None:
+            through = torch.zeros_like(weight).masked_scatter(self.free, through)
+        return weight * self.scale * (self.mask.to(weight.dtype) + through)
+
+    @torch.no_grad()
+    def hard(self, weight: Tensor) -> Tensor:
+        """The weight that stays when the gate goes."""
+        return (weight * self.scale).masked_fill(~self.mask, 0)
+
+    def full_score(self) -> Tensor:
+        """The scores in the weight's shape; zero where nothing is free."""
+        score = self.score.detach()
+        return (
+            score
+            if self.free is None
+            else torch.zeros_like(self.mask, dtype=score.dtype).masked_scatter(self.free, score)
+        )
+
+
+class SigmoidGate(Gate):
+    """``weight * scale * sigmoid(beta * score)`` while training, ``weight * scale * mask`` in evaluation.
+
+    Source: Savarese et al. 2019, 1912.04427, section 3.
+    """
+
+    beta: Tensor
+
+    def __init__(self, score: Tensor, mask: Tensor):
+        super().__init__(score, mask, by_magnitude=False)
+        self.register_buffer("beta", torch.ones((), dtype=score.dtype), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.beta * self.score) if self.training else self.mask.to(weight.dtype)
+        return weight * self.scale * gate

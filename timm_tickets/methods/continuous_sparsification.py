@@ -1,0 +1,126 @@
+"""Continuous sparsification: masks learned by gradient descent on a sigmoid that hardens.
+
+Source: Savarese et al. 2019, 1912.04427 (NeurIPS 2020).
+"""
+
+import math
+from collections.abc import Callable, Generator
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..gates import SigmoidGate
+from ..masks import Masks, Scores, full_masks, keep_count, kept, prune, total
+from ..pruner import End, Method, Rewind, Run
+from ..registry import register_pruner
+from ..subnet import Subnet
+
+
+@register_pruner("continuous_sparsification")
+class ContinuousSparsification(Method):
+    """Train weights and a soft mask c * sigmoid(beta * s) together, beta growing to 200; keep s > 0; rewind once.
+
+    Suggested (the paper's): 3 rounds, penalty 1e-8, s0 0 (0.1 denser, below 0 sparser), 85 epochs, rewind to 2ep.
+    Cost: one training a round. With `parallel` one run for each s0 instead, all in one round; the one whose s > 0 is
+    nearest to the asked sparsity is taken.
+    `meet`: ``top`` keeps the largest s, exactly as many as asked; ``penalty`` keeps s > 0, whatever sparsity that is.
+    Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says: what was suppressed
+    stays so; the released code resets beta first, and so revives it.
+    """
+
+    s0: Annotated[float, Field(ge=-1, le=1, description="first score of every weight")] = 0.0
+    penalty: Annotated[float, Field(ge=0, description="weight of the sum of the soft mask in the loss")] = 1e-8
+    final_beta: Annotated[float, Field(gt=1, description="beta at the end of a round; it begins at 1")] = 200.0
+    rounds: Annotated[int, Field(ge=1, description="rounds of the iterative search")] = 3
+    rewind: Rewind = "2ep"
+    meet: Annotated[Literal["top", "penalty"], Field(description="what decides the ticket's sparsity")] = "top"
+    parallel: Annotated[tuple[float, ...], Field(description="several s0 to search at once")] = ()
+
+    def prepare_(self, subnet: Subnet) -> None:
+        full = full_masks(subnet.weights())
+        subnet.gate_(lambda name, weight: SigmoidGate(torch.zeros(weight.shape), full[name]))
+
+    def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
+        self.set_(subnet, self.s0)
+        if self.parallel:
+            ends = yield [
+                self.run(setup=lambda subnet, s0=s0: self.set_(subnet, s0), first=True) for s0 in self.parallel
+            ]
+            chosen = min(range(len(ends)), key=lambda i: abs(density(ends[i].scores) - (1 - self.sparsity)))
+            end, s0 = ends[chosen], self.parallel[chosen]
+            rewind = end.rewind
+            subnet.load_scores_(end.scores)
+            self.scale_(subnet, s0)
+        else:
+            rewind = None
+            for round in range(self.rounds):
+                (end,) = yield [self.run(first=round == 0)]
+                rewind = end.rewind or rewind
+                if round + 1 < self.rounds:
+                    subnet.load_scores_({n: self.reset(score) for n, score in end.scores.items()})
+        assert rewind is not None
+        subnet.load_(rewind)
+        self.settle_(subnet)
+        subnet.bake_()
+        subnet.start = subnet.state()
+
+    def run(self, first: bool, setup: Callable[[Subnet], None] | None = None) -> Run:
+        return Run(
+            rewind=self.rewind if first else None,
+            setup=setup or self.soften_,
+            on_loss=self.penalised,
+            after_step=self.harden_,
+            settle=self.settle_,
+        )
+
+    def set_(self, subnet: Subnet, s0: float) -> None:
+        """Every score at s0, and c = 1 / sigmoid(s0), so that weights pass unchanged at the start."""
+        subnet.load_scores_({name: torch.full_like(score, s0) for name, score in subnet.scores().items()})
+        self.scale_(subnet, s0)
+        self.soften_(subnet)
+
+    def scale_(self, subnet: Subnet, s0: float) -> None:
+        for gate in subnet.gates.values():
+            gate.scale.fill_(1 / sigmoid(s0))
+
+    def soften_(self, subnet: Subnet) -> None:
+        """beta back to 1, for the next round."""
+        for gate in subnet.gates.values():
+            gate.beta.fill_(1)  # pyright: ignore[reportCallIssue]
+
+    def harden_(self, run: Run) -> None:
+        """beta after this fraction of training: exponential from 1 to its final value."""
+        for gate in run.subnet.gates.values():
+            gate.beta.fill_(self.final_beta**run.progress)  # pyright: ignore[reportCallIssue]
+
+    def penalised(self, run: Run, loss: Tensor) -> Tensor:
+        """Plus the penalty times the sum of the soft mask, c left out (equation 8)."""
+        gates = run.subnet.gates.values()
+        return loss + self.penalty * sum(torch.sigmoid(gate.beta * gate.score).sum() for gate in gates)  # pyright: ignore
+
+    def reset(self, score: Tensor) -> Tensor:
+        """min(beta s, s0) with the final beta: the suppressed stay suppressed, the others return to s0."""
+        return (self.final_beta * score).clamp(max=self.s0)
+
+    def settle_(self, subnet: Subnet) -> None:
+        """The hard mask of the scores as they are now."""
+        scores = subnet.scores()
+        subnet.set_mask_({n: s > 0 for n, s in scores.items()} if self.meet == "penalty" else self.top(scores))
+
+    def top(self, scores: Scores) -> Masks:
+        full = full_masks(scores)
+        return prune(full, scores, kept(full) - keep_count(total(full), self.sparsity))
+
+    def runs(self, subnet: Subnet) -> int:
+        return len(self.parallel) or self.rounds
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def density(scores: Scores) -> float:
+    """Fraction of scores above zero; the hard mask is counted, never zeros of the sigmoid."""
+    return sum(int((s > 0).sum()) for s in scores.values()) / sum(s.numel() for s in scores.values())

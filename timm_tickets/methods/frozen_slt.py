@@ -1,0 +1,85 @@
+"""Frozen strong lottery tickets: part of a random network leaves the search before it begins.
+
+Source: Otsuka et al. 2024, 2402.14029 (TMLR 2025).
+"""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from ..masks import Distribution, Masks, Scope, budgets, fill, keep_count, kept, prune, total
+from ..registry import register_pruner
+from ..seeds import seed_from
+from ..settings import SettingError
+from ..subnet import Subnet
+from .edge_popup import EdgePopup
+
+
+@register_pruner("frozen_slt")
+class FrozenSLT(EdgePopup):
+    """edge-popup over the weights left free by a random freezing: some pruned, some locked (kept), for good.
+
+    Suggested: `frozen` 0.5 to 0.7, split as the paper's rule has it: sparsity of it pruned, the rest locked. Or give
+    `pruned` and `locked`; sparsity must lie between pruned and 1 - locked. epl where to freeze.
+    Cost: one training; a frozen weight has no score, no gradient and no place in the optimizer.
+    Departures: ratios that cannot be met are refused; the released code accepts them.
+    """
+
+    scope: Annotated[Scope, Field(description="compare free scores across all layers, or within each")] = "global"
+    frozen: Annotated[float, Field(ge=0, lt=1, description="fraction of the weights that leave the search")] = 0.5
+    pruned: Annotated[float | None, Field(ge=0, lt=1, description="fraction frozen as pruned")] = None
+    locked: Annotated[float | None, Field(ge=0, lt=1, description="fraction frozen as kept")] = None
+    freezing: Annotated[Distribution, Field(description="density of the free weights in each layer")] = "epl"
+
+    def ratios(self) -> tuple[float, float]:
+        """The fractions frozen as pruned and as kept.
+
+        Raises:
+            SettingError: The asked sparsity cannot be met with them.
+        """
+        if (self.pruned is None) != (self.locked is None):
+            raise SettingError("pruner.pruned and pruner.locked: give both, or neither and `frozen` instead")
+        if self.pruned is None or self.locked is None:
+            return self.frozen * self.sparsity, self.frozen * (1 - self.sparsity)
+        if not self.pruned <= self.sparsity <= 1 - self.locked:
+            raise SettingError(
+                f"pruner.sparsity: {self.sparsity} cannot be met with {self.pruned} frozen as pruned and {self.locked} "
+                f"as kept; it must lie between {self.pruned} and {1 - self.locked:g}"
+            )
+        if self.pruned + self.locked >= 1:
+            raise SettingError("pruner.pruned and pruner.locked: nothing is left free; their sum must be below 1")
+        return self.pruned, self.locked
+
+    def free(self, subnet: Subnet) -> Masks:
+        return {name: ~(pruned | locked) for name, (pruned, locked) in self.pattern(subnet).items()}
+
+    def pattern(self, subnet: Subnet) -> dict[str, Any]:
+        """For each layer, what is frozen as pruned and what as locked: bool, drawn from the seed."""
+        shapes = {name: weight.shape for name, weight in subnet.weights().items()}
+        sizes = {name: shape.numel() for name, shape in shapes.items()}
+        count = sum(sizes.values())
+        pruned, locked = (round(count * ratio) for ratio in self.ratios())
+        pruned = min(pruned, count - keep_count(count, self.sparsity))
+        free = budgets(shapes, count - pruned - locked, self.freezing)
+        frozen = {name: sizes[name] - free[name] for name in sizes}
+        gone = fill(pruned, frozen, frozen) if pruned + locked else dict.fromkeys(sizes, 0)
+        out: dict[str, Any] = {}
+        for number, (name, shape) in enumerate(shapes.items()):
+            generator = torch.Generator().manual_seed(seed_from(self.seed, number, 2))
+            order = torch.randperm(sizes[name], generator=generator)
+            masks = torch.zeros(2, sizes[name], dtype=torch.bool)
+            masks[0, order[: gone[name]]] = True
+            masks[1, order[gone[name] : frozen[name]]] = True
+            out[name] = (masks[0].view(shape), masks[1].view(shape))
+        return out
+
+    def cut(self, subnet: Subnet) -> Masks:
+        """Keep the locked and, of the free, the largest |scores|: exactly the asked number of weights is pruned."""
+        scores = subnet.scores()
+        pattern = self.pattern(subnet)
+        free = {name: ~(pruned | locked) for name, (pruned, locked) in pattern.items()}
+        gone = sum(int(pruned.sum()) for pruned, _ in pattern.values())
+        cut = total(free) - keep_count(total(free), self.sparsity) - gone
+        found = prune(free, {name: score.abs() for name, score in scores.items()}, min(cut, kept(free)), self.scope)
+        return {name: found[name] | locked for name, (_, locked) in pattern.items()}

@@ -1,0 +1,116 @@
+"""Lottery jackpots: subnetworks of pretrained weights that are never trained.
+
+Source: Zhang et al. 2021, 2104.08700 (TPAMI 2023).
+"""
+
+import math
+import warnings
+from collections.abc import Generator
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..gates import Gate
+from ..masks import classifier_names, full_masks, keep_count, prune, total
+from ..pruner import End, Method, Run
+from ..registry import register_pruner
+from ..scores import magnitude
+from ..subnet import Subnet
+
+
+@register_pruner("jackpot")
+class Jackpot(Method):
+    """Freeze pretrained weights, start from the magnitude mask, let learned scores swap weights within each layer.
+
+    Use: a timm model with ``pretrained=true``, or one trained before (``initial_checkpoint``). A new classifier trains.
+    Suggested: SGD 0.1/0.9, cosine, batch 256, weight decay 5e-4 on the scores (1e-4 on ImageNet), 30 epochs.
+    Cost: one training of scores as large as the weights. The ticket's values are the pretrained weights.
+    Departures: `rate`, the share of the due swaps that a step makes, falls along training as the paper says; in the
+    released code it stays 1.
+    """
+
+    ends_trained: ClassVar[bool] = True
+    fall: Annotated[
+        Literal["cosine", "quartic", "none"],
+        Field(description="how the share of swaps falls: cosine, (1 - t)^4, not"),
+    ] = "cosine"
+    low_score: Annotated[
+        float, Field(gt=0, le=1, description="first score of what magnitude prunes; 1 is the rest's")
+    ] = 0.99
+    weight_decay: Annotated[float, Field(ge=0, description="weight decay of the scores")] = 5e-4
+
+    def prepare_(self, subnet: Subnet) -> None:
+        """Freeze everything but scores and classifier, and put gates before the weights."""
+        if looks_untrained(subnet.model):
+            warnings.warn(
+                "jackpot: this model's normalisation layers have never been trained, so its weights look random; a "
+                "jackpot is searched in pretrained weights (pretrained=True, or a checkpoint)",
+                stacklevel=5,
+            )
+        heads = tuple(f"{name}." for name in classifier_names(subnet.model))
+        subnet.freeze_(p for name, p in subnet.model.named_parameters() if not name.startswith(heads))
+        subnet.freeze_(subnet.parameters().values())
+        full = full_masks(subnet.weights())
+        subnet.gate_(lambda name, weight: Gate(torch.ones(weight.shape), full[name], by_magnitude=False))
+
+    def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
+        weights = subnet.weights_on_cpu()
+        full = full_masks(weights)
+        # One global magnitude threshold: it decides how many each layer keeps, for good, and the first mask.
+        masks = prune(full, magnitude(weights), total(full) - keep_count(total(full), self.sparsity))
+        subnet.set_mask_(masks)
+        subnet.load_scores_({n: torch.ones(w.shape).masked_fill(~masks[n], self.low_score) for n, w in weights.items()})
+        yield [Run(after_step=self.step_, weight_decay=self.weight_decay)]
+        subnet.bake_()
+        subnet.start = subnet.state()
+
+    def step_(self, run: Run) -> None:
+        rate = self.scheduled(run.progress)
+        scores, masks = run.subnet.scores(), run.subnet.mask
+        run.subnet.set_mask_({name: swap(mask, scores[name], rate) for name, mask in masks.items()})
+
+    def scheduled(self, progress: float) -> float:
+        """Share of the due swaps to make after this fraction of training: the short restriction."""
+        falls = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "quartic": (1 - progress) ** 4, "none": 1.0}
+        return falls[self.fall]
+
+    def runs(self, subnet: Subnet) -> int:
+        return 1
+
+
+def looks_untrained(model: nn.Module) -> bool:
+    """Whether every normalisation layer is as a constructor leaves it: statistics at zero, scales at 1 or 0."""
+    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+    found: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
+    means = [norm.running_mean for norm in found if getattr(norm, "running_mean", None) is not None]
+    scales = [norm.weight for norm in found if norm.weight is not None]
+    return bool(found) and not any(m.any() for m in means) and all(s.unique().numel() == 1 for s in scales)
+
+
+def swap(mask: Tensor, score: Tensor, rate: float) -> Tensor:
+    """Exchange the most inverted pairs of a kept and a pruned weight; the number kept stays.
+
+    Sort the pruned by falling and the kept by rising score; a pair is inverted where the pruned one's is higher. Of c
+    such pairs the first ceil(rate * c) change places. Equal scores never do.
+
+    Args:
+        mask: Bool, any shape.
+        score: Float, same shape.
+        rate: Share of the inverted pairs to exchange, in [0, 1].
+
+    >>> mask = torch.tensor([True, True, False, False])
+    >>> swap(mask, torch.tensor([0.1, 0.9, 0.5, 0.1]), 1.0).tolist()
+    [False, True, True, False]
+    """
+    flat, values = mask.flatten().clone(), score.flatten()
+    pruned, kept = (~flat).nonzero().flatten(), flat.nonzero().flatten()
+    pruned = pruned[values[pruned].argsort(descending=True, stable=True)]
+    kept = kept[values[kept].argsort(stable=True)]
+    pairs = min(len(pruned), len(kept))
+    inverted = int((values[pruned[:pairs]] > values[kept[:pairs]]).sum())
+    count = math.ceil(rate * inverted)
+    flat[pruned[:count]] = True
+    flat[kept[:count]] = False
+    return flat.view(mask.shape)
