@@ -36,11 +36,15 @@ class Gate(nn.Module):
         self.register_buffer("scale", torch.ones((), dtype=score.dtype), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.scale * self.value(weight.dtype)
+
+    def value(self, dtype: torch.dtype) -> Tensor:
+        """What the weight is multiplied with, but for the scale."""
         ranked = self.score.abs() if self.by_magnitude else self.score
         through = ranked - ranked.detach()  # zero, with the gradient of the score
         if self.free is not None:
-            through = torch.zeros_like(weight).masked_scatter(self.free, through)
-        return weight * self.scale * (self.mask.to(weight.dtype) + through)
+            through = torch.zeros_like(self.mask, dtype=through.dtype).masked_scatter(self.free, through)
+        return self.mask.to(dtype) + through
 
     @torch.no_grad()
     def hard(self, weight: Tensor) -> Tensor:
@@ -69,6 +73,5 @@ class SigmoidGate(Gate):
         super().__init__(score, mask, by_magnitude=False)
         self.register_buffer("beta", torch.ones((), dtype=score.dtype), persistent=False)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.beta * self.score) if self.training else self.mask.to(weight.dtype)
-        return weight * self.scale * gate
+    def value(self, dtype: torch.dtype) -> Tensor:
+        return torch.sigmoid(self.beta * self.score) if self.training else self.mask.to(dtype)

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from .gates import Gate
 from .masks import Masks, Scores, full_masks, sparsity
+from .standardised import masked_
 from .wrappers import StepHook, plain_model, plain_optimizer
 
 State = dict[str, Tensor]
@@ -48,6 +49,8 @@ class Subnet:
         self.tap = False
         self.dense_gradients: dict[str, Tensor] = {}
         self.gates: dict[str, Gate] = {}
+        layers = {name: masked_(self.model.get_submodule(name.rpartition(".")[0])) for name in self.names}
+        self._standardised = {name: layer for name, layer in layers.items() if layer is not None}
         self._orders: dict[str, list[str]] = {}
         self._frozen: list[nn.Parameter] = []
         self._mask = full_masks(self.weights())
@@ -86,6 +89,8 @@ class Subnet:
         self._mask = {name: masks[name].detach().to("cpu", torch.bool) for name in self.names}
         for name, gate in self.gates.items():
             gate.mask.copy_(self._mask[name])
+        for name, layer in self._standardised.items():
+            layer.prune_mask.copy_(self._mask[name])
         for name, held in self._held.items():
             held.copy_(self._mask[name])
         self.apply_()
@@ -160,11 +165,10 @@ class Subnet:
             # Removing put the weight behind the bias, and optimizer states are saved by position.
             module._parameters = {key: module._parameters[key] for key in self._orders[name]}
             del self.gates[name]
-        self._mask = mask
+        self.set_mask_(mask)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
-        self.apply_()
 
     def load_(self, state: Mapping[str, Tensor]) -> None:
         """Copy a state under timm's names into the model, in place, and apply the mask; scores stay as they are."""

@@ -165,6 +165,7 @@ class Ticket:
             raise TicketError(f"this ticket is for {expected!r}, the model is {found!r}; create a {expected!r} instead")
         self._check_names(inner.state_dict(), self.values)
         inner.load_state_dict(self.state())
+        Subnet(inner, tuple(self.masks)).set_mask_(self.masks)  # standardised layers hold theirs themselves
         return model
 
     def attach(self, model: nn.Module, optimizer: Any) -> Any:
