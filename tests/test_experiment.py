@@ -1,5 +1,6 @@
 """Searches and trainings from recipes: what they leave, how they continue, how they fail."""
 
+import contextlib
 import csv
 import io
 import json
@@ -202,6 +203,52 @@ def test_stopped_at_any_epoch_it_continues_to_the_same_ticket(whole, tmp_path, m
     assert ("finished runs skipped" in text) == (epochs_before > 2)
     left, right = (timm.models.load_state_dict(r.folder / "round_02" / "model.safetensors") for r in (result, expected))
     assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+@pytest.mark.filterwarnings("ignore:jackpot")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["pruner.name=edge_popup", "pruner.scale=dynamic", "pruner.scope=global"],
+        ["pruner.name=frozen_slt"],
+        ["pruner.name=jackpot"],
+        ["pruner.name=continuous_sparsification", "pruner.rounds=2", "pruner.rewind=1ep"],
+        ["pruner.name=rigl", "pruner.interval=5"],
+        ["pruner.name=gradual", "pruner.interval=5"],
+        ["pruner.name=colt", "pruner.prune_rate=0.7"],
+    ],
+    ids=lambda settings: settings[0].partition("=")[2],
+)
+def test_every_kind_of_search_continues_within_a_run_to_the_same_ticket(tmp_path, monkeypatch, settings):
+    """Stopped in the middle of a run, after its first epoch, and in the next one where there is one."""
+    common = ["training.epochs=2", "pruner.sparsity=0.8", "training.checkpoint_interval=0", "dense=false", *settings]
+
+    def run(folder):
+        console = Console(file=io.StringIO(), width=200)
+        result = tt.search("digits_imp", [*common, f"output={folder}"], console=console)
+        return result, console.file.getvalue()
+
+    expected, _ = run(tmp_path / "whole")
+    evaluate = trainer_module.Trainer.evaluate
+    said = ""
+    for stop in (2, 3):
+        seen = {"epochs": 0}
+
+        def counted(self, loader, run, ema=None, seen=seen, stop=stop):
+            seen["epochs"] += loader is self.val_loader
+            if seen["epochs"] == stop:
+                raise Stop
+            return evaluate(self, loader, run, ema)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer_module.Trainer, "evaluate", counted)
+            with contextlib.suppress(Stop):
+                said += run(tmp_path / "stopped")[1]
+    result, text = run(tmp_path / "stopped")
+    assert "goes on after 1 of 2 epochs" in said + text
+    assert result.ticket.fingerprint == expected.ticket.fingerprint
+    scores = [[row["metrics"]["test_top1"] for row in one.rows] for one in (result, expected)]
+    assert scores[0] == scores[1]
 
 
 @pytest.mark.parametrize("name", ["write_summary", "plot"])

@@ -62,10 +62,11 @@ def test_scores_beat_the_same_scores_shuffled(digits, name, capsys):
             optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
             loop(model, optimizer, digits, seed, run.loss, run)
         ticket = pruner.ticket
-        if name == "continuous_sparsification":  # a ticket to train, from its start
+        if name == "continuous_sparsification":  # a ticket to train, from its start: the first weights times c
+            model.load_state_dict(start | {layer: start[layer] * 2 for layer in ticket.masks})  # c = 1 / sigmoid(0)
+            for layer, mask in ticket.masks.items():
+                assert torch.allclose(ticket.values[layer], (start[layer] * 2) * mask)
             tickets = [ticket, tt.Ticket.of(model, tt.shuffled_masks(ticket.masks, seed))]
-            model.load_state_dict(start)
-            tickets[1] = tt.Ticket.of(model, tickets[1].masks)
         else:  # its values are final: shuffle which of the frozen weights are kept, layer by layer
             frozen = pruner.subnet.model
             with torch.no_grad():

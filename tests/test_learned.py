@@ -125,6 +125,8 @@ def test_edge_popup_keeps_the_largest_magnitudes_exactly_with_ties(model):
     subnet, scores = pruner.subnet, pruner.subnet.scores()
     subnet.load_scores_({n: torch.full_like(s, -0.5) for n, s in scores.items()})
     pruner.method.settle_(subnet)
+    count = sum(mask.numel() for mask in subnet.mask.values())
+    assert sum(int(mask.sum()) for mask in subnet.mask.values()) == count - round(0.75 * count)
     for layer, mask in subnet.mask.items():
         assert abs(int(mask.sum()) - 0.25 * mask.numel()) <= 1, layer
     flat = subnet.mask[name].flatten()
@@ -304,3 +306,51 @@ def test_baking_leaves_parameters_in_their_order():
     with pytest.warns(UserWarning, match="without an optimizer step"):
         next(pruner, None)
     assert [name for name, _ in vit.named_parameters()] == order
+
+
+def test_scores_leave_every_group_they_are_in(model):
+    """Layer-wise learning rates: each score keeps its layer's, with the method's weight decay."""
+    from timm.optim import create_optimizer_v2
+
+    pruner = tt.create_pruner("edge_popup", model, sparsity=0.5, weight_decay=0.003)
+    run = next(pruner)
+    optimizer = create_optimizer_v2(model, "momentum", lr=0.1, weight_decay=0.1, layer_decay=0.5)
+    before = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    for _ in range(2):
+        run.attach(optimizer)
+        decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+        assert all(decays[id(gate.score)] == 0.003 for gate in pruner.subnet.gates.values())
+        assert scales == before
+        assert decays[id(model.fc.weight)] == 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.*without an optimizer step", "ignore:.*without passing its rewind point")
+def test_cs_rounds_carry_weights_on_and_begin_their_schedule_anew(model):
+    pruner = tt.create_pruner("continuous_sparsification", model, sparsity=0.5, rounds=2, epochs=3, rewind="1it")
+    starts = []
+    for run in pruner:
+        optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.05))
+        run.batches_per_epoch = 2
+        gate = next(iter(pruner.subnet.gates.values()))
+        starts.append((run.start_epoch, gate.beta.item()))
+        for _ in range(2):
+            run.loss(
+                nn.functional.cross_entropy, model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 3])
+            ).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert starts == [(0.0, 1.0), (0.0, 1.0)]
+    assert pruner.ticket.metadata["start_epoch"] == 0.5
+
+
+def test_erk_budgets_hold_while_gradual_prunes(model):
+    """A layer's rounded share can be smaller of a larger count: it is capped by what the layer still keeps."""
+    from timm_tickets.masks import full_masks, kept, prune, total
+
+    masks = full_masks(tt.Subnet(model, tt.prunable_names(model)).weights())
+    scores = {name: torch.rand(mask.shape) for name, mask in masks.items()}
+    for keep in range(4000, 3900, -1):
+        masks = prune(masks, scores, kept(masks) - keep, "layerwise", "erk")
+        assert kept(masks) == keep
+    assert total(masks) > keep

@@ -44,18 +44,22 @@ def _errors() -> Iterator[None]:
 def list_(pattern: Annotated[str, typer.Argument(help="wildcard on the names")] = "*") -> None:
     """Show the registered pruners and their settings."""
     with _errors():
+        from .pruner import Method
         from .registry import get_method, list_pruners
 
+        def told(fields: Any) -> Text:
+            return Text(", ".join(k if info.is_required() else f"{k}={info.default!r}" for k, info in fields))
+
+        common: Any = Method
+        common = common.__pydantic_fields__
         table = Table(box=None, header_style="bold")
         for title in ("pruner", "what it does", "settings"):
             table.add_column(title)
         for name in list_pruners(pattern):
             method: Any = get_method(name)
-            settings = [
-                key if info.is_required() else f"{key}={info.default!r}"
-                for key, info in method.__pydantic_fields__.items()
-            ]
-            table.add_row(name, (method.__doc__ or "").strip().splitlines()[0], Text(", ".join(settings)))
+            own = [(key, info) for key, info in method.__pydantic_fields__.items() if key not in common]
+            table.add_row(name, (method.__doc__ or "").strip().splitlines()[0], told(own))
+        table.add_row("every pruner", "", told(common.items()), style="dim")
         Console().print(table)
 
 

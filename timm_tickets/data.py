@@ -90,7 +90,10 @@ class Selection:
             few = order[chosen[order]][: self.batches * batch_size]
             chosen = torch.zeros_like(chosen)
             chosen[few] = True
-        return chosen.nonzero().flatten().tolist()
+        found = chosen.nonzero().flatten().tolist()
+        if not found:
+            raise ValueError(f"subset: none of the {len(dataset)} items is of the run's classes {self.classes}")
+        return found
 
 
 def subset_of(data: Any, selection: Selection) -> Any:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from .data import Data
 from .files import is_writer, read_json, remove_temporaries, write_bytes, write_json
-from .masks import Masks, full_masks
+from .masks import Masks, full_masks, prunable_names
 from .pruner import CHECKPOINT, End, Run, plain_metrics, write_run
 from .recipe import Recipe, load_recipe
 from .registry import create_pruner
@@ -81,6 +81,10 @@ def search(
     pruner = create_pruner(recipe.pruner["name"], model, folder=folder, **recipe.method_settings)
     pruner.metadata |= _origin(recipe, data, model)
     learned = bool(pruner.subnet.gates)
+    if learned and recipe.training.model_ema:
+        raise SettingError(
+            f"training.model_ema: an average of soft masks is no mask; set it to false for {pruner.method.name}"
+        )
     trainer = Trainer(recipe, model, data)
     _claim_folder(folder, recipe, None)  # only now: a recipe that cannot be built leaves no folder behind
     subnet = pruner.subnet
@@ -147,9 +151,9 @@ def train(
     data = Data(recipe.data)
     model = build_model(recipe, data.num_classes)
     if given is None:
-        # Through the pruner's own settings, so that the dense network's masks name the same weights.
-        weights = create_pruner(recipe.pruner["name"], model, **recipe.method_settings).subnet.weights()
-        given = Ticket.of(model, full_masks(weights), _origin(recipe, data, model))
+        # The masks of the dense network name the weights that the recipe's pruner would prune.
+        names = prunable_names(model, *(recipe.pruner[key] for key in ("include", "exclude", "classifier")))
+        given = Ticket.of(model, full_masks(Subnet(model, names).weights()), _origin(recipe, data, model))
     given.apply_(model)
     if (done := read_json(folder / _RESULT)) is not None:
         console.print(f"{folder} is finished; nothing to do (--restart trains again)", soft_wrap=True)

@@ -184,7 +184,12 @@ def fill(count: int, shares: Mapping[str, int], caps: Mapping[str, int]) -> dict
     return {name: out[name] for name in shares}
 
 
-def budgets(shapes: Mapping[str, Sequence[int]], count: int, distribution: Distribution) -> dict[str, int]:
+def budgets(
+    shapes: Mapping[str, Sequence[int]],
+    count: int,
+    distribution: Distribution,
+    caps: Mapping[str, int] | None = None,
+) -> dict[str, int]:
     """How many of ``count`` weights each layer gets.
 
     Args:
@@ -193,10 +198,11 @@ def budgets(shapes: Mapping[str, Sequence[int]], count: int, distribution: Distr
         distribution: ``uniform``: the same density in every layer; ``erk``: density in proportion to the sum of a
             layer's dimensions over their product, at most 1 (Evci et al. 2020, 1911.11134, section 3); ``epl``: the
             same number in every layer, at most all (Otsuka et al. 2024, 2402.14029).
+        caps: The most a layer can take, where it is not all of its weights.
     """
-    caps = {name: math.prod(shape) for name, shape in shapes.items()}
-    shares = {"uniform": caps, "erk": {n: sum(shape) for n, shape in shapes.items()}, "epl": dict.fromkeys(shapes, 1)}
-    return fill(count, shares[distribution], caps)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    shares = {"uniform": sizes, "erk": {n: sum(shape) for n, shape in shapes.items()}, "epl": dict.fromkeys(shapes, 1)}
+    return fill(count, shares[distribution], caps or sizes)
 
 
 def prune(
@@ -216,9 +222,6 @@ def prune(
         distribution: Layerwise, ``uniform`` prunes the same fraction of what each layer still keeps; ``erk`` and
             ``epl`` keep what `budgets` gives each layer.
 
-    Raises:
-        ValueError: A layer keeps fewer weights than its budget asks for.
-
     Returns:
         New masks, with exactly ``count`` fewer weights kept.
     """
@@ -234,10 +237,9 @@ def prune(
             cuts = fill(count, sizes, sizes)
             keeps = {name: size - cuts[name] for name, size in sizes.items()}
         else:
-            keeps = budgets({name: mask.shape for name, mask in masks.items()}, kept(masks) - count, distribution)
-        for name, keep in keeps.items():
-            if keep > sizes[name]:
-                raise ValueError(f"{name}: its {distribution} budget is {keep} weights, but it keeps {sizes[name]}")
+            # Of a larger count a layer's rounded share may be smaller, so what it still keeps is its cap.
+            shapes = {name: mask.shape for name, mask in masks.items()}
+            keeps = budgets(shapes, kept(masks) - count, distribution, sizes)
         return {name: top(score, keeps[name]) for name, score in alive.items()}
     everything = top(torch.cat([score.flatten() for score in alive.values()]), kept(masks) - count)
     parts = everything.split([score.numel() for score in alive.values()])

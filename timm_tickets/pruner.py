@@ -92,6 +92,7 @@ class Run:
         data_part: ``(i, n)``: train on the i-th of n random parts of the images; all where None.
         limit: Train on so many batches only: a run that reads gradients and is no training. It is not scored.
         rewind: Where in this run the rewind point is taken; nowhere where None.
+        from_rewind: Whether it starts from the rewind point, so that its schedule goes on from there.
         setup: Called on the subnet before the run starts: the run's own starting state.
         on_loss: Given the run and its loss, before backward; returns the loss to go backward from (a penalty added).
         after_step: Called after each optimizer step.
@@ -116,6 +117,7 @@ class Run:
     data_part: tuple[int, int] | None = None
     limit: int | None = None
     rewind: str | None = None
+    from_rewind: bool = False
     setup: Callable[[Subnet], None] | None = None
     on_loss: Callable[["Run", Tensor], Tensor] | None = None
     after_step: Callable[["Run"], None] | None = None
@@ -293,13 +295,17 @@ class Run:
     def progress_state(self) -> dict[str, Any]:
         """What a checkpoint within the run must hold besides model and optimizer: tensors and primitives."""
         counters = {"step": self.step, "batches": self.batches}
-        method = {"mask": self.subnet.mask, "scores": dict(self.scores), "tap": self.subnet.tap}
+        gates = {name: dict(gate.named_buffers()) for name, gate in self.subnet.gates.items()}
+        method = {"mask": self.subnet.mask, "gates": gates, "scores": dict(self.scores), "tap": self.subnet.tap}
         return counters | method | {"taken": self._taken}
 
     def load_progress_(self, saved: dict[str, Any]) -> None:
         self.step, self.batches, self._taken = saved["step"], saved["batches"], saved["taken"]
         self.scores, self.subnet.tap = saved["scores"], saved["tap"]
         self.subnet.set_mask_(saved["mask"])
+        for name, gate in self.subnet.gates.items():
+            for key, value in gate.named_buffers():
+                value.copy_(saved["gates"][name][key])
 
 
 def rewind_parts(point: str) -> tuple[int, str]:
@@ -495,7 +501,7 @@ class Pruner(Iterator[Run]):
                 run.name = f"round_{run.round:02d}" + (f"_part_{part}" if base else "")
                 run.epochs = run.epochs or self.method.epochs
                 run.seed = self.method.seed
-                run.start_epoch = self._start_epoch
+                run.start_epoch = self._start_epoch if run.from_rewind else 0.0
                 end = self._read(run)
                 if end is None:
                     if base is not None:

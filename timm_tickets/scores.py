@@ -38,7 +38,7 @@ def grasp(weights: Mapping[str, Tensor], products: Mapping[str, Tensor]) -> Scor
 
 
 def synflow(model: nn.Module, masks: Masks, input_size: Sequence[int]) -> Scores:
-    """Synaptic flow ``|w| * dR/d|w|``, R the sum of outputs for an input of ones and every parameter's absolute value.
+    """Synaptic flow ``|w| * dR/d|w|``, R the sum of outputs for an input of ones, absolute weights and no biases.
 
     Works on a copy in double precision, in which the products of many layers do not overflow; the model is unchanged.
 
@@ -51,8 +51,9 @@ def synflow(model: nn.Module, masks: Masks, input_size: Sequence[int]) -> Scores
     """
     linear = copy.deepcopy(model).double().eval()
     with torch.no_grad():
-        for value in linear.state_dict().values():
-            value.abs_()
+        for name, value in linear.state_dict().items():
+            # R is a product of weights: what biases add would let layers before them be cut off unnoticed.
+            value.zero_() if name.endswith(".bias") else value.abs_()
         weights = {name: parameter for name, parameter in linear.named_parameters() if name in masks}
         for name, weight in weights.items():
             weight.requires_grad_(True)

@@ -91,17 +91,19 @@ def reset_(optimizer: Optimizer) -> None:
 
 
 def separate_(optimizer: Optimizer, parameters: Sequence[Tensor], weight_decay: float) -> None:
-    """Give some parameters a group of their own, with this weight decay and otherwise the first one's settings."""
-    wanted = {id(parameter) for parameter in parameters}
-    groups = optimizer.param_groups
-    for group in groups:
-        if group["params"] and all(id(p) in wanted for p in group["params"]):
+    """Move parameters to groups of their own, with this weight decay and otherwise their old groups' settings."""
+    wanted = {id(parameter): parameter for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        mine = [p for p in group["params"] if wanted.pop(id(p), None) is not None]
+        if mine and len(mine) == len(group["params"]):  # separated in an earlier run
             group["weight_decay"] = weight_decay
-            return  # separated in an earlier run
-    for group in groups:
-        group["params"] = [p for p in group["params"] if id(p) not in wanted]
-    settings = {key: value for key, value in groups[0].items() if key != "params"}
-    optimizer.add_param_group(settings | {"params": list(parameters), "weight_decay": weight_decay})
+        elif mine:
+            group["params"] = [p for p in group["params"] if not any(p is one for one in mine)]
+            settings = {key: value for key, value in group.items() if key != "params"}
+            optimizer.add_param_group(settings | {"params": mine, "weight_decay": weight_decay})
+    if wanted:  # the optimizer was built before they were there
+        settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+        optimizer.add_param_group(settings | {"params": list(wanted.values()), "weight_decay": weight_decay})
 
 
 def _copy(state: dict[str, Any]) -> dict[str, Any]:

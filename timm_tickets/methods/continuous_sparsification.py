@@ -27,7 +27,8 @@ class ContinuousSparsification(Method):
     nearest to the asked sparsity is taken.
     `meet`: ``top`` keeps the largest s, exactly as many as asked; ``penalty`` keeps s > 0, whatever sparsity that is.
     Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says: what was suppressed
-    stays so; the released code resets beta first, and so revives it.
+    stays so; the released code resets beta first, and so revives it. Momentum starts anew with each round; the paper
+    carries it on.
     """
 
     s0: Annotated[float, Field(ge=-1, le=1, description="first score of every weight")] = 0.0

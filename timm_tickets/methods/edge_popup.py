@@ -27,7 +27,8 @@ class EdgePopup(Method):
     cosine, lr 0.1, 100 epochs. The papers prune every layer and train nothing else: ``classifier=true,
     train_rest=false, norm_affine=false``.
     Cost: one training of scores as large as the weights. The ticket's values are the random weights.
-    Departures: what is not pruned trains by default, so that any timm model works.
+    Departures: what is not pruned trains by default, so that any timm model works. On weight-standardised layers the
+    scale has no effect: standardising cancels it.
     """
 
     ends_trained: ClassVar[bool] = True
@@ -48,12 +49,14 @@ class EdgePopup(Method):
 
     def prepare_(self, subnet: Subnet) -> None:
         """Freeze what does not train and put gates before the weights; their values come when the search begins."""
-        free = self.free(subnet)
+        pattern = self.pattern(subnet)
 
         def make(name: str, weight: Tensor) -> Gate:
-            some = None if free is None else free[name]
-            score = torch.zeros(weight.shape) if some is None else torch.zeros(int(some.sum()))
-            return Gate(score, torch.ones(weight.shape, dtype=torch.bool), by_magnitude=True, free=some)
+            if pattern is None:
+                return Gate(torch.zeros(weight.shape), torch.ones(weight.shape, dtype=torch.bool), by_magnitude=True)
+            pruned, locked = pattern[name]
+            free = ~(pruned | locked)
+            return Gate(torch.zeros(int(free.sum())), ~pruned, by_magnitude=True, free=free)
 
         subnet.freeze_(subnet.parameters().values())
         if not self.norm_affine:
@@ -65,6 +68,7 @@ class EdgePopup(Method):
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         self.begin_(subnet)
         yield [Run(after_step=lambda run: self.settle_(run.subnet), weight_decay=self.weight_decay)]
+        self.settle_(subnet)
         subnet.bake_()
         subnet.start = subnet.state()
 
@@ -100,8 +104,8 @@ class EdgePopup(Method):
         full = full_masks(scores)
         return prune(full, scores, total(full) - keep_count(total(full), self.sparsity), self.scope)
 
-    def free(self, subnet: Subnet) -> Masks | None:
-        """What the search may choose; everything where None."""
+    def pattern(self, subnet: Subnet) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """For each layer what leaves the search as pruned and what as kept; nothing does where None."""
         return None
 
     def draw(self, weight: Tensor, generator: torch.Generator) -> Tensor:

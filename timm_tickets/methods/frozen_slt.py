@@ -3,12 +3,13 @@
 Source: Otsuka et al. 2024, 2402.14029 (TMLR 2025).
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from ..masks import Distribution, Masks, Scope, budgets, fill, keep_count, kept, prune, total
+from ..masks import Distribution, Masks, Scope, budgets, fill, keep_count, prune, total
 from ..registry import register_pruner
 from ..seeds import seed_from
 from ..settings import SettingError
@@ -28,8 +29,12 @@ class FrozenSLT(EdgePopup):
 
     scope: Annotated[Scope, Field(description="compare free scores across all layers, or within each")] = "global"
     frozen: Annotated[float, Field(ge=0, lt=1, description="fraction of the weights that leave the search")] = 0.5
-    pruned: Annotated[float | None, Field(ge=0, lt=1, description="fraction frozen as pruned")] = None
-    locked: Annotated[float | None, Field(ge=0, lt=1, description="fraction frozen as kept")] = None
+    pruned: Annotated[
+        float | None, Field(ge=0, lt=1, description="fraction frozen as pruned; with locked instead of frozen")
+    ] = None
+    locked: Annotated[
+        float | None, Field(ge=0, lt=1, description="fraction frozen as kept; with pruned instead of frozen")
+    ] = None
     freezing: Annotated[Distribution, Field(description="density of the free weights in each layer")] = "epl"
 
     def ratios(self) -> tuple[float, float]:
@@ -42,7 +47,7 @@ class FrozenSLT(EdgePopup):
             raise SettingError("pruner.pruned and pruner.locked: give both, or neither and `frozen` instead")
         if self.pruned is None or self.locked is None:
             return self.frozen * self.sparsity, self.frozen * (1 - self.sparsity)
-        if not self.pruned <= self.sparsity <= 1 - self.locked:
+        if not self.pruned - 1e-9 <= self.sparsity <= 1 - self.locked + 1e-9:
             raise SettingError(
                 f"pruner.sparsity: {self.sparsity} cannot be met with {self.pruned} frozen as pruned and {self.locked} "
                 f"as kept; it must lie between {self.pruned} and {1 - self.locked:g}"
@@ -51,20 +56,18 @@ class FrozenSLT(EdgePopup):
             raise SettingError("pruner.pruned and pruner.locked: nothing is left free; their sum must be below 1")
         return self.pruned, self.locked
 
-    def free(self, subnet: Subnet) -> Masks:
-        return {name: ~(pruned | locked) for name, (pruned, locked) in self.pattern(subnet).items()}
-
-    def pattern(self, subnet: Subnet) -> dict[str, Any]:
+    def pattern(self, subnet: Subnet) -> dict[str, tuple[Tensor, Tensor]]:
         """For each layer, what is frozen as pruned and what as locked: bool, drawn from the seed."""
         shapes = {name: weight.shape for name, weight in subnet.weights().items()}
         sizes = {name: shape.numel() for name, shape in shapes.items()}
         count = sum(sizes.values())
         pruned, locked = (round(count * ratio) for ratio in self.ratios())
-        pruned = min(pruned, count - keep_count(count, self.sparsity))
+        keep = keep_count(count, self.sparsity)
+        pruned, locked = min(pruned, count - keep), min(locked, keep)  # each rounded by itself
         free = budgets(shapes, count - pruned - locked, self.freezing)
         frozen = {name: sizes[name] - free[name] for name in sizes}
         gone = fill(pruned, frozen, frozen) if pruned + locked else dict.fromkeys(sizes, 0)
-        out: dict[str, Any] = {}
+        out: dict[str, tuple[Tensor, Tensor]] = {}
         for number, (name, shape) in enumerate(shapes.items()):
             generator = torch.Generator().manual_seed(seed_from(self.seed, number, 2))
             order = torch.randperm(sizes[name], generator=generator)
@@ -76,10 +79,9 @@ class FrozenSLT(EdgePopup):
 
     def cut(self, subnet: Subnet) -> Masks:
         """Keep the locked and, of the free, the largest |scores|: exactly the asked number of weights is pruned."""
-        scores = subnet.scores()
-        pattern = self.pattern(subnet)
-        free = {name: ~(pruned | locked) for name, (pruned, locked) in pattern.items()}
-        gone = sum(int(pruned.sum()) for pruned, _ in pattern.values())
-        cut = total(free) - keep_count(total(free), self.sparsity) - gone
-        found = prune(free, {name: score.abs() for name, score in scores.items()}, min(cut, kept(free)), self.scope)
-        return {name: found[name] | locked for name, (_, locked) in pattern.items()}
+        scores, masks = subnet.scores(), subnet.mask
+        free = {name: masks[name] if gate.free is None else gate.free.cpu() for name, gate in subnet.gates.items()}
+        frozen_out = sum(int((~masks[name] & ~free[name]).sum()) for name in masks)
+        cut = total(masks) - keep_count(total(masks), self.sparsity) - frozen_out
+        found = prune(free, {name: score.abs() for name, score in scores.items()}, cut, self.scope)
+        return {name: found[name] | (masks[name] & ~free[name]) for name in masks}

@@ -24,7 +24,8 @@ class GraSP(OneShot):
     Needs a second derivative: the model must not be compiled, and kernels without one (some fused attentions) fail.
     Suggested: ten images of each class in all, as in the paper.
     Cost: `batches` Hessian-vector products, each about two training steps.
-    Departures: no temperature on the logits (the released code divides them by 200, the paper does not say so).
+    Departures: several batches add their own H g, without cross terms; no temperature on the logits (the released code
+    divides them by 200, the paper does not say so).
     """
 
     batches: Annotated[int, Field(ge=1, description="batches to read gradients from")] = 1

@@ -81,12 +81,12 @@ class Jackpot(Method):
 
 
 def looks_untrained(model: nn.Module) -> bool:
-    """Whether every normalisation layer is as a constructor leaves it: statistics at zero, scales at 1 or 0."""
+    """Whether every normalisation layer, if there is any, is as a constructor leaves it: means 0, scales equal."""
     kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     found: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
     means = [norm.running_mean for norm in found if getattr(norm, "running_mean", None) is not None]
     scales = [norm.weight for norm in found if norm.weight is not None]
-    return bool(found) and not any(m.any() for m in means) and all(s.unique().numel() == 1 for s in scales)
+    return not any(m.any() for m in means) and all(s.unique().numel() == 1 for s in scales)
 
 
 def swap(mask: Tensor, score: Tensor, rate: float) -> Tensor:

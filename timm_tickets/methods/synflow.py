@@ -22,7 +22,7 @@ class SynFlow(OneShot):
     """Prune before training, in many small steps, the weights that carry least of the flow from input to output.
 
     Use: at high sparsities, where one-shot scores cut layers off. Made for networks of convolutions and ReLU; through
-    attention and layer normalisation the flow is no longer a sum over paths.
+    attention, layer normalisation and standardised weights the flow is no longer a sum over paths.
     Cost: `iterations` forward and backward passes of one image of ones; no training and no data.
     """
 
