@@ -1,0 +1,47 @@
+"""The README's Python is run as it stands, but for a smaller model and fewer epochs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import timm_tickets as tt
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def small(code):
+    return (
+        code.replace("resnet18", "test_resnet")
+        .replace("epochs=90", "epochs=3")
+        .replace("sparsity=0.95", "sparsity=0.3")
+    )
+
+
+@pytest.mark.usefixtures("unregister")
+def test_the_loop_the_ticket_and_the_new_pruner_work_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = TensorDataset(torch.randn(16, 3, 32, 32), torch.arange(16) % 10)
+    names = {"loader": DataLoader(data, batch_size=8), "criterion": torch.nn.CrossEntropyLoss()}
+    loop, load, method = BLOCKS
+    assert len(loop.strip().splitlines()) <= 16
+    exec(small(loop), names)
+    ticket = tt.load_ticket("test_resnet.ticket")
+    assert ticket.sparsity == pytest.approx(0.3, abs=1e-5)
+    assert ticket.metadata["start_epoch"] == 2
+    exec(small(load), names)
+    images, labels = next(iter(names["loader"]))
+    names["criterion"](names["model"](images), labels).backward()
+    names["optimizer"].step()
+    assert all(not names["model"].get_parameter(name)[~mask].any() for name, mask in ticket.masks.items())
+    exec(method, names)
+    pruner = tt.create_pruner("train_then_prune", names["model"], sparsity=0.5)
+    for run in pruner:
+        optimizer = run.attach(torch.optim.SGD(names["model"].parameters(), 0.1))
+        for images, labels in run.subset(names["loader"]):
+            run.loss(names["criterion"], names["model"](images), labels).backward()
+            optimizer.step()
+    assert pruner.ticket.sparsity == pytest.approx(0.5, abs=1e-5)
