@@ -14,11 +14,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def small(code):
-    return (
-        code.replace("resnet18", "test_resnet")
-        .replace("epochs=90", "epochs=3")
-        .replace("sparsity=0.95", "sparsity=0.3")
-    )
+    for text, shorter in (("resnet18", "test_resnet"), ("epochs=90", "epochs=3"), ("sparsity=0.95", "sparsity=0.3")):
+        code = code.replace(text, shorter)
+    return code
 
 
 @pytest.mark.usefixtures("unregister")
