@@ -25,7 +25,8 @@ from torch.utils.data import (
 )
 
 import timm_tickets as tt
-from timm_tickets.data import Shuffled, labels_of, loader_of
+from timm_tickets.data import loader_of
+from timm_tickets.subset import Shuffled, labels_of
 
 
 def run_of(**fields):

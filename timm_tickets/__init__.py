@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .experiment import search, train
     from .masks import Masks, intersect, layer_sparsities, prunable_names, shuffled_masks, sparsity
-    from .pruner import End, Method, Pruner, Rewind, Run
+    from .method import Method, OneShot
+    from .pruner import Pruner
     from .recipe import Recipe, list_recipes, load_recipe
     from .registry import create_pruner, get_method, list_pruners, register_pruner
+    from .run import End, Rewind, Run
     from .settings import SettingError, TrainingError
     from .subnet import Subnet
     from .ticket import Ticket, TicketError, load_ticket
 
 _MODULES = {
     "masks": ("Masks", "intersect", "layer_sparsities", "prunable_names", "shuffled_masks", "sparsity"),
-    "pruner": ("End", "Method", "Pruner", "Rewind", "Run"),
+    "method": ("Method", "OneShot"),
+    "pruner": ("Pruner",),
+    "run": ("End", "Rewind", "Run"),
     "recipe": ("Recipe", "list_recipes", "load_recipe"),
     "registry": ("create_pruner", "get_method", "list_pruners", "register_pruner"),
     "experiment": ("search", "train"),
@@ -31,7 +35,9 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - grouped by module, as above
     "Masks", "intersect", "layer_sparsities", "prunable_names", "shuffled_masks", "sparsity",
-    "End", "Method", "Pruner", "Rewind", "Run",
+    "Method", "OneShot",
+    "Pruner",
+    "End", "Rewind", "Run",
     "Recipe", "list_recipes", "load_recipe",
     "create_pruner", "get_method", "list_pruners", "register_pruner",
     "search", "train",

@@ -44,7 +44,7 @@ def _errors() -> Iterator[None]:
 def list_(pattern: Annotated[str, typer.Argument(help="wildcard on the names")] = "*") -> None:
     """Show the registered pruners and their settings."""
     with _errors():
-        from .pruner import Method
+        from .method import Method
         from .registry import get_method, list_pruners
 
         def told(fields: Any) -> Text:

@@ -17,10 +17,11 @@ from rich.console import Console
 from .data import Data
 from .files import is_writer, read_json, remove_temporaries, write_bytes, write_json
 from .masks import Masks, full_masks, prunable_names
-from .pruner import CHECKPOINT, End, Run, plain_metrics, write_run
+from .pruner import CHECKPOINT, write_run
 from .recipe import Recipe, load_recipe
 from .registry import create_pruner
 from .report import RichProgress, plot, print_table, write_summary
+from .run import End, Run, plain_metrics
 from .settings import SettingError
 from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket

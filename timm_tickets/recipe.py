@@ -289,7 +289,7 @@ def load_recipe(recipe: "str | Path | Recipe", overrides: Sequence[str] = ()) ->
 
 def _switch_pruner(values: Any, given: Any) -> None:
     """Where an override names another pruner, drop the settings that were only the first one's."""
-    from .pruner import Method
+    from .method import Method
 
     new = OmegaConf.select(given, "pruner.name")
     if new is None or new == OmegaConf.select(values, "pruner.name"):

@@ -18,7 +18,8 @@ from torch import nn
 from typing_extensions import dataclass_transform
 
 from . import methods
-from .pruner import Method, Pruner
+from .method import Method
+from .pruner import Pruner
 from .settings import SettingError, check, unknown
 
 M = TypeVar("M", bound=type[Method])

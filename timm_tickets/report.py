@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .files import is_writer, replacing, write_bytes
-from .pruner import Run
+from .run import Run
 
 COLUMNS: tuple[str, ...] = (
     "name",

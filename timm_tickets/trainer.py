@@ -26,13 +26,15 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
-from .data import Data, Selection, loader_of, subset_of
+from .data import Data, loader_of
 from .files import is_writer, replacing, write_state
-from .pruner import CHECKPOINT, Run, not_finite
+from .pruner import CHECKPOINT
 from .recipe import Recipe
+from .run import Run, not_finite
 from .seeds import seed_from
 from .settings import SettingError, TrainingError
 from .subnet import State, Subnet
+from .subset import Selection, subset_of
 
 # On a GPU, asking whether a loss is finite waits for it: so ask only every so many steps.
 _CHECK_EVERY = 50

@@ -10,8 +10,9 @@ import numpy as np
 from pydantic import Field
 
 from ..masks import Masks, Scope, Scores, intersect, keep_count, kept, prune, total
-from ..pruner import End, Method, Run
+from ..method import Method
 from ..registry import register_pruner
+from ..run import End, Run
 from ..scores import magnitude
 from ..settings import SettingError
 from ..subnet import Subnet

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..gates import SigmoidGate
 from ..masks import Masks, Scores, full_masks, keep_count, kept, prune, total
-from ..pruner import End, Method, Rewind, Run
+from ..method import Method
 from ..registry import register_pruner
+from ..run import End, Rewind, Run
 from ..subnet import Subnet
 
 

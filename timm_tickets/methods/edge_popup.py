@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..gates import Gate
 from ..masks import Masks, Scope, Scores, full_masks, keep_count, kept, prune, total
-from ..pruner import End, Method, Run
+from ..method import Method
 from ..registry import register_pruner
+from ..run import End, Run
 from ..seeds import seed_from
 from ..subnet import Subnet
 

@@ -9,8 +9,9 @@ from typing import Annotated
 from pydantic import Field
 
 from ..masks import Scope, keep_count, prune, total
-from ..pruner import End, Method, Rewind, Run
+from ..method import Method
 from ..registry import register_pruner
+from ..run import End, Rewind, Run
 from ..scores import magnitude
 from ..subnet import Subnet
 

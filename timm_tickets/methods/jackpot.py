@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..gates import Gate
 from ..masks import classifier_names, full_masks, keep_count, prune, total
-from ..pruner import End, Method, Run
+from ..method import Method
 from ..registry import register_pruner
+from ..run import End, Run
 from ..scores import magnitude
 from ..subnet import Subnet
 

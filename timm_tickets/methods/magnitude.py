@@ -5,8 +5,9 @@ Source: Han et al. 2015, 1506.02626, without its retraining.
 
 from collections.abc import Generator
 
-from ..pruner import End, OneShot, Run
+from ..method import OneShot
 from ..registry import register_pruner
+from ..run import End, Run
 from ..scores import magnitude
 from ..subnet import Subnet
 

@@ -5,8 +5,9 @@ Source: as a baseline, Frankle & Carbin 2018, 1803.03635, section 2; Liu et al. 
 
 from collections.abc import Generator
 
-from ..pruner import End, OneShot, Run
+from ..method import OneShot
 from ..registry import register_pruner
+from ..run import End, Run
 from ..scores import random
 from ..subnet import Subnet
 

@@ -5,8 +5,8 @@ Source: Evci et al. 2020, 1911.11134.
 
 import math
 
-from ..pruner import Run
 from ..registry import register_pruner
+from ..run import Run
 from ..scores import magnitude
 from .set import SET
 

@@ -9,8 +9,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ..masks import Distribution, Scores, exchange
-from ..pruner import End, OneShot, Run
+from ..method import OneShot
 from ..registry import register_pruner
+from ..run import End, Run
 from ..scores import magnitude, random
 from ..seeds import seed_from
 from ..subnet import Subnet

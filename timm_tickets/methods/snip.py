@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..pruner import End, OneShot, Run
+from ..method import OneShot
 from ..registry import register_pruner
+from ..run import End, Run
 from ..scores import snip
 from ..subnet import Subnet
 

@@ -9,8 +9,9 @@ from typing import Annotated
 from pydantic import Field
 
 from ..masks import keep_count, kept, prune, total
-from ..pruner import End, OneShot, Run
+from ..method import OneShot
 from ..registry import register_pruner
+from ..run import End, Run
 from ..scores import synflow
 from ..settings import SettingError
 from ..subnet import Subnet

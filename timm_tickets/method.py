@@ -1,0 +1,71 @@
+"""Method: what every pruning method can be told, and what it has to say."""
+
+from collections.abc import Generator
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, TypeAdapter
+from pydantic.dataclasses import dataclass as settings
+
+from .masks import Distribution, Scope, Scores, keep_count, kept, prune, total
+from .run import End, Run
+from .subnet import Subnet
+
+
+@settings(frozen=True, kw_only=True, config={"extra": "forbid"})
+class Method:
+    """What every pruner can be told; a method adds its own settings and its `search`.
+
+    Subclasses are made dataclasses, and their settings checked, by `register_pruner`.
+
+    Attributes:
+        name: The registered name.
+        ends_trained: Whether the ticket's values are final, found in the search itself: nobody trains it again.
+    """
+
+    name: ClassVar[str] = ""
+    ends_trained: ClassVar[bool] = False
+
+    sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights to prune")]
+    epochs: Annotated[int, Field(ge=1, description="epochs of one training run")] = 20
+    seed: Annotated[int, Field(ge=0, description="seed of everything random in the method")] = 0
+    include: Annotated[tuple[str, ...], Field(description="wildcards of the weights that may be pruned")] = ("*",)
+    exclude: Annotated[tuple[str, ...], Field(description="wildcards of the weights that are left alone")] = ()
+    classifier: Annotated[bool, Field(description="prune the classifier too")] = False
+
+    def prepare_(self, subnet: Subnet) -> None:
+        """Called once, when the pruner is created: refuse a model that does not suit, attach gates, freeze.
+
+        Raises:
+            SettingError: The model does not suit.
+        """
+
+    def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
+        """Yield rounds, receive their ends; leave the subnet rewound and masked.
+
+        On entry the subnet's mask keeps everything and its rewind point is the model as it was given.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it searches")
+
+    def described(self) -> dict[str, Any]:
+        """The registered name and every setting, as JSON types."""
+        return {"name": self.name, **TypeAdapter(type(self)).dump_python(self, mode="json")}
+
+    def runs(self, subnet: Subnet) -> int | None:
+        """How many runs the search will ask for, where that is known beforehand."""
+        return None
+
+
+@settings(frozen=True, kw_only=True, config={"extra": "forbid"})
+class OneShot(Method):
+    """A method that cuts its mask once, from one set of scores."""
+
+    scope: Annotated[Scope, Field(description="compare scores across all layers, or within each")] = "global"
+    distribution: Annotated[Distribution, Field(description="layerwise, the density of each layer")] = "uniform"
+
+    def prune_(self, subnet: Subnet, scores: Scores) -> None:
+        """Prune the lowest scores among what is kept, to the asked sparsity exactly."""
+        cut = kept(subnet.mask) - keep_count(total(subnet.mask), self.sparsity)
+        subnet.set_mask_(prune(subnet.mask, scores, cut, self.scope, self.distribution))
+
+    def runs(self, subnet: Subnet) -> int:
+        return 0

@@ -1,0 +1,197 @@
+"""Subsets of data sets and loaders: by class, by part, by number of batches."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate import PartialState
+from accelerate.data_loader import DataLoaderShard, prepare_data_loader
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+)
+
+_read_labels: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+
+
+def labels_of(dataset: Any) -> Tensor:
+    """The class of every item, int64, without decoding images where the data set says them.
+
+    Looks at ``targets`` (torchvision), ``samples`` (image folders, timm's readers) and ``tensors`` (TensorDataset, the
+    last one); otherwise reads every item once and remembers.
+    """
+    if isinstance(dataset, Subset):
+        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices, dtype=torch.int64)]
+    if isinstance(dataset, ConcatDataset):
+        return torch.cat([labels_of(part) for part in dataset.datasets])
+    found: Any = getattr(dataset, "targets", None)
+    if found is None:
+        samples = getattr(dataset, "samples", getattr(getattr(dataset, "reader", None), "samples", None))
+        if samples is not None:
+            found = [sample[1] for sample in samples]
+        elif tensors := getattr(dataset, "tensors", None):
+            found = tensors[-1]
+    if found is not None:
+        change = getattr(dataset, "target_transform", None)
+        return torch.as_tensor([change(target) for target in found] if change else found, dtype=torch.int64)
+    if dataset not in _read_labels:
+        _read_labels[dataset] = torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
+    return _read_labels[dataset]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which items a run trains on; those of all the conditions together.
+
+    Attributes:
+        classes: Only these classes.
+        part: ``(i, n)``: the i-th of n parts of all items, drawn by the seed.
+        batches: Only so many batches of a loader, drawn by the seed.
+        seed: Of what is drawn.
+    """
+
+    classes: Sequence[int] | None = None
+    part: tuple[int, int] | None = None
+    batches: int | None = None
+    seed: int = 0
+
+    @property
+    def everything(self) -> bool:
+        return self.classes is None and self.part is None and self.batches is None
+
+    def indices(self, dataset: Any, batch_size: int | None) -> list[int]:
+        """The selected items, in their order."""
+        chosen = torch.ones(len(dataset), dtype=torch.bool)
+        if self.classes is not None:
+            chosen &= torch.isin(labels_of(dataset), torch.as_tensor(self.classes))
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed))
+        if self.part is not None:
+            number, parts = self.part
+            mine = torch.zeros_like(chosen)
+            mine[order[number::parts]] = True
+            chosen &= mine
+        if self.batches is not None and batch_size is not None:
+            few = order[chosen[order]][: self.batches * batch_size]
+            chosen = torch.zeros_like(chosen)
+            chosen[few] = True
+        found = chosen.nonzero().flatten().tolist()
+        if not found:
+            raise ValueError(f"subset: none of the {len(dataset)} items is of the run's classes {self.classes}")
+        return found
+
+
+def subset_of(data: Any, selection: Selection) -> Any:
+    """The selected items, labels unchanged, in their order; ``data`` itself where everything is selected.
+
+    Args:
+        data: A map-style data set, a ``DataLoader`` over one, or timm's prefetching loader.
+        selection: What to keep.
+
+    Raises:
+        ValueError: A loader without a map-style data set, or whose sampler cannot be made again for a subset.
+    """
+    if selection.everything:
+        return data
+    if hasattr(data, "loader") and not isinstance(data, DataLoader):  # timm's PrefetchLoader
+        out = copy.copy(data)
+        out.loader = subset_of(data.loader, selection)
+        return out
+    if not is_loader(data):
+        items: Any = data
+        return Subset(items, selection.indices(data, None))
+    if isinstance(data.dataset, IterableDataset):
+        raise ValueError(
+            "subset: a stream cannot be cut to some of its items; use a data set with an item for each index"
+        )
+    shard: Any = data.batch_sampler
+    batches = shard
+    while hasattr(batches, "batch_sampler"):  # Accelerate's shard of it
+        batches = batches.batch_sampler
+    if type(batches) is not BatchSampler:
+        raise _cannot_cut(batches)
+    items = data.dataset
+    part: Any = Subset(items, selection.indices(items, batches.batch_size))
+    loader = DataLoader(
+        part,
+        batch_size=min(batches.batch_size, max(1, len(part))),
+        sampler=_sampler_for(part, batches.sampler),
+        drop_last=batches.drop_last,
+        num_workers=data.num_workers,
+        collate_fn=data.collate_fn,
+        pin_memory=data.pin_memory,
+        timeout=data.timeout,
+        worker_init_fn=data.worker_init_fn,
+        multiprocessing_context=data.multiprocessing_context,
+        generator=data.generator,
+        prefetch_factor=data.prefetch_factor,
+        persistent_workers=data.persistent_workers,
+    )
+    if not isinstance(data, DataLoaderShard):
+        return loader
+    state = PartialState()
+    return prepare_data_loader(
+        loader,
+        device=data.device,
+        put_on_device=data.device is not None,
+        num_processes=state.num_processes,
+        process_index=state.process_index,
+        split_batches=getattr(shard, "split_batches", False),
+        even_batches=getattr(shard, "even_batches", True),
+        rng_types=data.rng_types,
+    )
+
+
+def is_loader(data: Any) -> bool:
+    """Whether this yields batches, and is not a data set to be indexed."""
+    return not hasattr(data, "__getitem__") and hasattr(data, "__iter__")
+
+
+def _sampler_for(part: Any, sampler: Any) -> Sampler[int]:
+    if isinstance(sampler, Shuffled):
+        return Shuffled(part, sampler.seed)
+    if isinstance(sampler, DistributedSampler):
+        out = DistributedSampler(
+            part, sampler.num_replicas, sampler.rank, sampler.shuffle, sampler.seed, sampler.drop_last
+        )
+        out.set_epoch(sampler.epoch)
+        return out
+    if isinstance(sampler, RandomSampler):
+        # As many draws for each item as before, where a number was asked for.
+        asked = getattr(sampler, "_num_samples", None)
+        draws = None if asked is None else max(1, round(asked * len(part) / len(sampler.data_source)))
+        return RandomSampler(part, sampler.replacement, draws, sampler.generator)
+    if isinstance(sampler, SequentialSampler):
+        return SequentialSampler(part)
+    raise _cannot_cut(sampler)
+
+
+def _cannot_cut(sampler: Any) -> ValueError:
+    return ValueError(
+        f"subset: a loader with a {type(sampler).__name__} cannot be cut to some items; give `Run.subset` the data set "
+        "instead and build the loader of what it returns"
+    )
+
+
+class Shuffled(Sampler[int]):
+    """All items in an order that depends on a seed alone; set `seed` before each epoch."""
+
+    def __init__(self, dataset: Any, seed: int = 0):
+        self.length = len(dataset)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed)).tolist())
