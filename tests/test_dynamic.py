@@ -108,3 +108,29 @@ def test_gradual_sparsity_only_grows_and_meets_the_cubic(model):
     assert seen[3] == 0
     assert next(pruner, None) is None
     assert pruner.sparsity == pytest.approx(0.8, abs=1e-5)
+
+
+def test_rigl_reads_the_whole_gradient_under_accumulation():
+    torch.manual_seed(0)
+    model = Line()
+    pruner = tt.create_pruner("rigl", model, sparsity=0.5, interval=2, until=1.0, epochs=1)
+    run = next(pruner)
+    optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.01))
+    run.batches_per_epoch = 100
+    seen = {}
+    exchange_ = type(pruner.method).exchange_
+
+    def watched(self, run, grow, rate):
+        seen.update({name: value.flatten().tolist() for name, value in grow.items()})
+        exchange_(self, run, grow, rate)
+
+    type(pruner.method).exchange_ = watched
+    try:
+        for _ in range(2):
+            for scale in (1.0, 10.0):  # dL/dw is the input: 1 and 10 a batch, 11 together, kept or pruned
+                run.loss(lambda output, _: output.sum(), model(torch.full((1, 8), scale)), None).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        type(pruner.method).exchange_ = exchange_
+    assert seen["layer.weight"] == [11.0] * 8

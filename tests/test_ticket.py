@@ -236,3 +236,21 @@ def test_attach_refuses_a_model_without_the_layers(ticket):
     other = timm.create_model("test_vit", num_classes=10)
     with pytest.raises(tt.TicketError, match="does not fit"):
         ticket.attach(other, torch.optim.SGD(other.parameters(), 0.1))
+
+
+def test_the_costliest_ticket_that_loads_takes_no_more_memory_than_stated(tmp_path):
+    """A million bytes of mask, all pruned, in float64: the most a byte of file can become."""
+    shape = (2**23,)
+    masks, values = {"w": torch.zeros(shape, dtype=torch.bool)}, {"w": torch.zeros(shape, dtype=torch.float64)}
+    path = tmp_path / "wide.ticket"
+    tt.Ticket(masks, values, {}).save(path)
+    script = """
+import os, resource, sys, timm_tickets as tt
+tt.load_ticket
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ticket = tt.load_ticket(sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, os.path.getsize(sys.argv[1]))
+"""
+    out = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
+    taken, size = map(int, out.stdout.split())
+    assert taken <= 160 * size + 64 * 2**20

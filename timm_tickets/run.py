@@ -16,7 +16,7 @@ from .masks import Masks, Scores
 from .settings import TrainingError
 from .subnet import State, Subnet
 from .subset import Selection, is_loader, subset_of
-from .wrappers import plain_optimizer, reset_, separate_
+from .wrappers import mean_over_processes, plain_optimizer, reset_, separate_
 
 Rewind = Annotated[
     str,
@@ -250,7 +250,9 @@ class Run:
                 f"{self.name} ended without an optimizer step; train it on the optimizer that `run.attach` returns",
                 stacklevel=4,
             )
-        scores = {name: score.detach().cpu().contiguous() for name, score in self.scores.items()}
+        # Read from each process's own batches, past DDP's reduction.
+        gathered = mean_over_processes(self.scores)
+        scores = {name: score.detach().cpu().contiguous() for name, score in gathered.items()}
         end = End(state, self.subnet.mask, scores | self.subnet.scores(), metrics=plain_metrics(self.metrics))
         end.baked = self.subnet.baked_state() if self.subnet.gates else state
         if self.rewind is not None:

@@ -229,7 +229,11 @@ class Subnet:
         # This hook must return None. On CPUs a product with a bool mask is vectorised, masked_fill_ is not.
         if parameter.grad is not None:
             if self.tap:
-                self.dense_gradients[name] = parameter.grad.detach().clone()
+                dense = parameter.grad.detach().clone()
+                # Under accumulation, what was pruned has lost its earlier batches to the mask.
+                if name in self.dense_gradients:
+                    dense += self.dense_gradients[name] * ~self._held_on(dense.device, name)
+                self.dense_gradients[name] = dense
             parameter.grad.mul_(self._held_on(parameter.grad.device, name))
 
     def _held_on(self, device: torch.device, name: str) -> Tensor:

@@ -1,9 +1,10 @@
 """What lies inside the wrappers of DDP, torch.compile, Accelerate and Lookahead."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
@@ -30,6 +31,17 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
         if inner is None:
             return optimizer
         optimizer = inner
+
+
+def mean_over_processes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of tensors that each process has its own of; themselves where there is one process."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return dict(tensors)
+    out = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    for name in sorted(out):
+        torch.distributed.all_reduce(out[name])
+        out[name] /= torch.distributed.get_world_size()
+    return out
 
 
 class StepHook:

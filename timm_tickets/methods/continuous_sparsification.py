@@ -35,7 +35,7 @@ class ContinuousSparsification(Method):
     s0: Annotated[float, Field(ge=-1, le=1, description="first score of every weight")] = 0.0
     penalty: Annotated[float, Field(ge=0, description="weight of the sum of the soft mask in the loss")] = 1e-8
     final_beta: Annotated[float, Field(gt=1, description="beta at the end of a round; it begins at 1")] = 200.0
-    rounds: Annotated[int, Field(ge=1, description="rounds of the iterative search")] = 3
+    rounds: Annotated[int, Field(ge=1, description="rounds of the iterative search; one with parallel")] = 3
     rewind: Rewind = "2ep"
     meet: Annotated[Literal["top", "penalty"], Field(description="what decides the ticket's sparsity")] = "top"
     parallel: Annotated[tuple[float, ...], Field(description="several s0 to search at once")] = ()

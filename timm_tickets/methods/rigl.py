@@ -8,6 +8,7 @@ import math
 from ..registry import register_pruner
 from ..run import Run
 from ..scores import magnitude
+from ..wrappers import mean_over_processes
 from .set import SET
 
 
@@ -24,7 +25,9 @@ class RigL(SET):
     def step_(self, run: Run) -> None:
         subnet = run.subnet
         if subnet.dense_gradients and run.step % self.interval == 0 and run.progress < self.until:
-            self.exchange_(run, magnitude(subnet.dense_gradients), self.scheduled(run.progress))
+            gradients = mean_over_processes(subnet.dense_gradients)
+            self.exchange_(run, magnitude(gradients), self.scheduled(run.progress))
+        subnet.dense_gradients.clear()
         subnet.tap = (run.step + 1) % self.interval == 0
 
     def scheduled(self, progress: float) -> float:
