@@ -89,7 +89,9 @@ class Ticket:
         return cls.from_state(state, masks, {"model": describe_model(inner), **(metadata or {})})
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], masks: Mapping[str, Tensor], metadata: Mapping[str, Any]):
+    def from_state(
+        cls, state: Mapping[str, Tensor], masks: Mapping[str, Tensor], metadata: Mapping[str, Any]
+    ) -> "Ticket":
         """The ticket of these masks over a state dict on the CPU."""
         masks = {name: mask.to("cpu", copy=True) for name, mask in masks.items()}
         ticket = cls(masks, dict(state), {**metadata, "versions": _versions()})

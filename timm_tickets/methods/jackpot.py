@@ -6,7 +6,7 @@ Source: Zhang et al. 2021, 2104.08700 (TPAMI 2023).
 import math
 import warnings
 from collections.abc import Generator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ from ..registry import register_pruner
 from ..run import End, Run
 from ..scores import magnitude
 from ..subnet import Subnet
+from .edge_popup import norms
 
 
 @register_pruner("jackpot")
@@ -83,8 +84,7 @@ class Jackpot(Method):
 
 def looks_untrained(model: nn.Module) -> bool:
     """Whether every normalisation layer, if there is any, is as a constructor leaves it: means 0, scales equal."""
-    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-    found: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
+    found = norms(model)
     means = [norm.running_mean for norm in found if getattr(norm, "running_mean", None) is not None]
     scales = [norm.weight for norm in found if norm.weight is not None]
     return not any(m.any() for m in means) and all(s.unique().numel() == 1 for s in scales)
