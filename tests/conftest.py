@@ -24,10 +24,11 @@ def digits():
 
 @pytest.fixture
 def unregister():
-    """Forget the pruners that a test registers."""
+    """Forget the pruners and tweaks that a test registers."""
     from timm_tickets import registry
 
-    before = dict(registry._methods)
+    kinds = (registry._pruners, registry._tweaks)
+    before = [dict(kind.classes) for kind in kinds]
     yield
-    registry._methods.clear()
-    registry._methods.update(before)
+    for kind, classes in zip(kinds, before, strict=True):
+        kind.classes = classes

@@ -66,11 +66,11 @@ def test_a_method_of_another_package_is_found_through_its_entry_point(tmp_path, 
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[timm_tickets.pruners]\nelsewhere = elsewhere\n")
     monkeypatch.syspath_prepend(tmp_path)
-    registry._load.cache_clear()
+    registry._pruners._loaded = False
     assert "elsewhere" in tt.list_pruners()
     assert tt.create_pruner("elsewhere", model, sparsity=0.25).ticket.sparsity == pytest.approx(0.25, abs=1e-5)
     del sys.modules["elsewhere"]
-    registry._load.cache_clear()
+    registry._pruners._loaded = False
 
 
 @pytest.mark.usefixtures("unregister")
@@ -88,7 +88,7 @@ def test_a_broken_entry_point_is_named_and_the_others_stay(tmp_path, monkeypatch
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[timm_tickets.pruners]\nbroken = not_there_at_all\n")
     monkeypatch.syspath_prepend(tmp_path)
-    registry._load.cache_clear()
+    registry._pruners._loaded = False
     with pytest.warns(UserWarning, match="not_there_at_all"):
         assert "imp" in tt.list_pruners()
-    registry._load.cache_clear()
+    registry._pruners._loaded = False

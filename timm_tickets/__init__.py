@@ -12,11 +12,21 @@ if TYPE_CHECKING:
     from .method import Method, OneShot
     from .pruner import Pruner
     from .recipe import Recipe, list_recipes, load_recipe
-    from .registry import create_pruner, get_method, list_pruners, register_pruner
+    from .registry import (
+        create_pruner,
+        create_tweaks,
+        get_method,
+        get_tweak,
+        list_pruners,
+        list_tweaks,
+        register_pruner,
+        register_tweak,
+    )
     from .run import End, Rewind, Run
     from .settings import SettingError, TrainingError
     from .subnet import Subnet
     from .ticket import Ticket, TicketError, load_ticket
+    from .tweak import Tweak, Tweaks
 
 _MODULES = {
     "masks": ("Masks", "intersect", "layer_sparsities", "prunable_names", "shuffled_masks", "sparsity"),
@@ -24,11 +34,15 @@ _MODULES = {
     "pruner": ("Pruner",),
     "run": ("End", "Rewind", "Run"),
     "recipe": ("Recipe", "list_recipes", "load_recipe"),
-    "registry": ("create_pruner", "get_method", "list_pruners", "register_pruner"),
+    "registry": (
+        *("create_pruner", "get_method", "list_pruners", "register_pruner"),
+        *("create_tweaks", "get_tweak", "list_tweaks", "register_tweak"),
+    ),
     "experiment": ("search", "train"),
     "settings": ("SettingError", "TrainingError"),
     "subnet": ("Subnet",),
     "ticket": ("Ticket", "TicketError", "load_ticket"),
+    "tweak": ("Tweak", "Tweaks"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -40,10 +54,12 @@ __all__ = [  # noqa: RUF022 - grouped by module, as above
     "End", "Rewind", "Run",
     "Recipe", "list_recipes", "load_recipe",
     "create_pruner", "get_method", "list_pruners", "register_pruner",
+    "create_tweaks", "get_tweak", "list_tweaks", "register_tweak",
     "search", "train",
     "SettingError", "TrainingError",
     "Subnet",
     "Ticket", "TicketError", "load_ticket",
+    "Tweak", "Tweaks",
 ]  # fmt: skip
 
 

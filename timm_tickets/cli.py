@@ -42,10 +42,10 @@ def _errors() -> Iterator[None]:
 
 @app.command("list")
 def list_(pattern: Annotated[str, typer.Argument(help="wildcard on the names")] = "*") -> None:
-    """Show the registered pruners and their settings."""
+    """Show the registered pruners and retraining tweaks, and their settings."""
     with _errors():
         from .method import Method
-        from .registry import get_method, list_pruners
+        from .registry import get_method, get_tweak, list_pruners, list_tweaks
 
         def told(fields: Any) -> Text:
             return Text(", ".join(k if info.is_required() else f"{k}={info.default!r}" for k, info in fields))
@@ -60,7 +60,17 @@ def list_(pattern: Annotated[str, typer.Argument(help="wildcard on the names")] 
             own = [(key, info) for key, info in method.__pydantic_fields__.items() if key not in common]
             table.add_row(name, (method.__doc__ or "").strip().splitlines()[0], told(own))
         table.add_row("every pruner", "", told(common.items()), style="dim")
-        Console().print(table)
+        console = Console()
+        console.print(table)
+        table = Table(box=None, header_style="bold")
+        for title in ("retraining tweak", "what it does", "settings"):
+            table.add_column(title)
+        for name in list_tweaks(pattern):
+            tweak: Any = get_tweak(name)
+            about = (tweak.__doc__ or "").strip().splitlines()[0]
+            table.add_row(name, about, told(tweak.__pydantic_fields__.items()))
+        if table.row_count:
+            console.print(table)
 
 
 @app.command()

@@ -7,7 +7,7 @@ The folder holds the resolved recipe, one folder a round (its ticket, its traine
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from .data import Data
 from .files import is_writer, read_json, remove_temporaries, write_bytes, write_json
 from .masks import Masks, full_masks, prunable_names
 from .pruner import CHECKPOINT, write_run
-from .recipe import Recipe, load_recipe
-from .registry import create_pruner
+from .recipe import Recipe, RetrainSettings, load_recipe
+from .registry import create_pruner, create_tweaks
 from .report import RichProgress, plot, print_table, write_summary
 from .run import End, Run, plain_metrics
 from .settings import SettingError
@@ -81,6 +81,12 @@ def search(
     model = build_model(recipe, data.num_classes)
     pruner = create_pruner(recipe.pruner["name"], model, folder=folder, **recipe.method_settings)
     pruner.metadata |= _origin(recipe, data, model)
+    if pruner.method.ends_trained and recipe.retrain != RetrainSettings():
+        raise SettingError(
+            f"retrain: {pruner.method.name} ends with a trained ticket, which is not trained again; leave it out, or "
+            "train the ticket on with `timm-tickets train`"
+        )
+    create_tweaks(model, recipe.retrain.tweaks).remove_()  # what the model cannot have is refused now
     learned = bool(pruner.subnet.gates)
     if learned and recipe.training.model_ema:
         raise SettingError(
@@ -102,6 +108,7 @@ def search(
         experiment = _Experiment(folder, trainer, subnet, progress, ticket.metadata)
         if recipe.dense and not pruner.trained_dense:
             experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0)
+        experiment = replace(experiment, retrain=recipe.retrain)
         last = pruner.rounds_done
         metrics = experiment.train(
             f"round_{last:02d}",
@@ -163,7 +170,7 @@ def train(
         _claim_folder(folder, recipe, given if ticket is not None else "dense")
         subnet = Subnet(model, tuple(given.masks))
         with RichProgress(console, 1) as progress:
-            experiment = _Experiment(folder, trainer, subnet, progress, given.metadata)
+            experiment = _Experiment(folder, trainer, subnet, progress, given.metadata, recipe.retrain)
             experiment.train("round_00", given.masks, given.values, 0, 0, given.metadata.get("start_epoch", 0.0))
         PartialState().wait_for_everyone()
         done = {"rows": _records(folder), "fingerprint": given.fingerprint}
@@ -183,6 +190,7 @@ class _Experiment:
     subnet: Subnet
     progress: RichProgress
     metadata: dict[str, Any]
+    retrain: RetrainSettings = field(default_factory=RetrainSettings)
 
     def train(
         self,
@@ -201,9 +209,12 @@ class _Experiment:
             return record["metrics"]
         self.subnet.set_mask_(masks)
         self.subnet.load_(start)
-        epochs = self.trainer.settings.epochs
+        epochs = self.retrain.epochs or self.trainer.settings.epochs
         run = Run(epochs, index=index, round=round, name=name, start_epoch=start_epoch, subnet=self.subnet)
         if train:
+            if self.retrain.tweaks:
+                run.tweaks = create_tweaks(self.subnet.model, self.retrain.tweaks)
+                run.metrics |= {"tweaks": list(self.retrain.tweaks), "sparsity_tweaked": run.tweaks.sparsity(masks)}
             self.trainer.fit(run, where, self.progress)
             end = run.finish_()
         else:

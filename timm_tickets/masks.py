@@ -7,9 +7,10 @@ Scores have the same keys and shapes, floats, higher meaning keep.
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
 from torch import Tensor, nn
 
 from .settings import SettingError
@@ -20,7 +21,11 @@ Scores = dict[str, Tensor]
 Scope = Literal["global", "layerwise"]
 Distribution = Literal["uniform", "erk", "epl"]
 
-_MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
+MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
+_NORMS = (
+    *(nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    *(RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d),
+)
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
@@ -51,7 +56,7 @@ def prunable_names(
     """
     model = plain_model(model)
     classifiers = () if classifier else classifier_names(model)
-    weights = {id(m.weight) for m in model.modules() if isinstance(m, _MATRICES)}
+    weights = {id(m.weight) for m in model.modules() if isinstance(m, MATRICES)}
     candidates = [
         name
         for name, parameter in model.named_parameters()
@@ -75,6 +80,11 @@ def prunable_names(
             f"the classifier, none left by include={tuple(include)} and exclude={tuple(exclude)}; widen these settings"
         )
     return names
+
+
+def norms(model: nn.Module) -> list[Any]:
+    """The normalisation layers, which may have a learned scale and shift."""
+    return [module for module in model.modules() if isinstance(module, _NORMS)]
 
 
 def full_masks(weights: Mapping[str, Tensor]) -> Masks:

@@ -160,6 +160,23 @@ class TrainingSettings(_Part):
         return value
 
 
+class RetrainSettings(_Part):
+    """How the ticket is trained once it is found, where that differs from the search's runs."""
+
+    epochs: Count | None = None
+    """epochs; training.epochs where not given"""
+    tweaks: dict[str, dict[str, Any]] = {}
+    """registered retraining tweaks and their settings, such as {label_smoothing: {amount: 0.1}}"""
+
+    @field_validator("tweaks", mode="before")
+    @classmethod
+    def _resolved(cls, value: Any) -> dict[str, Any]:
+        """A list of names will do; the resolved recipe holds every setting."""
+        from .registry import checked_tweaks
+
+        return {tweak.name: tweak.described() for tweak in checked_tweaks(value or {})}
+
+
 class Recipe(_Part):
     """A whole search."""
 
@@ -177,6 +194,7 @@ class Recipe(_Part):
     pruner: dict[str, Any]
     """its registered name and its settings; epochs is training.epochs where not given"""
     training: TrainingSettings = TrainingSettings()
+    retrain: RetrainSettings = RetrainSettings()
 
     @field_validator("name")
     @classmethod

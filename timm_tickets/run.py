@@ -16,6 +16,7 @@ from .masks import Masks, Scores
 from .settings import TrainingError
 from .subnet import State, Subnet
 from .subset import Selection, is_loader, subset_of
+from .tweak import Tweaks
 from .wrappers import mean_over_processes, plain_optimizer, reset_, separate_
 
 Rewind = Annotated[
@@ -83,6 +84,7 @@ class Run:
         scores: For the method to fill while the run goes on: a tensor a weight, handed back in its `End`.
         optimizer: The optimizer that changes the weights, once attached.
         seed: The method's.
+        tweaks: Retraining tweaks, taken back at its end; they change the loss and anneal with its steps.
     """
 
     epochs: int = 0
@@ -109,6 +111,7 @@ class Run:
     scores: Scores = field(default_factory=dict, repr=False)
     optimizer: Optimizer | None = field(default=None, repr=False)
     seed: int = 0
+    tweaks: Tweaks | None = field(default=None, repr=False)
     subnet: Subnet = field(default=None, repr=False)  # pyright: ignore[reportAssignmentType]
 
     _pending: int = field(default=0, repr=False)
@@ -196,6 +199,8 @@ class Run:
             self._pending += 1
         if self.classes is not None:
             output, target = _slice_classes(output, target, self.classes)
+        if self.tweaks is not None:
+            criterion = self.tweaks.criterion(criterion)
         loss = criterion(output, target)
         # Scoring a validation batch must neither add a penalty nor be read as a gradient.
         return loss if self.on_loss is None or not torch.is_grad_enabled() else self.on_loss(self, loss)
@@ -207,9 +212,14 @@ class Run:
         self._pending = 0
         if self.after_step is not None:
             self.after_step(self)
+        self._anneal()
         if self._taken is None and self.rewind is not None and self._reached(self.rewind):
             reached = 0.0 if self.batches_per_epoch is None else self.position
             self._taken = self.subnet.state(), reached
+
+    def _anneal(self) -> None:
+        if self.tweaks is not None:
+            self.tweaks.at_(self.progress)
 
     def _reached(self, point: str) -> bool:
         number, unit = rewind_parts(point)
@@ -237,6 +247,8 @@ class Run:
             TrainingError: A weight or buffer is not finite.
         """
         self.subnet.release_()
+        if self.tweaks is not None:
+            self.tweaks.remove_()
         self.settle_()
         self.subnet.apply_()
         state = self.subnet.state()
@@ -281,6 +293,7 @@ class Run:
         for name, gate in self.subnet.gates.items():
             for key, value in gate.named_buffers():
                 value.copy_(saved["gates"][name][key])
+        self._anneal()
 
 
 def rewind_parts(point: str) -> tuple[int, str]:

@@ -206,6 +206,9 @@ class Trainer:
         if checkpoint is not None and (saved := self._load(checkpoint, run, ema)) is not None:
             done, skip, update = saved, 0, saved["epoch"] * updates
             progress.say(f"{run.name} goes on after {done['epoch']} of {run.epochs} epochs")
+        elif run.tweaks is not None:
+            set_seed(seed_from(self.seed, run.index))
+            run.tweaks.rescale_(run.subnet.mask, (self._mixed(*batch) for batch in loader), self.criterion)
         if scheduler is not None:
             scheduler.step(done["epoch"])
             scheduler.step_update(update)

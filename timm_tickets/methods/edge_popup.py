@@ -5,14 +5,14 @@ Source: Ramanujan et al. 2020, 1911.13299.
 
 import math
 from collections.abc import Generator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..gates import Gate
-from ..masks import Masks, Scope, Scores, full_masks, keep_count, kept, prune, total
+from ..masks import Masks, Scope, Scores, full_masks, keep_count, kept, norms, prune, total
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Run
@@ -120,12 +120,6 @@ class EdgePopup(Method):
 
     def runs(self, subnet: Subnet) -> int:
         return 1
-
-
-def norms(model: nn.Module) -> list[Any]:
-    """The normalisation layers that may have a learned scale and shift."""
-    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def fan_in(weight: Tensor) -> int:

@@ -13,13 +13,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..gates import Gate
-from ..masks import classifier_names, full_masks, keep_count, prune, total
+from ..masks import classifier_names, full_masks, keep_count, norms, prune, total
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Run
 from ..scores import magnitude
 from ..subnet import Subnet
-from .edge_popup import norms
 
 
 @register_pruner("jackpot")
