@@ -4,9 +4,7 @@ The folder holds the resolved recipe, one folder a round (its ticket, its traine
 ``run.json`` written last), the final ticket, summary.csv and the plot.
 """
 
-import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +13,18 @@ from accelerate import PartialState
 from rich.console import Console
 
 from .data import Data
-from .files import is_writer, read_json, remove_temporaries, write_bytes, write_json
+from .files import is_writer, read_json, write_json
 from .masks import Masks, full_masks, prunable_names
-from .pruner import CHECKPOINT, write_run
+from .pruner import write_run
 from .recipe import Recipe, RetrainSettings, load_recipe
 from .registry import create_pruner, create_tweaks
 from .report import RichProgress, plot, print_table, write_summary
 from .run import End, Run, plain_metrics
+from .run_folder import RESULT, check_folder, claim_folder, records
 from .settings import SettingError
 from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
 from .trainer import Trainer, build_model, model_kwargs
-
-_RECIPE, _RESULT, _KIND = "recipe.yaml", "result.json", "experiment.json"
-_MARK = "# timm-tickets: the resolved recipe of this folder's results."
-_RUN_FOLDER = re.compile(r"dense|round_\d+(_part_\d+)?")
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,8 @@ def search(
     console = console or Console()
     PartialState()  # joins the other processes, if any: from here on one of them writes
     folder, final = recipe.folder, recipe.folder / f"{recipe.name}.ticket"
-    _check_folder(folder, recipe, None, restart)
-    if (done := read_json(folder / _RESULT)) is not None:
+    check_folder(folder, recipe, "search", restart)
+    if (done := read_json(folder / RESULT)) is not None:
         console.print(f"{folder} is finished; nothing to do (--restart searches again)", soft_wrap=True)
         print_table(done["rows"], console)
         return Result(folder, load_ticket(final), done["rows"])
@@ -93,7 +88,7 @@ def search(
             f"training.model_ema: an average of soft masks is no mask; set it to false for {pruner.method.name}"
         )
     trainer = Trainer(recipe, model, data)
-    _claim_folder(folder, recipe, None)  # only now: a recipe that cannot be built leaves no folder behind
+    claim_folder(folder, recipe, "search")  # only now: a recipe that cannot be built leaves no folder behind
     subnet = pruner.subnet
     extra = 1 if pruner.runs else 2  # the ticket's own training, and a dense one where no run of the search is
     with RichProgress(console, None if pruner.runs is None else pruner.runs + extra) as progress:
@@ -121,12 +116,12 @@ def search(
         )
     ticket.metadata["metrics"] = metrics
     PartialState().wait_for_everyone()
-    rows = _records(folder)
+    rows = records(folder)
     if is_writer():
         ticket.save(final)
         write_summary(rows, folder / "summary.csv")
         plot(rows, folder / "accuracy.png", f"{recipe.name}: {recipe.model.model}, {recipe.pruner['name']}")
-        write_json(folder / _RESULT, {"rows": rows, "fingerprint": ticket.fingerprint})
+        write_json(folder / RESULT, {"rows": rows, "fingerprint": ticket.fingerprint})
         print_table(rows, console)
         size = f"{final.stat().st_size:,} bytes"
         console.print(f"ticket: {final} (sparsity {ticket.sparsity:.4f}, {size})", soft_wrap=True)
@@ -155,7 +150,8 @@ def train(
     given = None if ticket is None else load_ticket(ticket)
     stem = "dense" if ticket is None else Path(ticket).stem
     folder = recipe.output or Path("output") / f"{recipe.name}_train_{stem}"
-    _check_folder(folder, recipe, given or "dense", restart)
+    kind = "training of dense" if given is None else f"training of ticket {given.fingerprint}"
+    check_folder(folder, recipe, kind, restart)
     data = Data(recipe.data)
     model = build_model(recipe, data.num_classes)
     if given is None:
@@ -163,20 +159,20 @@ def train(
         names = prunable_names(model, *(recipe.pruner[key] for key in ("include", "exclude", "classifier")))
         given = Ticket.of(model, full_masks(Subnet(model, names).weights()), _origin(recipe, data, model))
     given.apply_(model)
-    if (done := read_json(folder / _RESULT)) is not None:
+    if (done := read_json(folder / RESULT)) is not None:
         console.print(f"{folder} is finished; nothing to do (--restart trains again)", soft_wrap=True)
     else:
         trainer = Trainer(recipe, model, data)
-        _claim_folder(folder, recipe, given if ticket is not None else "dense")
+        claim_folder(folder, recipe, kind)
         subnet = Subnet(model, tuple(given.masks))
         with RichProgress(console, 1) as progress:
             experiment = _Experiment(folder, trainer, subnet, progress, given.metadata, recipe.retrain)
             experiment.train("round_00", given.masks, given.values, 0, 0, given.metadata.get("start_epoch", 0.0))
         PartialState().wait_for_everyone()
-        done = {"rows": _records(folder), "fingerprint": given.fingerprint}
+        done = {"rows": records(folder), "fingerprint": given.fingerprint}
         if is_writer():
             write_summary(done["rows"], folder / "summary.csv")
-            write_json(folder / _RESULT, done)
+            write_json(folder / RESULT, done)
     print_table(done["rows"], console)
     return Result(folder, given, done["rows"])
 
@@ -230,79 +226,3 @@ def _origin(recipe: Recipe, data: Data, model: Any) -> dict[str, Any]:
     """What a ticket says of where it comes from."""
     described = describe_model(model) | {"kwargs": model_kwargs(recipe, data.num_classes)}
     return {"model": described, "recipe": {"name": recipe.name, "hash": recipe.hash, "dataset": recipe.data.dataset}}
-
-
-def _check_folder(folder: Path, recipe: Recipe, trained: Ticket | str | None, restart: bool) -> None:
-    """Find out whether this very experiment may begin or continue in the folder; clear it where that is asked.
-
-    Args:
-        folder: The run folder.
-        recipe: The recipe.
-        trained: None for a search; for a training its ticket, or ``dense``.
-        restart: Delete what an earlier experiment left.
-
-    Raises:
-        SettingError: The folder holds another experiment, or files of somebody else under our names.
-    """
-    stored = folder / _RECIPE
-    if not stored.exists():
-        return
-    if not stored.read_text().startswith(_MARK):
-        raise SettingError(f"{stored} was not written by timm-tickets; choose another output=")
-    if restart:
-        if is_writer():
-            _clear_folder(folder, recipe)
-        PartialState().wait_for_everyone()
-        return
-    try:
-        old = load_recipe(stored).compared()  # resolved again: settings newer than the folder have their defaults
-    except SettingError as error:
-        raise SettingError(f"{stored} cannot be continued: {error}\nbegin again with --restart") from None
-    new = recipe.compared()
-    changed = [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in new | old if old.get(key) != new.get(key)]
-    there, now = read_json(folder / _KIND), _kind(trained)
-    if there is not None and there != now:
-        changed.append(f"experiment: {there} there, {now} now")
-    if changed:
-        raise SettingError(
-            f"{folder} holds another experiment's results:\n  "
-            + "\n  ".join(changed)
-            + "\ncontinue it with the old settings, choose another output=, or begin again with --restart"
-        )
-
-
-def _claim_folder(folder: Path, recipe: Recipe, trained: Ticket | str | None) -> None:
-    """Make the folder this experiment's, and clean up after a process that was killed while it wrote."""
-    if is_writer():
-        write_json(folder / _KIND, _kind(trained))
-        write_bytes(folder / _RECIPE, f"{_MARK}\n{recipe.to_yaml()}".encode())
-        for place in (folder, *(path for path in folder.iterdir() if _RUN_FOLDER.fullmatch(path.name))):
-            remove_temporaries(place)
-    PartialState().wait_for_everyone()
-
-
-def _kind(trained: Ticket | str | None) -> str:
-    if trained is None:
-        return "search"
-    return f"training of {trained if isinstance(trained, str) else f'ticket {trained.fingerprint}'}"
-
-
-def _clear_folder(folder: Path, recipe: Recipe) -> None:
-    """Delete what an experiment of this name wrote, and nothing else; the recipe goes last, to be able to try again."""
-    for path in folder.iterdir():
-        if path.is_dir() and _RUN_FOLDER.fullmatch(path.name) and not path.is_symlink():
-            for name in ("*.ticket", "*.safetensors", "run.json", CHECKPOINT):
-                for file in path.glob(name):
-                    file.unlink()
-            remove_temporaries(path)
-            with suppress(OSError):  # something of the user's is in it
-                path.rmdir()
-    ours = (_RESULT, f"{recipe.name}.ticket", "start.safetensors", "pruner.json", "summary.csv", "accuracy.png", _KIND)
-    for name in (*ours, _RECIPE):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _records(folder: Path) -> list[dict[str, Any]]:
-    """The finished trainings of a folder, in order: dense first, then by round and part."""
-    found = [record for path in folder.glob("*/run.json") if (record := read_json(path))["scored"]]
-    return sorted(found, key=lambda row: (row["name"] != "dense", row["round"], row["part"]))
