@@ -7,7 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .experiment import search, train
+    from .compare import difference, overlap, union
+    from .experiment import search, train, transfer
+    from .hub import push
     from .masks import Masks, intersect, layer_sparsities, prunable_names, shuffled_masks, sparsity
     from .method import Method, OneShot
     from .pruner import Pruner
@@ -38,7 +40,9 @@ _MODULES = {
         *("create_pruner", "get_method", "list_pruners", "register_pruner"),
         *("create_tweaks", "get_tweak", "list_tweaks", "register_tweak"),
     ),
-    "experiment": ("search", "train"),
+    "compare": ("difference", "overlap", "union"),
+    "experiment": ("search", "train", "transfer"),
+    "hub": ("push",),
     "settings": ("SettingError", "TrainingError"),
     "subnet": ("Subnet",),
     "ticket": ("Ticket", "TicketError", "load_ticket"),
@@ -55,7 +59,9 @@ __all__ = [  # noqa: RUF022 - grouped by module, as above
     "Recipe", "list_recipes", "load_recipe",
     "create_pruner", "get_method", "list_pruners", "register_pruner",
     "create_tweaks", "get_tweak", "list_tweaks", "register_tweak",
-    "search", "train",
+    "search", "train", "transfer",
+    "difference", "overlap", "union",
+    "push",
     "SettingError", "TrainingError",
     "Subnet",
     "Ticket", "TicketError", "load_ticket",

@@ -97,6 +97,27 @@ def train(
 
 
 @app.command()
+def transfer(
+    ticket: Annotated[Path, typer.Argument(metavar="TICKET", help="ticket found on another data set")],
+    recipe: RecipeName,
+    set: Set = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="train beside it: dense, random, native, none; the first three if not given"),
+    ] = None,
+    recompute_bn: Annotated[bool, typer.Option("--recompute-bn", help="batch-norm statistics of the target")] = False,
+    restart: Restart = False,
+) -> None:
+    """Train a ticket under another task's recipe: other classes, channels or image size; controls beside it."""
+    with _errors():
+        from .experiment import CONTROLS
+        from .experiment import transfer as run
+
+        controls = CONTROLS if control is None else [name for name in control if name != "none"]
+        run(recipe, ticket, set or (), controls=controls, recompute_batch_norm=recompute_bn, restart=restart)
+
+
+@app.command()
 def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="a .ticket file")]) -> None:
     """Show what a ticket is: architecture, pruner, sparsity by layer, metrics, size."""
     with _errors():
@@ -124,6 +145,60 @@ def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="a .ticket fi
             mask = ticket.masks[name]
             table.add_row(Text(name), "x".join(map(str, mask.shape)), f"{int(mask.sum()):,}", f"{layer:.4f}")
         console.print(table)
+
+
+@app.command()
+def compare(
+    files: Annotated[list[str], typer.Argument(metavar="TICKET...", help="two tickets of one model, or more")],
+    plot: Annotated[Path | None, typer.Option(help="draw the overlaps as a heat map here, a PNG")] = None,
+) -> None:
+    """Show how much tickets share, beside what chance would share; of two tickets, by layer."""
+    with _errors():
+        from .compare import heat_map, layer_overlaps, overlap
+        from .masks import kept, layer_sparsities
+        from .settings import SettingError
+        from .ticket import load_ticket
+
+        if len(files) < 2:
+            raise SettingError("compare: one ticket cannot be compared; give two or more")
+        masks = [load_ticket(file).masks for file in files]
+        stems = [Path(file).stem for file in files]
+        names = stems if len({*stems}) == len(stems) else [f"{i} {stem}" for i, stem in enumerate(stems, 1)]
+        table = Table(box=None, header_style="bold")
+        for title in ("tickets", "kept", "and", "shared / either", "by chance", "shared / chance"):
+            table.add_column(title, justify="left" if title == "tickets" else "right")
+        for i, one in enumerate(masks):
+            for j in range(i):
+                found = overlap(masks[j], one)
+                counts = f"{kept(masks[j]):,}", f"{kept(one):,}"
+                table.add_row(Text(f"{names[j]}, {names[i]}"), *counts, *(f"{value:.4f}" for value in found.values()))
+        console = Console()
+        console.print(table)
+        if len(masks) == 2:
+            first, second = (layer_sparsities(one) for one in masks)
+            table = Table(box=None, header_style="bold")
+            for title in ("layer", "density", "and", "shared / either", "by chance", "shared / chance"):
+                table.add_column(title, justify="left" if title == "layer" else "right")
+            for name, found in layer_overlaps(*masks).items():
+                densities = f"{1 - first[name]:.4f}", f"{1 - second[name]:.4f}"
+                table.add_row(Text(name), *densities, *(f"{value:.4f}" for value in found.values()))
+            console.print(table)
+        if plot is not None:
+            heat_map(names, masks, plot)
+
+
+@app.command()
+def push(
+    file: Annotated[Path, typer.Argument(metavar="TICKET", help="the ticket to publish")],
+    to: Annotated[str, typer.Argument(help="hf-hub:user/name, or local-dir:path")],
+    plot: Annotated[Path | None, typer.Option(help="a PNG for the card, such as a search's accuracy.png")] = None,
+    private: Annotated[bool, typer.Option(help="make the repository private")] = False,
+) -> None:
+    """Publish a ticket with a model card on the Hugging Face Hub, or in a folder."""
+    with _errors():
+        from .hub import push as run
+
+        print(run(file, to, plot, private))
 
 
 @app.command()

@@ -52,8 +52,13 @@ def split_dataset(settings: Any, split: str) -> Any:
     """One split of the recipe's data set, without a transform: the embedded ``digits`` or any of timm's.
 
     Raises:
-        SettingError: It cannot be opened.
+        SettingError: It cannot be opened, or has none of the classes that were asked for.
     """
+    whole = _open(settings, split)
+    return whole if settings.classes is None else _Classes(whole, settings.classes)
+
+
+def _open(settings: Any, split: str) -> Any:
     if settings.dataset == "digits":
         return Digits(split)
     try:
@@ -70,6 +75,29 @@ def split_dataset(settings: Any, split: str) -> Any:
             f"data: timm cannot open split {split!r} of {settings.dataset!r} in data_dir {settings.data_dir!r}: "
             f"{error}; check data.dataset, data.data_dir and the split names, or set data.dataset_download=true"
         ) from error
+
+
+class _Classes(Dataset[Any]):
+    """The images of some classes, whose labels become their places in the list."""
+
+    def __init__(self, dataset: Any, classes: tuple[int, ...]):
+        labels = labels_of(dataset)
+        missing = sorted(set(classes) - set(labels.tolist()))
+        if missing or len(set(classes)) < len(classes):
+            raise SettingError(
+                f"data.classes: {list(classes)} is not valid; the data has classes {int(labels.min())} to "
+                f"{int(labels.max())}, each to be named once"
+            )
+        place = {label: index for index, label in enumerate(classes)}
+        self.dataset = dataset
+        self.indices = [index for index, label in enumerate(labels.tolist()) if label in place]
+        self.targets = [place[int(labels[index])] for index in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.dataset[self.indices[index]][0], self.targets[index]
 
 
 class Data:

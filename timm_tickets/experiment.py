@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from rich.console import Console
 
+from .adapt import recompute_batch_norm_
 from .data import Data
 from .files import is_writer, read_json, write_json
-from .masks import Masks, full_masks, prunable_names
+from .masks import Masks, full_masks, prunable_names, shuffled_masks
 from .pruner import write_run
 from .recipe import Recipe, RetrainSettings, load_recipe
 from .registry import create_pruner, create_tweaks
 from .report import RichProgress, plot, print_table, write_summary
 from .run import End, Run, plain_metrics
 from .run_folder import RESULT, check_folder, claim_folder, records
-from .settings import SettingError
+from .settings import SettingError, unknown
 from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
 from .trainer import Trainer, build_model, model_kwargs
@@ -117,6 +119,8 @@ def search(
     ticket.metadata["metrics"] = metrics
     PartialState().wait_for_everyone()
     rows = records(folder)
+    if rows[0]["sparsity"] == 0 and rows[0]["part"] == 0:
+        ticket.metadata["dense"] = rows[0]["metrics"]
     if is_writer():
         ticket.save(final)
         write_summary(rows, folder / "summary.csv")
@@ -175,6 +179,89 @@ def train(
             write_json(folder / RESULT, done)
     print_table(done["rows"], console)
     return Result(folder, given, done["rows"])
+
+
+CONTROLS = ("dense", "random", "native")
+
+
+def transfer(
+    recipe: str | Path | Recipe,
+    ticket: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    controls: Sequence[str] = CONTROLS,
+    recompute_batch_norm: bool = False,
+    restart: bool = False,
+    console: Console | None = None,
+) -> Result:
+    """Train a ticket found elsewhere under a recipe's data, which may have other classes, channels or image size.
+
+    The run folder is the recipe's ``output``, else ``output/<recipe>_transfer_<ticket>``.
+
+    Args:
+        recipe: The target's recipe; its pruner is what the control `native` searches with.
+        ticket: The ticket's file.
+        overrides: Settings like ``training.epochs=20``.
+        controls: What is trained beside it, each with the same images in the same order: ``dense``, the whole network
+            from the recipe's seed; ``random``, the same start under a random mask with the ticket's layer counts;
+            ``native``, a ticket searched on the target itself.
+        recompute_batch_norm: Begin with batch-norm statistics of the target's training images.
+        restart: Delete what an earlier transfer left in the folder, and begin again.
+        console: Where progress and tables go; standard output where None.
+
+    Returns:
+        The transferred ticket and a row each for it (``ticket``) and its controls.
+
+    Raises:
+        TicketError: The ticket cannot be read, or does not correspond to the target's model.
+        SettingError, TrainingError, OSError: As `search`.
+    """
+    for control in controls:
+        if control not in CONTROLS:
+            raise SettingError(unknown("control", control, CONTROLS))
+    recipe = load_recipe(recipe, overrides)
+    console = console or Console()
+    PartialState()
+    given = load_ticket(ticket)
+    folder = recipe.output or Path("output") / f"{recipe.name}_transfer_{Path(ticket).stem}"
+    kind = f"transfer of ticket {given.fingerprint}" + ", batch norm recomputed" * recompute_batch_norm
+    check_folder(folder, recipe, kind, restart)
+    data = Data(recipe.data)
+    model = build_model(recipe, data.num_classes)
+    fresh = Subnet(model, ()).state()
+    moved = given.transfer_(model)
+    trainer = Trainer(recipe, model, data)
+    claim_folder(folder, recipe, kind)
+    if recompute_batch_norm:
+        device = trainer.accelerator.device
+        images = (images.to(device) for images, _ in trainer.train_loader)
+        set_seed(recipe.seed)
+        recompute_batch_norm_(model, images)
+        moved = Ticket.of(model, moved.masks, moved.metadata)
+    moved.metadata |= _origin(recipe, data, model)
+    starts = {"ticket": (moved.masks, moved.values)}
+    starts["random"] = (shuffled_masks(moved.masks, recipe.seed), fresh)
+    starts["dense"] = (full_masks(moved.masks), fresh)
+    wanted = [name for name in starts if name == "ticket" or name in controls]
+    subnet = Subnet(model, tuple(moved.masks))
+    with RichProgress(console, len(wanted)) as progress:
+        experiment = _Experiment(folder, trainer, subnet, progress, moved.metadata)
+        for name in wanted:
+            retrain = RetrainSettings() if name == "dense" else recipe.retrain
+            metrics = replace(experiment, retrain=retrain).train(name, *starts[name], index=0)
+            if name == "ticket":
+                moved.metadata["metrics"] = metrics
+    PartialState().wait_for_everyone()
+    rows = records(folder)
+    if "native" in controls:
+        native = search(recipe, [f"output={folder / 'native'}", "dense=false"], restart=restart, console=console)
+        rows.append({**native.rows[-1], "name": "native"})
+    if is_writer():
+        moved.save(folder / f"{recipe.name}.ticket")
+        write_summary(rows, folder / "summary.csv")
+        write_json(folder / RESULT, {"rows": rows, "fingerprint": moved.fingerprint})
+        print_table(rows, console)
+    return Result(folder, moved, rows)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ class DataSettings(_Part):
     dataset_download: bool = False
     class_map: str | None = None
     num_classes: Count | None = None
+    classes: tuple[Natural, ...] | None = None
+    """only these classes, numbered anew in this order: a task made of part of a data set"""
     input_img_mode: str | None = "RGB"
     train_split: str = "train"
     val_split: str | None = None

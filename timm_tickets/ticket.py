@@ -160,15 +160,29 @@ class Ticket:
             TicketError: Another architecture, or parameters that differ in name or shape; the model is unchanged.
         """
         inner = plain_model(model)
-        model_facts = self.metadata.get("model")
-        expected = model_facts.get("architecture") if isinstance(model_facts, dict) else None
-        found = describe_model(inner)["architecture"]
-        if expected and found and expected != found:
-            raise TicketError(f"this ticket is for {expected!r}, the model is {found!r}; create a {expected!r} instead")
+        self.check_architecture(inner)
         self._check_names(inner.state_dict(), self.values)
         inner.load_state_dict(self.state())
         Subnet(inner, tuple(self.masks)).set_mask_(self.masks)  # standardised layers hold theirs themselves
         return model
+
+    def check_architecture(self, model: nn.Module) -> None:
+        """Refuse a model of another architecture.
+
+        Raises:
+            TicketError: It is one.
+        """
+        model_facts = self.metadata.get("model")
+        expected = model_facts.get("architecture") if isinstance(model_facts, dict) else None
+        found = describe_model(model)["architecture"]
+        if expected and found and expected != found:
+            raise TicketError(f"this ticket is for {expected!r}, the model is {found!r}; create a {expected!r} instead")
+
+    def transfer_(self, model: nn.Module) -> "Ticket":
+        """Put the ticket on its architecture built for another task; see `adapt.transfer_`."""
+        from .adapt import transfer_
+
+        return transfer_(self, model)
 
     def attach(self, model: nn.Module, optimizer: Any) -> Any:
         """Keep the ticket's masks through training: pruned weights are exactly zero now and after every step.
@@ -206,7 +220,9 @@ class Ticket:
 
 
 def load_ticket(path: str | Path) -> Ticket:
-    """Read a ticket file. Nothing in it is executed, and every size is checked before memory is taken.
+    """Read a ticket: a file, ``hf-hub:user/name`` or ``local-dir:path``, as timm has these prefixes.
+
+    Nothing in it is executed, and every size is checked before memory is taken.
 
     Memory is at most 160 times the file's size and 64 MB: a bit of mask becomes a byte of mask and a weight of up to 8
     bytes, and what is rebuilt is held twice while its fingerprint is taken.
@@ -215,6 +231,10 @@ def load_ticket(path: str | Path) -> Ticket:
         FileNotFoundError: There is no such file.
         TicketError: Not a ticket, cut short, changed, or written by a newer version.
     """
+    if isinstance(path, str) and path.startswith(("hf-hub:", "local-dir:")):
+        from .hub import fetch
+
+        path = fetch(path)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no ticket at {path}")
