@@ -27,6 +27,7 @@ def unregister():
     """Forget the pruners that a test registers."""
     from timm_tickets import registry
 
+    registry._load()  # or what is restored would be nothing, and loading happens only once
     before = dict(registry._methods)
     yield
     registry._methods.clear()
