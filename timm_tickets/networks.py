@@ -10,6 +10,7 @@ Conv4, Conv6: Frankle & Carbin 2018, 1803.03635 (figure 2). Weights start as He 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 from timm.layers import ClassifierHead, to_2tuple
@@ -20,7 +21,6 @@ from torch.nn import functional as F
 from .settings import SettingError, unknown
 
 Shortcut = Literal["pad", "conv"]
-_VGG = (64, 128, 256, 512, 512)
 
 
 class PadShortcut(nn.Module):
@@ -287,91 +287,47 @@ def _cfg(first_conv: str, **more: Any) -> dict[str, Any]:
     return {"num_classes": 10, "first_conv": first_conv, "classifier": "head.fc", **size, **more}
 
 
-_cfgs: Any = (
-    {f"cifar_resnet{depth}": _cfg("conv1", pool_size=(8, 8)) for depth in (20, 32, 56)}
-    | {f"cifar_resnet{depth}": _cfg("conv1", pool_size=(4, 4)) for depth in (18, 34)}
-    | {f"cifar_vgg{depth}_bn": _cfg("features.0", pool_size=(2, 2)) for depth in (16, 19)}
-    | {f"cifar_conv{depth}": _cfg("features.0", fixed_input_size=True) for depth in (2, 4, 6)}
+_NARROW = (CifarResNet, {"widths": (16, 32, 64), "shortcut": "pad"}, {"first_conv": "conv1", "pool_size": (8, 8)})
+_WIDE = (
+    CifarResNet,
+    {"widths": (64, 128, 256, 512), "shortcut": "conv"},
+    {"first_conv": "conv1", "pool_size": (4, 4)},
 )
+_VGG = (CifarVGG, {"widths": (64, 128, 256, 512, 512)}, {"first_conv": "features.0", "pool_size": (2, 2)})
+_CONV = (CifarConv, {}, {"first_conv": "features.0", "fixed_input_size": True})
+
+# Class, what it is built with, what its configuration says.
+_ARCHITECTURES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    name: (cls, shared | own, cfg)
+    for name, (cls, shared, cfg), own in (
+        ("cifar_resnet20", _NARROW, {"depths": (3, 3, 3)}),
+        ("cifar_resnet32", _NARROW, {"depths": (5, 5, 5)}),
+        ("cifar_resnet56", _NARROW, {"depths": (9, 9, 9)}),
+        ("cifar_resnet18", _WIDE, {"depths": (2, 2, 2, 2)}),
+        ("cifar_resnet34", _WIDE, {"depths": (3, 4, 6, 3)}),
+        ("cifar_vgg16_bn", _VGG, {"depths": (2, 2, 3, 3, 3)}),
+        ("cifar_vgg19_bn", _VGG, {"depths": (2, 2, 4, 4, 4)}),
+        ("cifar_conv2", _CONV, {"widths": (64,)}),
+        ("cifar_conv4", _CONV, {"widths": (64, 128)}),
+        ("cifar_conv6", _CONV, {"widths": (64, 128, 256)}),
+    )
+}
+_cfgs: Any = {name: _cfg(**cfg) for name, (_, _, cfg) in _ARCHITECTURES.items()}
 default_cfgs = generate_default_cfgs(_cfgs)
 
 
-def _create(cls: Any, variant: str, pretrained: bool, defaults: dict[str, Any], given: dict[str, Any]) -> Any:
+def _entry_point(name: str) -> Callable[..., nn.Module]:
+    """The function that timm calls to build an architecture; what it is given goes before what it has by default."""
+    cls, defaults, _ = _ARCHITECTURES[name]
     stages = len(defaults["widths"])
     features = {"out_indices": tuple(range(stages)), "flatten_sequential": cls is not CifarResNet}
-    return build_model_with_cfg(cls, variant, pretrained, feature_cfg=features, **(defaults | given))
+
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model_with_cfg(cls, name, pretrained, feature_cfg=dict(features), **(defaults | kwargs))
+
+    build.__name__ = build.__qualname__ = name
+    return build
 
 
-def _narrow(depth: int, pretrained: bool, kwargs: dict[str, Any]) -> Any:
-    blocks = (depth - 2) // 6
-    defaults = {"depths": (blocks,) * 3, "widths": (16, 32, 64), "shortcut": "pad"}
-    return _create(CifarResNet, f"cifar_resnet{depth}", pretrained, defaults, kwargs)
-
-
-def _wide(depth: int, depths: tuple[int, ...], pretrained: bool, kwargs: dict[str, Any]) -> Any:
-    defaults = {"depths": depths, "widths": (64, 128, 256, 512), "shortcut": "conv"}
-    return _create(CifarResNet, f"cifar_resnet{depth}", pretrained, defaults, kwargs)
-
-
-def _conv(pairs: int, pretrained: bool, kwargs: dict[str, Any]) -> Any:
-    return _create(CifarConv, f"cifar_conv{2 * pairs}", pretrained, {"widths": (64, 128, 256)[:pairs]}, kwargs)
-
-
-@register_model
-def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-20: 3 blocks in each of 3 stages, 16 to 64 channels."""
-    return _narrow(20, pretrained, kwargs)
-
-
-@register_model
-def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-32: 5 blocks in each of 3 stages, 16 to 64 channels."""
-    return _narrow(32, pretrained, kwargs)
-
-
-@register_model
-def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-56: 9 blocks in each of 3 stages, 16 to 64 channels."""
-    return _narrow(56, pretrained, kwargs)
-
-
-@register_model
-def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-18: ImageNet's stages, 64 to 512 channels, behind a 3 x 3 stem without max pooling."""
-    return _wide(18, (2, 2, 2, 2), pretrained, kwargs)
-
-
-@register_model
-def cifar_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-34: ImageNet's stages, 64 to 512 channels, behind a 3 x 3 stem without max pooling."""
-    return _wide(34, (3, 4, 6, 3), pretrained, kwargs)
-
-
-@register_model
-def cifar_vgg16_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VGG-16: 13 convolutions."""
-    return _create(CifarVGG, "cifar_vgg16_bn", pretrained, {"depths": (2, 2, 3, 3, 3), "widths": _VGG}, kwargs)
-
-
-@register_model
-def cifar_vgg19_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VGG-19: 16 convolutions."""
-    return _create(CifarVGG, "cifar_vgg19_bn", pretrained, {"depths": (2, 2, 4, 4, 4), "widths": _VGG}, kwargs)
-
-
-@register_model
-def cifar_conv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Conv2: one pair of convolutions."""
-    return _conv(1, pretrained, kwargs)
-
-
-@register_model
-def cifar_conv4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Conv4: two pairs of convolutions."""
-    return _conv(2, pretrained, kwargs)
-
-
-@register_model
-def cifar_conv6(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Conv6: three pairs of convolutions."""
-    return _conv(3, pretrained, kwargs)
+for _name in _ARCHITECTURES:
+    globals()[_name] = register_model(_entry_point(_name))
