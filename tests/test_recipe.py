@@ -95,9 +95,102 @@ def test_every_shipped_recipe_resolves_under_its_own_name_with_a_source(name):
 
 def test_the_schema_lists_every_pruner_with_its_settings():
     schema = json.loads(json.dumps(json_schema()))
-    by_name = {one["properties"]["name"]["const"]: one for one in schema["properties"]["pruner"]["oneOf"]}
+    by_name = {one["properties"]["name"]["const"]: one for one in schema["properties"]["pruner"]["anyOf"]}
     assert sorted(by_name) == tt.list_pruners()
     assert by_name["imp"]["properties"]["prune_rate"]["default"] == 0.2
     assert schema["additionalProperties"] is False
     keys = set(yaml.safe_load(tt.load_recipe("digits_imp").to_yaml()))
-    assert keys == set(schema["properties"])
+    assert keys | {"extends"} == set(schema["properties"])
+
+
+def test_the_schema_asks_for_a_whole_recipe_only_where_it_extends_none():
+    schema = json_schema()
+    assert "required" not in schema
+    assert schema["if"] == {"not": {"required": ["extends"]}}
+    whole = schema["then"]
+    assert set(whole["required"]) == {"name", "model", "pruner"}
+    assert whole["properties"] == {"model": {"required": ["model"]}, "pruner": {"required": ["name", "sparsity"]}}
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_a_recipe_extends_another_one(tmp_path):
+    write(
+        tmp_path,
+        child="extends: digits_imp\nname: child\npruner: {prune_rate: 0.5}\ntraining: {epochs: 2}\n",
+        grandchild="extends: child.yaml\nname: grandchild\ntraining: {lr: 0.3}\n",
+    )
+    base, child = tt.load_recipe("digits_imp"), tt.load_recipe(tmp_path / "child.yaml")
+    assert (child.name, child.training.epochs, child.pruner["epochs"], child.pruner["prune_rate"]) == (
+        "child",
+        2,
+        2,
+        0.5,
+    )
+    assert (child.model, child.data, child.source) == (base.model, base.data, base.source)
+    assert child.training.model_copy(update={"epochs": base.training.epochs}) == base.training
+    assert "extends" not in child.to_yaml()
+    (tmp_path / "again.yaml").write_text(child.to_yaml())
+    assert tt.load_recipe(tmp_path / "again.yaml") == child
+    grandchild = tt.load_recipe(tmp_path / "grandchild.yaml", ["training.epochs=4"])
+    assert (grandchild.training.lr, grandchild.training.epochs, grandchild.pruner["prune_rate"]) == (0.3, 4, 0.5)
+
+
+def test_an_extending_recipe_with_another_pruner_keeps_only_what_every_pruner_has(tmp_path):
+    write(tmp_path, child="extends: digits_imp\nname: child\npruner: {name: random, scope: layerwise}\n")
+    pruner = tt.load_recipe(tmp_path / "child.yaml").pruner
+    assert (pruner["name"], pruner["sparsity"], pruner["scope"]) == ("random", 0.95, "layerwise")
+    assert "prune_rate" not in pruner
+
+
+def test_another_architecture_drops_the_first_ones_own_arguments(tmp_path):
+    write(
+        tmp_path,
+        base="extends: digits_imp\nname: base\nmodel: {model: cifar_resnet20, model_kwargs: {width: 2}}\n",
+        same="extends: base.yaml\nname: same\nmodel: {model_kwargs: {shortcut: conv}}\n",
+        other="extends: base.yaml\nname: other\nmodel: {model: cifar_conv2, model_kwargs: {bias: false}}\n",
+    )
+    assert tt.load_recipe(tmp_path / "same.yaml").model.model_kwargs == {"width": 2, "shortcut": "conv"}
+    assert tt.load_recipe(tmp_path / "other.yaml").model.model_kwargs == {"bias": False}
+    assert tt.load_recipe(tmp_path / "base.yaml", ["model.model=test_vit"]).model.model_kwargs == {}
+    assert tt.load_recipe(tmp_path / "base.yaml", ["model.in_chans=1"]).model.model_kwargs == {"width": 2}
+
+
+def test_extending_what_is_not_there_or_in_a_circle_is_refused(tmp_path):
+    write(
+        tmp_path,
+        lost="extends: digits_im\nname: lost\n",
+        none="extends: 3\nname: none\n",
+        itself="extends: itself.yaml\nname: itself\n",
+        one="extends: two.yaml\nname: one\n",
+        two="extends: one.yaml\nname: two\n",
+        mixed="extends: digits_imp\nname: mixed\npruner: {name: random}\nmodel: [1]\n",
+    )
+    for name, words in {
+        "lost": "extends: 'digits_im' is unknown; did you mean 'digits_imp'",
+        "none": "extends: 3",
+        "itself": "itself.yaml -> itself.yaml goes round",
+        "one": "one.yaml -> two.yaml -> one.yaml goes round",
+        "mixed": "over digits_imp is not a recipe",
+    }.items():
+        with pytest.raises(tt.SettingError) as error:
+            tt.load_recipe(tmp_path / f"{name}.yaml")
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.rotation=15"], "data: rotation: 15 needs crop_padding"),
+        (["data.crop_padding=4", "data.aa=rand-m9", "data.reprob=0.1"], "cannot be had with aa, reprob"),
+        (["data.crop_padding=-1"], "data.crop_padding"),
+        (["data.crop_padding=4", "data.rotation=200"], "data.rotation"),
+    ],
+)
+def test_augmentations_that_exclude_each_other_are_refused(overrides, words):
+    with pytest.raises(tt.SettingError) as error:
+        tt.load_recipe("digits_imp", overrides)
+    assert words in str(error.value)

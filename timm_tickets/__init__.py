@@ -1,9 +1,12 @@
 """Lottery tickets for any timm model. See README.md; the public names are those in ``__all__``.
 
 Names are imported when first used, so that ``import timm_tickets`` and the command line's help do not wait for torch.
+The papers' networks (`networks`, ``cifar_*``) are registered with timm by then, or at once where timm is there already:
+after ``import timm, timm_tickets`` timm.create_model finds them.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,8 +75,13 @@ __all__ = [  # noqa: RUF022 - grouped by module, as above
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module(".networks", __name__)
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if "timm" in sys.modules:  # then torch is there as well, and nobody waits for it
+    importlib.import_module(".networks", __name__)

@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import transforms
 
 from .settings import SettingError, unknown
 from .subset import Shuffled, labels_of
@@ -147,6 +149,8 @@ class Data:
         config = self._config(model)
         if s.train_interpolation:
             config["interpolation"] = s.train_interpolation
+        if s.crop_padding is not None:
+            return _Transformed(self._train, padded_crop(config, s.crop_padding, s.hflip, s.rotation))
         return _Transformed(self._train, create_transform(**config, **augmentation, **more, is_training=True))
 
     def val_set(self, model: nn.Module) -> Dataset[Any]:
@@ -159,6 +163,35 @@ class Data:
         s = self.settings
         names = ("img_size", "in_chans", "mean", "std", "interpolation", "crop_pct", "crop_mode")
         return resolve_data_config({name: getattr(s, name) for name in names}, model=model)
+
+
+def padded_crop(config: dict[str, Any], padding: int, hflip: float = 0.0, rotation: float = 0.0) -> Any:
+    """The augmentation of papers on CIFAR: crop the zero-padded image at random, flip and turn it, normalise.
+
+    An image of another size than the model's is resized first. Everything random is drawn from torch's global
+    generator, which the trainer seeds for each epoch.
+
+    Args:
+        config: What `timm.data.resolve_data_config` found: ``input_size`` (channels, height, width), ``mean``, ``std``,
+            ``interpolation``.
+        padding: Pixels of zeros on each side.
+        hflip: Probability of a horizontal flip, in [0, 1].
+        rotation: Most degrees to turn by either way; what comes in at the corners is zero.
+
+    Returns:
+        A function of a PIL image; it gives a float tensor (channels, height, width).
+    """
+    size = config["input_size"][1:]
+    name = config["interpolation"]
+    interpolation: Any = str_to_interp_mode("bilinear" if name == "random" else name)
+    steps = [
+        transforms.Resize(size, interpolation),
+        transforms.RandomCrop(size, padding),
+        transforms.RandomHorizontalFlip(hflip),
+    ]
+    if rotation:
+        steps.append(transforms.RandomRotation(rotation))
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(config["mean"], config["std"])])
 
 
 class _Transformed(Dataset[Any]):

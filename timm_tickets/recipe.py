@@ -15,7 +15,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .recipe_files import find_recipe, list_recipes, read_recipe, recipes_folder, switch_
 from .settings import SettingError, check, unknown
+
+__all__ = ["Recipe", "json_schema", "list_recipes", "load_recipe", "recipes_folder"]
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -48,6 +51,8 @@ class ModelSettings(_Part):
     @classmethod
     def _known(cls, value: str) -> str:
         import timm
+
+        from . import networks  # noqa: F401 - registers its architectures
 
         name = value.partition(".")[0]
         if not timm.is_model(name):
@@ -94,7 +99,27 @@ class DataSettings(_Part):
     reprob: Annotated[float, Field(ge=0, le=1)] = 0.0
     remode: str = "const"
     recount: Count = 1
+    crop_padding: Natural | None = None
+    """pixels of zeros around the image before a random crop to its size, as papers on CIFAR have it, instead of timm's
+    random resized crop; then hflip and rotation, and none of timm's other augmentations"""
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """degrees; turns by a uniform angle of at most so many either way; with crop_padding"""
     workers: Natural = 4
+
+    @model_validator(mode="after")
+    def _one_augmentation(self) -> "DataSettings":
+        if self.crop_padding is None:
+            if self.rotation:
+                raise ValueError(f"rotation: {self.rotation:g} needs crop_padding; set data.crop_padding, 0 for none")
+            return self
+        fields = type(self).model_fields
+        others = ("no_aug", "train_crop_mode", "vflip", "aa", "reprob")
+        if clash := [name for name in others if getattr(self, name) != fields[name].default]:
+            raise ValueError(
+                f"crop_padding: {self.crop_padding} cannot be had with {', '.join(clash)}, which are timm's own "
+                "augmentation; leave them out, or leave out crop_padding"
+            )
+        return self
 
 
 class TrainingSettings(_Part):
@@ -258,17 +283,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def recipes_folder() -> Path:
-    """The shipped recipes: inside the installed package, or beside it in a checkout."""
-    installed = Path(__file__).parent / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
-
-
-def list_recipes() -> list[str]:
-    """Sorted names of the shipped recipes."""
-    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
-
-
 def load_recipe(recipe: "str | Path | Recipe", overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
@@ -279,47 +293,26 @@ def load_recipe(recipe: "str | Path | Recipe", overrides: Sequence[str] = ()) ->
     Raises:
         SettingError: There is no such recipe, it is not YAML, or a setting is wrong.
     """
-    if isinstance(recipe, Recipe):
-        values: Any = OmegaConf.create(recipe.plain())
-    else:
-        path = Path(recipe)
-        if path.suffix not in (".yaml", ".yml") and not path.exists():
-            path = recipes_folder() / f"{recipe}.yaml"
-        if not path.is_file():
-            raise SettingError(unknown("recipe", str(recipe), list_recipes()) + ", or the path of a .yaml file")
-        try:
-            values = OmegaConf.load(path)
-        except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
-            raise SettingError(f"{path} is not a recipe: {error}") from None
-    if not OmegaConf.is_dict(values):
-        raise SettingError(f"{recipe} is not a recipe: it must hold settings by name, such as 'model:' and 'pruner:'")
+    values: Any = OmegaConf.create(recipe.plain()) if isinstance(recipe, Recipe) else read_recipe(find_recipe(recipe))
     try:
         for override in overrides:
             key, equals, _ = override.partition("=")
             if not equals or not key:
                 raise SettingError(f"--set: {override!r} is not valid; write key=value, such as pruner.sparsity=0.9")
         given = OmegaConf.from_dotlist(list(overrides))
-        _switch_pruner(values, given)
+        switch_(values, given)
         merged = OmegaConf.merge(values, given)
         plain: Any = OmegaConf.to_container(merged, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
         raise SettingError(f"{recipe} with {list(overrides)} is not a recipe: {error}") from None
     return check(Recipe, {str(key): value for key, value in plain.items()})
 
 
-def _switch_pruner(values: Any, given: Any) -> None:
-    """Where an override names another pruner, drop the settings that were only the first one's."""
-    from .method import Method
-
-    new = OmegaConf.select(given, "pruner.name")
-    if new is None or new == OmegaConf.select(values, "pruner.name"):
-        return
-    common = {"name", *Method.__dataclass_fields__}
-    values.pruner = {key: value for key, value in values.pruner.items() if key in common}
-
-
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of recipes, for editors, with each registered pruner's own settings."""
+    """JSON Schema of recipes, for editors, with each registered pruner's own settings.
+
+    A recipe that extends another one may leave out what it does not change.
+    """
     from pydantic import TypeAdapter
 
     from .registry import get_method, list_pruners
@@ -329,7 +322,15 @@ def json_schema() -> dict[str, Any]:
     for name in list_pruners():
         one = TypeAdapter(get_method(name)).json_schema()
         one["properties"] = {"name": {"const": name}} | one["properties"]
-        one["required"] = ["name", "sparsity"]
+        del one["required"]
         choices.append(one | {"additionalProperties": False})
-    schema["properties"]["pruner"] = {"oneOf": choices}
+    schema["properties"]["pruner"] = {"anyOf": choices}
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "shipped recipe, or path relative to this file, whose settings hold where this one has none",
+    }
+    parts = {name: {"required": schema["$defs"][f"{name.title()}Settings"].pop("required")} for name in ("model",)}
+    parts["pruner"] = {"required": ["name", "sparsity"]}
+    schema["if"] = {"not": {"required": ["extends"]}}
+    schema["then"] = {"required": schema.pop("required"), "properties": parts}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
