@@ -62,7 +62,9 @@ every_method = pytest.mark.parametrize("row", METHODS, ids=ids)
 
 
 # Jackpots warn of a model that was never trained; late rewinding of a run of one epoch.
-pytestmark = pytest.mark.filterwarnings("ignore:jackpot", "ignore:.*without passing its rewind point")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:jackpot", "ignore:.*without passing its rewind point", "ignore:.*no gradient reaches"
+)
 
 
 def fresh(seed=0, classes=4):

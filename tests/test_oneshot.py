@@ -1,8 +1,10 @@
 """SNIP, GraSP and SynFlow on two-layer networks worked out by hand."""
 
 import copy
+import warnings
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -133,3 +135,22 @@ def test_synflow_cuts_no_layer_off_where_magnitude_does():
         assert sum(kept[name]) == 108
     assert min(kept["magnitude"]) == 0
     assert min(kept["synflow"]) > 0
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+@pytest.mark.parametrize("zero_init_last", [True, False])
+def test_layers_that_no_gradient_reaches_are_told(name, zero_init_last):
+    """timm starts the last scale of a residual branch at zero: the convolutions before it would all be cut first."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10, zero_init_last=zero_init_last)
+    pruner = tt.create_pruner(name, model, sparsity=0.5)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for run in pruner:
+            optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1))
+            run.loss(nn.functional.cross_entropy, model(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
+            optimizer.step()
+    blind = [str(one.message) for one in told if "no gradient reaches" in str(one.message)]
+    assert len(blind) == zero_init_last
+    if blind:
+        assert "reaches 9 of 15 layers (layer1.0.conv1.weight is one)" in blind[0]

@@ -15,7 +15,7 @@ from ..registry import register_pruner
 from ..run import End, Run
 from ..scores import grasp
 from ..subnet import Subnet
-from .snip import reading_run
+from .snip import reading_run, warn_of_blind_layers
 
 
 @register_pruner("grasp")
@@ -34,6 +34,7 @@ class GraSP(OneShot):
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         (end,) = yield [reading_run(self.batches, _add_products)]
         subnet.rewind_()
+        warn_of_blind_layers(self.name, end.scores)
         self.prune_(subnet, grasp(subnet.weights_on_cpu(), end.scores))
 
     def runs(self, subnet: Subnet) -> int:

@@ -3,6 +3,7 @@
 Source: Lee et al. 2018, 1810.02340.
 """
 
+import warnings
 from collections.abc import Callable, Generator
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..masks import Scores
 from ..method import OneShot
 from ..registry import register_pruner
 from ..run import End, Run
@@ -31,6 +33,7 @@ class SNIP(OneShot):
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         (end,) = yield [reading_run(self.batches, _add_gradients)]
         subnet.rewind_()
+        warn_of_blind_layers(self.name, end.scores)
         self.prune_(subnet, snip(subnet.weights_on_cpu(), end.scores))
 
     def runs(self, subnet: Subnet) -> int:
@@ -44,6 +47,21 @@ def reading_run(batches: int, add: Callable[[Run, Tensor], Tensor]) -> Run:
         return add(run, loss) if run.batches < batches else loss
 
     return Run(epochs=1, limit=batches, on_loss=on_loss, after_step=_restore if batches > 1 else None)
+
+
+def warn_of_blind_layers(pruner: str, gradients: Scores) -> None:
+    """Say which layers no gradient reaches: all of their scores are 0, so they are cut first, whatever they are worth.
+
+    timm starts the last scale of a residual branch at zero in many models; what is before it has no gradient then.
+    """
+    blind = [name for name, gradient in gradients.items() if not gradient.any()]
+    if blind:
+        warnings.warn(
+            f"{pruner}: no gradient reaches {len(blind)} of {len(gradients)} layers ({blind[0]} is one), so their "
+            "scores say nothing; build the model with zero_init_last=False where it has that argument, or prune a "
+            "trained one",
+            stacklevel=2,
+        )
 
 
 def _add_gradients(run: Run, loss: Tensor) -> Tensor:
