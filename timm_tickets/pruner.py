@@ -15,12 +15,13 @@ from typing import Any
 from torch import nn
 
 from .files import is_writer, read_json, read_state, write_json, write_state
-from .masks import Masks, keep_count, layer_sparsities, prunable_names, sparsity, total
+from .masks import Masks, digest, keep_count, layer_sparsities, prunable_names, sparsity, total
 from .method import Method
 from .run import End, Run
 from .settings import SettingError
 from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
+from .wrappers import check_same_everywhere
 
 # A trainer's checkpoint within a run; it stays until the run is written down.
 CHECKPOINT = "checkpoint.pt"
@@ -114,7 +115,9 @@ class Pruner(Iterator[Run]):
             try:
                 requests = search.send(ends)  # pyright: ignore[reportArgumentType]
             except StopIteration:
+                check_same_everywhere("the ticket's mask", digest(subnet.mask))
                 return
+            check_same_everywhere(f"the mask of round {self.rounds_done}", digest(subnet.mask))
             base = subnet.state() if len(requests) > 1 else None
             scores = subnet.scores()
             mask = subnet.mask
@@ -134,6 +137,7 @@ class Pruner(Iterator[Run]):
                     run.begin_()
                     yield run
                     end = run.finish_()
+                    check_same_everywhere(f"the mask of {run.name}", digest(end.mask))
                     self._write(run, end)
                 else:
                     subnet.set_mask_(end.mask)

@@ -44,6 +44,31 @@ def mean_over_processes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def check_same_everywhere(what: str, digest: bytes) -> None:
+    """Stop where the processes hold different things.
+
+    Args:
+        what: What it is, in the message.
+        digest: 32 bytes that stand for it, such as a SHA-256.
+
+    Raises:
+        RuntimeError: They differ; the message names the ranks that differ from rank 0.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    # NCCL moves tensors of its own device only.
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
+    found = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, mine)
+    apart = [rank for rank, other in enumerate(found) if not torch.equal(other, found[0])]
+    if apart:
+        raise RuntimeError(
+            f"{what}: ranks {apart} hold another one than rank 0, so the search would go on in disagreement; it stops. "
+            "Give every process the same model, settings and seed, and train through the same wrapper (DDP)"
+        )
+
+
 class StepHook:
     """Calls a function after each step of an optimizer, whatever wraps it, until removed.
 
