@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from .registry import create_pruner, get_method, list_pruners, register_pruner
     from .run import End, Rewind, Run
     from .settings import SettingError, TrainingError
+    from .starts import Pretrained
     from .subnet import Subnet
     from .ticket import Ticket, TicketError, load_ticket
+    from .ticket_size import weigh
 
 _MODULES = {
     "masks": ("Masks", "intersect", "layer_sparsities", "prunable_names", "shuffled_masks", "sparsity"),
@@ -27,8 +29,10 @@ _MODULES = {
     "registry": ("create_pruner", "get_method", "list_pruners", "register_pruner"),
     "experiment": ("search", "train"),
     "settings": ("SettingError", "TrainingError"),
+    "starts": ("Pretrained",),
     "subnet": ("Subnet",),
     "ticket": ("Ticket", "TicketError", "load_ticket"),
+    "ticket_size": ("weigh",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -42,8 +46,8 @@ __all__ = [  # noqa: RUF022 - grouped by module, as above
     "create_pruner", "get_method", "list_pruners", "register_pruner",
     "search", "train",
     "SettingError", "TrainingError",
-    "Subnet",
-    "Ticket", "TicketError", "load_ticket",
+    "Subnet", "Pretrained",
+    "Ticket", "TicketError", "load_ticket", "weigh",
 ]  # fmt: skip
 
 
