@@ -262,6 +262,35 @@ def three_starts(tmp_path):
     return tickets
 
 
+@pytest.mark.parametrize("tensor", ["masks", "header", "values.float32"])
+def test_one_changed_bit_is_caught(file, tensor):
+    tensors, generator = load(file.read_bytes()), python_random.Random(0)
+    data = tensors[tensor].view(torch.uint8)
+    for _ in range(60):
+        place, bit = generator.randrange(len(data)), 1 << generator.randrange(8)
+        data[place] ^= bit
+        save_file(tensors, file, {"timm_tickets": json.dumps({"format": 2})})
+        with pytest.raises(tt.TicketError):
+            tt.load_ticket(file)
+        data[place] ^= bit
+    save_file(tensors, file, {"timm_tickets": json.dumps({"format": 2})})
+    tt.load_ticket(file)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_whatever_hypothesis_does_to_a_file(tmp_path, generator):
+    seeded = FIRST.with_name("format_2_seed.ticket")
+    bad, _ = hostile_files.damaged(seeded.read_bytes(), generator)
+    path = tmp_path / "bad.ticket"
+    path.write_bytes(bad)
+    try:
+        loaded = tt.load_ticket(path)
+    except tt.TicketError:
+        return
+    assert loaded.fingerprint == "bfacae9e36ff2248f2c4f7ce980dc13a5a5ce8a601151406e7c512b3eb57920b"
+
+
 def test_two_thousand_hostile_files_load_exactly_or_are_refused(three_starts, tmp_path):
     """And take no more memory than stated: 8 KiB for each byte of the file and 128 MiB."""
     (tmp_path / "first.ticket").write_bytes(FIRST.read_bytes())
