@@ -1,8 +1,10 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import timm
 import yaml
 from typer.testing import CliRunner
 
@@ -54,12 +56,32 @@ def test_search_then_info_then_train(tmp_path):
     ticket = tmp_path / "a" / "digits_imp.ticket"
     out = call("info", ticket)
     assert out.exit_code == 0, out.output
-    for words in ("test_resnet", "0.500000", "test_top1", '"name": "imp"', f"{ticket.stat().st_size:,} bytes"):
+    parts = ("masks", "start", "batch-norm statistics", "header", "mask bits", "bound", "fp32 checkpoint")
+    for words in (*parts, "test_resnet", "0.500000", "test_top1", '"name": "imp"', f"{ticket.stat().st_size:,} bytes"):
         assert words in out.output
     out = call("train", "digits_imp", "--ticket", ticket, *short, "--set", f"output={tmp_path / 'b'}")
     assert out.exit_code == 0, out.output
     assert (tmp_path / "b" / "round_00" / "model.safetensors").exists()
     assert "finished" in call("search", "digits_imp", *short, "--set", f"output={tmp_path / 'a'}").output
+
+
+def test_info_does_not_fetch_the_weights_of_a_pretrained_start(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=10)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    ticket = tt.create_pruner("magnitude", model, sparsity=0.5).ticket
+    ticket.pretrained = tt.Pretrained("test_resnet.r160_in1k", state)
+    ticket.save(tmp_path / "one.ticket")
+    out = call("info", tmp_path / "one.ticket")
+    assert out.exit_code == 0, out.output
+    assert "start: pretrained weights test_resnet.r160_in1k" in out.output
+    assert "not checked" in out.output
+
+
+def test_info_of_a_file_of_format_1():
+    out = call("info", Path(__file__).parent / "data" / "format_1.ticket")
+    assert out.exit_code == 0, out.output
+    assert "46,481 bytes, format 1" in out.output
+    assert "values of the kept weights" in out.output
 
 
 @pytest.mark.parametrize(

@@ -92,11 +92,10 @@ def full_weight(name, pruner, layer, start):
     """The frozen weights of a layer before they were pruned: drawn again from the seed, or the pretrained ones."""
     if name == "jackpot":
         return start[layer]
-    from timm_tickets.seeds import seed_from
+    from timm_tickets.draws import draw
 
     number = pruner.subnet.names.index(layer)
-    generator = torch.Generator().manual_seed(seed_from(pruner.method.seed, number, 0))
     mask = pruner.ticket.masks[layer]
-    drawn = pruner.method.draw(start[layer], generator)
+    drawn = torch.from_numpy(draw(pruner.method.weights, start[layer].shape, pruner.method.seed, number))
     scale = (pruner.ticket.values[layer][mask] / drawn[mask]).mean()
     return drawn * scale

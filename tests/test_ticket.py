@@ -1,20 +1,26 @@
 import errno
+import functools
 import json
 import os
 import random as python_random
 import resource
-import struct
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load, load_file, save_file
 
 import timm_tickets as tt
+from timm_tickets.coding import bound
+
+sys.path.insert(0, str(Path(__file__).parent))
+import hostile_files
 
 
 @pytest.fixture
@@ -29,27 +35,18 @@ def file(ticket, tmp_path):
     return path
 
 
-def header_of(data):
-    size = struct.unpack("<Q", data[:8])[0]
-    return json.loads(data[8 : 8 + size]), data[8 + size :]
-
-
 def rewritten(data, change):
-    """The file with its ticket header changed by a function: a lie told with correct safetensors syntax."""
-    outer, tensors = header_of(data)
-    inner = json.loads(outer["__metadata__"]["timm_tickets"])
-    change(inner)
-    outer["__metadata__"]["timm_tickets"] = json.dumps(inner)
-    text = json.dumps(outer).encode()
-    return struct.pack("<Q", len(text)) + text + tensors
+    """The file with its ticket header changed by a function: a lie told with correct syntax."""
+    return hostile_files.with_header(data, change)
 
 
-def test_only_kept_weights_are_stored(ticket, file):
-    dense = sum(value.nbytes for value in ticket.values.values())
+def test_only_what_must_be_is_stored(ticket, file):
+    """Coded masks, kept weights and what is neither regenerated nor constant; the rest is names and a few numbers."""
     kept = sum(4 * int(mask.sum()) for mask in ticket.masks.values())
-    rest = sum(value.nbytes for name, value in ticket.values.items() if name not in ticket.masks)
-    bits = sum(mask.numel() for mask in ticket.masks.values()) // 8
-    assert kept + rest + bits <= file.stat().st_size <= kept + rest + bits + 12_000 < dense / 5
+    others = {name: value for name, value in ticket.values.items() if name not in ticket.masks}
+    varying = sum(value.nbytes for value in others.values() if value.unique().numel() > 1)
+    masks = sum(bound(mask.numel(), int(mask.sum())) for mask in ticket.masks.values()) / 8
+    assert kept + varying + masks <= file.stat().st_size <= kept + varying + 1.005 * masks + 3000
 
 
 def test_metadata_says_where_it_comes_from(file):
@@ -72,6 +69,11 @@ def test_other_dtypes_and_values_that_are_hard_to_keep(model, tmp_path, dtype):
     ticket = tt.Ticket.of(model, masks)
     ticket.save(tmp_path / "one.ticket")
     assert tt.load_ticket(tmp_path / "one.ticket").fingerprint == ticket.fingerprint
+
+
+def test_learned_masks_do_not_hide_the_stem(tmp_path):
+    grey = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    assert tt.create_pruner("edge_popup", grey, sparsity=0.5).metadata["model"]["in_chans"] == 1
 
 
 def test_a_ticket_for_another_architecture_is_refused_and_changes_nothing(ticket):
@@ -106,8 +108,9 @@ def test_not_a_ticket(tmp_path, model):
 
 
 def test_a_newer_format_is_refused_as_newer(file):
-    file.write_bytes(rewritten(file.read_bytes(), lambda header: header.update(format=2, something_new=1)))
-    with pytest.raises(tt.TicketError, match=r"format 2.*upgrade"):
+    envelope = {"format": 3, "writer": "7.1", "something_new": 1}
+    save_file({"new": torch.zeros(3)}, file, {"timm_tickets": json.dumps(envelope)})
+    with pytest.raises(tt.TicketError, match=r"format 3; .* reads up to 2: upgrade it to 7\.1 or newer"):
         tt.load_ticket(file)
 
 
@@ -128,18 +131,93 @@ LIES = {
     "a layer that is a number": lambda h: h["layers"].append(3),
     "a shape of strings": lambda h: h["layers"][0].__setitem__(1, ["3"]),
     "an unknown key": lambda h: h.update(extra=1),
-    "a format that is text": lambda h: h.update(format="1"),
-    "format 0": lambda h: h.update(format=0),
     "metadata that is a list": lambda h: h.update(metadata=[]),
     "another fingerprint": lambda h: h.update(fingerprint="0" * 64),
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
+FIRST = Path(__file__).parent / "data" / "format_1.ticket"
+FORMAT_1_LIES = LIES | {
+    "a format that is text": lambda h: h.update(format="1"),
+    "format 0": lambda h: h.update(format=0),
+}
+FORMAT_2_LIES = LIES | {
+    "a start of another kind": lambda h: h.update(start={"kind": "download", "url": "x"}),
+    "a start with more": lambda h: h["start"].update(url="x"),
+    "a seeded start with values": lambda h: h.update(
+        start={"kind": "seed", "seed": 1, "weights": "signed_constant", "scale": "none"}
+    ),
+    "a pretrained start that was none": lambda h: h.update(
+        start={"kind": "pretrained", "tag": "no_such.tag", "sha256": "0"}
+    ),
+    "a repository for a tag": lambda h: h.update(
+        start={"kind": "pretrained", "tag": "hf-hub:someone/something", "sha256": "0"}
+    ),
+    "a folder for a tag": lambda h: h.update(start={"kind": "pretrained", "tag": "local-dir:/", "sha256": "0"}),
+    "a pretrained tensor without a start": lambda h: h["rest"][0].__setitem__(3, "pretrained"),
+    "values from nowhere": lambda h: h["rest"][0].__setitem__(3, "somewhere"),
+    "a repeated value of the wrong size": lambda h: h["rest"][0].__setitem__(3, "00"),
+    "more frozen than there is": lambda h: h.update(frozen={"seed": 0, "counts": [[10**6, 0]] * len(h["layers"])}),
+    "more frozen as kept than is kept": lambda h: h.update(
+        frozen={"seed": 0, "counts": [[0, layer[3] + 1] for layer in h["layers"]]}
+    ),
+    "frozen weights that are not": lambda h: h.update(frozen={"seed": 0, "counts": [[2, 1]] * len(h["layers"])}),
+    "frozen in some layers": lambda h: h.update(frozen={"seed": 0, "counts": [[0, 0]]}),
+    "a seed below 0": lambda h: h.update(frozen={"seed": -1, "counts": [[0, 0]] * len(h["layers"])}),
+    "halves that are not": lambda h: h.update(stored_as="float16"),
+    "another width": lambda h: h.update(stored_as="float8"),
+    "a start epoch that is text": lambda h: h["metadata"].update(start_epoch="soon"),
+    "a tensor of huge constants": lambda h: h["rest"].append(["huge", [2**40], "float32", "00000000"]),
+    "a huge layer that keeps nothing": lambda h: h["layers"].append(["huge", [2**40], "float32", 0]),
+    "very many dimensions": lambda h: h["rest"].append(["deep", [2**40] * 5000, "float32", "00000000"]),
+    "a name that is not printable": lambda h: h["rest"][0].__setitem__(0, "a\x1b[31m"),
+    "a shape with fractions": lambda h: h["layers"][0][1].__setitem__(0, 1.5),
+}
+
+
+@pytest.mark.parametrize("lie", FORMAT_2_LIES)
 def test_a_header_that_lies_is_refused(file, lie):
-    file.write_bytes(rewritten(file.read_bytes(), LIES[lie]))
+    file.write_bytes(rewritten(file.read_bytes(), FORMAT_2_LIES[lie]))
     with pytest.raises(tt.TicketError):
         tt.load_ticket(file)
+
+
+@pytest.mark.parametrize("lie", FORMAT_1_LIES)
+def test_a_header_of_format_1_that_lies_is_refused(file, lie):
+    file.write_bytes(rewritten(FIRST.read_bytes(), FORMAT_1_LIES[lie]))
+    with pytest.raises(tt.TicketError):
+        tt.load_ticket(file)
+
+
+def test_a_header_that_unpacks_to_more_than_a_header_may_is_refused(file):
+    """A zlib bomb: 64 MB of spaces in 64 kB; a megabyte and 32 times the compressed size is what is unpacked."""
+    tensors = load(file.read_bytes())
+    packed = zlib.compress(b" " * 2**26, 9)
+    tensors["header"] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    save_file(tensors, file, {"timm_tickets": json.dumps({"format": 2, "writer": "0"})})
+    with pytest.raises(tt.TicketError, match="cut short or too long"):
+        tt.load_ticket(file)
+
+
+def test_a_file_of_format_1_loads_as_it_was_saved(file):
+    """Written by the first version of this package: a random ticket of test_efficientnet for 3 classes."""
+    ticket = tt.load_ticket(FIRST)
+    assert ticket.fingerprint == "194180887ea5cd9d1ab398b7ed8d8e5799f515d52ef66094d871cdf268221d09"
+    assert ticket.metadata["metrics"] == {"test_top1": 50.0}
+    assert ticket.sparsity == pytest.approx(0.99, abs=1e-5)
+    ticket.apply_(timm.create_model("test_efficientnet", num_classes=3))
+    ticket.save(file)
+    again = tt.load_ticket(file)
+    assert again.fingerprint == ticket.fingerprint
+    assert again.metadata == ticket.metadata
+    assert file.stat().st_size < FIRST.stat().st_size / 3
+
+
+def test_a_known_file_of_format_2_is_regenerated_bit_for_bit():
+    """frozen_slt, normal weights, dynamic scale, seed 11: coded mask, freezing and weights all have to agree."""
+    ticket = tt.load_ticket(FIRST.with_name("format_2_seed.ticket"))
+    assert ticket.fingerprint == "bfacae9e36ff2248f2c4f7ce980dc13a5a5ce8a601151406e7c512b3eb57920b"
+    assert ticket.metadata["origin"]["weights"] == "kaiming_normal"
 
 
 def test_a_truncated_or_changed_file_loads_exactly_or_is_refused(ticket, file):
@@ -157,7 +235,74 @@ def test_a_truncated_or_changed_file_loads_exactly_or_is_refused(ticket, file):
             loaded = tt.load_ticket(file)
         except tt.TicketError:
             continue
-        assert loaded.fingerprint == whole  # a flip in the free metadata
+        assert loaded.fingerprint == whole
+        assert loaded.metadata == ticket.metadata
+
+
+@pytest.fixture
+def three_starts(tmp_path):
+    """A ticket of each kind of start, and the pretrained state that the third needs."""
+    torch.manual_seed(0)
+    state = timm.create_model("test_efficientnet", num_classes=3).state_dict()
+    build = functools.partial(timm.create_model, "test_efficientnet", num_classes=3)
+    values = tt.create_pruner("random", build(), sparsity=0.9, seed=1).ticket
+    model = build()
+    model.load_state_dict(state)
+    seeded = tt.create_pruner("frozen_slt", build(), sparsity=0.8, frozen=0.6, scale="dynamic", seed=2**63 + 1)
+    next(seeded)
+    with pytest.warns(UserWarning, match="without an optimizer step"):
+        next(seeded, None)
+    pretrained = tt.create_pruner("magnitude", model, sparsity=0.7).ticket
+    pretrained.values["classifier.bias"] = torch.arange(3.0)
+    pretrained.pretrained = tt.Pretrained("test_efficientnet.r160_in1k", state)
+    tickets = {"values": values, "seed": seeded.ticket, "pretrained": pretrained}
+    for kind, ticket in tickets.items():
+        ticket.save(tmp_path / f"{kind}.ticket")
+    save_file(state, tmp_path / "state.safetensors")
+    return tickets
+
+
+@pytest.mark.parametrize("tensor", ["masks", "header", "values.float32"])
+def test_one_changed_bit_is_caught(file, tensor):
+    tensors, generator = load(file.read_bytes()), python_random.Random(0)
+    data = tensors[tensor].view(torch.uint8)
+    for _ in range(60):
+        place, bit = generator.randrange(len(data)), 1 << generator.randrange(8)
+        data[place] ^= bit
+        save_file(tensors, file, {"timm_tickets": json.dumps({"format": 2})})
+        with pytest.raises(tt.TicketError):
+            tt.load_ticket(file)
+        data[place] ^= bit
+    save_file(tensors, file, {"timm_tickets": json.dumps({"format": 2})})
+    tt.load_ticket(file)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_whatever_hypothesis_does_to_a_file(tmp_path, generator):
+    seeded = FIRST.with_name("format_2_seed.ticket")
+    bad, _ = hostile_files.damaged(seeded.read_bytes(), generator)
+    path = tmp_path / "bad.ticket"
+    path.write_bytes(bad)
+    try:
+        loaded = tt.load_ticket(path)
+    except tt.TicketError:
+        return
+    assert loaded.fingerprint == "bfacae9e36ff2248f2c4f7ce980dc13a5a5ce8a601151406e7c512b3eb57920b"
+
+
+def test_two_thousand_hostile_files_load_exactly_or_are_refused(three_starts, tmp_path):
+    """And take no more memory than stated: 8 KiB for each byte of the file and 128 MiB."""
+    (tmp_path / "first.ticket").write_bytes(FIRST.read_bytes())
+    script = Path(hostile_files.__file__)
+    out = subprocess.run([sys.executable, script, tmp_path, "500"], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    result = json.loads(out.stdout)
+    assert result["files"] == 2000
+    assert result["exact"] + result["refused"] == 2000
+    assert result["refused"] > 1500
+    assert result["memory"] <= 8192 * result["largest"] + 128 * 2**20
+    assert result["slowest"] < 5
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -169,6 +314,11 @@ def test_a_truncated_or_changed_file_loads_exactly_or_is_refused(ticket, file):
 def test_any_json_as_header_is_refused(tmp_path, value):
     path = tmp_path / "any.ticket"
     save_file({"masks": torch.zeros(1, dtype=torch.uint8)}, path, {"timm_tickets": json.dumps(value)})
+    with pytest.raises(tt.TicketError):
+        tt.load_ticket(path)
+    header = torch.frombuffer(bytearray(zlib.compress(json.dumps(value).encode())), dtype=torch.uint8)
+    tensors = {"masks": torch.zeros(4, dtype=torch.uint8), "header": header}
+    save_file(tensors, path, {"timm_tickets": json.dumps({"format": 2, "writer": "0"})})
     with pytest.raises(tt.TicketError):
         tt.load_ticket(path)
 
@@ -238,19 +388,232 @@ def test_attach_refuses_a_model_without_the_layers(ticket):
         ticket.attach(other, torch.optim.SGD(other.parameters(), 0.1))
 
 
-def test_the_costliest_ticket_that_loads_takes_no_more_memory_than_stated(tmp_path):
-    """A million bytes of mask, all pruned, in float64: the most a byte of file can become."""
-    shape = (2**23,)
-    masks, values = {"w": torch.zeros(shape, dtype=torch.bool)}, {"w": torch.zeros(shape, dtype=torch.float64)}
-    path = tmp_path / "wide.ticket"
-    tt.Ticket(masks, values, {}).save(path)
-    script = """
+MEMORY = """
 import os, resource, sys, timm_tickets as tt
 tt.load_ticket
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 ticket = tt.load_ticket(sys.argv[1])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, os.path.getsize(sys.argv[1]))
 """
-    out = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
-    taken, size = map(int, out.stdout.split())
+
+
+def taken_by(path):
+    out = subprocess.run([sys.executable, "-c", MEMORY, path], capture_output=True, text=True, check=True)
+    return map(int, out.stdout.split())
+
+
+def test_the_costliest_ticket_that_loads_takes_no_more_memory_than_stated(tmp_path):
+    """Eight million weights of float64, all pruned, and nothing else: the most a byte of file can become."""
+    shape = (2**23,)
+    masks, values = {"w": torch.zeros(shape, dtype=torch.bool)}, {"w": torch.zeros(shape, dtype=torch.float64)}
+    path = tmp_path / "wide.ticket"
+    tt.Ticket(masks, values, {}).save(path)
+    taken, size = taken_by(path)
+    assert size < 40_000  # the padding: an element a 256th of a byte
+    assert taken <= 8192 * size + 128 * 2**20
+
+
+def test_the_costliest_seeded_ticket_takes_no_more_memory_than_stated(tmp_path):
+    shape = (2**23, 1)
+    origin = {"start": "seed", "seed": 1, "weights": "kaiming_normal", "scale": "none", "frozen": [[2**23, 0]]}
+    masks, values = {"w": torch.zeros(shape, dtype=torch.bool)}, {"w": torch.zeros(shape)}
+    path = tmp_path / "wide.ticket"
+    tt.Ticket(masks, values, {"origin": origin}).save(path)
+    assert tt.weigh(path).origin.startswith("kaiming_normal weights drawn from seed 1")
+    taken, size = taken_by(path)
+    assert taken <= 8192 * size + 128 * 2**20
+
+
+def test_format_1_takes_no_more_memory_than_it_did(tmp_path):
+    """A million bytes of mask, all pruned, in float64: 160 times the file and 64 MB were stated."""
+    header = {"format": 1, "layers": [["w", [2**23], "float64", 0]], "rest": [], "metadata": {}}
+    masks, values = {"w": torch.zeros(2**23, dtype=torch.bool)}, {"w": torch.zeros(2**23, dtype=torch.float64)}
+    header["fingerprint"] = tt.Ticket(masks, values).fingerprint
+    tensors = {"masks": torch.zeros(2**20, dtype=torch.uint8), "values.float64": torch.zeros(0, dtype=torch.float64)}
+    save_file(tensors, tmp_path / "wide.ticket", {"timm_tickets": json.dumps(header)})
+    taken, size = taken_by(tmp_path / "wide.ticket")
     assert taken <= 160 * size + 64 * 2**20
+
+
+def test_every_start_loads_in_another_process_bit_for_bit(three_starts, tmp_path):
+    script = """
+import sys, pathlib, timm, timm_tickets as tt
+from safetensors.torch import load_file, save_file
+folder = pathlib.Path(sys.argv[1])
+for kind in ("values", "seed", "pretrained"):
+    state = load_file(folder / "state.safetensors") if kind == "pretrained" else None
+    model = timm.create_model("test_efficientnet", num_classes=3)
+    tt.load_ticket(folder / f"{kind}.ticket", pretrained=state).apply_(model)
+    save_file(model.state_dict(), folder / f"{kind}.safetensors")
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True)
+    for kind, ticket in three_starts.items():
+        assert tt.weigh(tmp_path / f"{kind}.ticket").origin.startswith(
+            {"values": "values of", "seed": "signed_constant weights drawn from", "pretrained": "pretrained weights"}[
+                kind
+            ]
+        )
+        loaded = load_file(tmp_path / f"{kind}.safetensors")
+        assert set(loaded) == set(ticket.values)
+        for name, value in ticket.state().items():
+            assert torch.equal(loaded[name].view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)), (kind, name)
+
+
+@pytest.mark.parametrize("weights", ["signed_constant", "kaiming_uniform", "kaiming_normal"])
+@pytest.mark.parametrize("scale", ["none", "static", "dynamic"])
+def test_a_seeded_ticket_stores_no_weights_and_only_the_free_mask(model, tmp_path, weights, scale):
+    settings = {"weights": weights, "scale": scale, "seed": 3}
+    pruner = tt.create_pruner("frozen_slt", model, sparsity=0.6, frozen=0.7, **settings)
+    next(pruner)
+    with pytest.warns(UserWarning, match="without an optimizer step"):
+        next(pruner, None)
+    ticket, path = pruner.ticket, tmp_path / "seed.ticket"
+    ticket.save(path)
+    size, total = tt.weigh(path), sum(mask.numel() for mask in ticket.masks.values())
+    assert size.start == 0
+    assert sum(layer.free for layer in size.layers) == total - round(0.42 * total) - round(0.28 * total)
+    assert size.bound <= size.masks <= 1.005 * size.bound + 4
+    loaded = tt.load_ticket(path)
+    assert loaded.fingerprint == ticket.fingerprint
+    loaded.save(path)  # and again from the file
+    assert tt.weigh(path) == size
+
+
+def test_a_seeded_ticket_with_one_changed_weight_is_stored_as_values(three_starts, tmp_path):
+    ticket = three_starts["seed"]
+    name, mask = next(iter(ticket.masks.items()))
+    place = mask.nonzero()[0].tolist()
+    ticket.values[name][tuple(place)] *= 1 + 2**-23
+    ticket.save(tmp_path / "one.ticket")
+    assert tt.weigh(tmp_path / "one.ticket").origin == "values of the kept weights"
+    assert tt.load_ticket(tmp_path / "one.ticket").fingerprint == ticket.fingerprint
+
+
+def test_masks_that_do_not_follow_the_freezing_pattern_are_stored_whole(three_starts, tmp_path):
+    ticket = three_starts["seed"]
+    name = list(ticket.masks)[-1]
+    ticket.masks[name] = ~ticket.masks[name]
+    ticket.save(tmp_path / "one.ticket")
+    size = tt.weigh(tmp_path / "one.ticket")
+    assert all(layer.free == ticket.masks[layer.name].numel() for layer in size.layers)
+    assert tt.load_ticket(tmp_path / "one.ticket").fingerprint == ticket.fingerprint
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *(3, "seed", {"start": "seed"}, {"start": "seed", "seed": -1}, {"frozen": [[1]]}),
+        {"start": "seed", "seed": 1, "weights": "signed_constant", "frozen": [[10**9, 10**9]] * 17},
+    ],
+)
+def test_a_claim_that_is_not_so_changes_nothing(three_starts, tmp_path, origin):
+    ticket = three_starts["values"]
+    ticket.metadata["origin"] = origin
+    ticket.save(tmp_path / "one.ticket")
+    assert tt.weigh(tmp_path / "one.ticket").origin == "values of the kept weights"
+    loaded = tt.load_ticket(tmp_path / "one.ticket")
+    assert loaded.fingerprint == ticket.fingerprint
+    assert loaded.metadata == ticket.metadata
+
+
+def test_a_pretrained_ticket_stores_what_differs_and_needs_the_very_weights(three_starts, tmp_path):
+    path, ticket = tmp_path / "pretrained.ticket", three_starts["pretrained"]
+    size = tt.weigh(path)
+    assert (size.start, size.statistics, size.rest) == (0, 0, 3 * 4)  # the one changed bias
+    state = load_file(tmp_path / "state.safetensors")
+    loaded = tt.load_ticket(path, pretrained=state)
+    assert loaded.fingerprint == ticket.fingerprint
+    loaded.save(tmp_path / "again.ticket")
+    assert tt.weigh(tmp_path / "again.ticket") == size
+    name = next(iter(ticket.masks))
+    pruned = (~ticket.masks[name]).nonzero()[0].tolist()  # even where nothing is kept
+    changed = {**state, name: state[name].clone()}
+    changed[name].view(torch.int32)[tuple(pruned)] ^= 1
+    with pytest.raises(tt.TicketError, match="needs other pretrained weights than these"):
+        tt.load_ticket(path, pretrained=changed)
+    with pytest.raises(tt.TicketError, match=r"blocks\.0\.0\.conv\.weight as .* those here have none"):
+        tt.load_ticket(path, pretrained={})
+    with pytest.raises(tt.TicketError, match=r"those here have \[1\]"):
+        tt.load_ticket(path, pretrained={**state, name: torch.zeros(1)})
+
+
+def test_a_ticket_that_is_not_of_the_pretrained_weights_is_stored_as_values(three_starts, tmp_path):
+    ticket = three_starts["pretrained"]
+    state = {name: value.clone() for name, value in ticket.pretrained.state.items()}
+    name, mask = next(iter(ticket.masks.items()))
+    state[name][tuple(mask.nonzero()[0].tolist())] += 1
+    ticket.pretrained = tt.Pretrained("test_efficientnet.r160_in1k", state)
+    ticket.save(tmp_path / "one.ticket")
+    assert tt.weigh(tmp_path / "one.ticket").origin == "values of the kept weights"
+    assert tt.load_ticket(tmp_path / "one.ticket").fingerprint == ticket.fingerprint
+
+
+def test_pretrained_weights_come_from_timm_when_none_are_given(three_starts, tmp_path, monkeypatch):
+    """timm's own loading, from a file in the place of its download."""
+    state = load_file(tmp_path / "state.safetensors")
+    build, asked = timm.create_model, []
+
+    def create_model(name, pretrained=False, **more):
+        asked.append((name, pretrained, more))
+        model = build(name.partition(".")[0], **more)
+        model.load_state_dict(state)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    loaded = tt.load_ticket(tmp_path / "pretrained.ticket")
+    assert asked == [("test_efficientnet.r160_in1k", True, {"num_classes": 3, "in_chans": 3})]
+    assert loaded.fingerprint == three_starts["pretrained"].fingerprint
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(tt.TicketError, match=r"timm cannot load here \(no network\).*pretrained=state"):
+        tt.load_ticket(tmp_path / "pretrained.ticket")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_halves_say_what_they_lose(three_starts, tmp_path, dtype):
+    ticket, path = three_starts["values"], tmp_path / "half.ticket"
+    lost = ticket.save(path, dtype=dtype)
+    loaded = tt.load_ticket(path)
+    assert loaded.metadata["rounding"] == lost
+    assert lost["dtype"] == dtype
+    assert 0 < lost["max_relative_error"] <= (2**-8 if dtype == "bfloat16" else 1)
+    errors = []
+    for name, value in ticket.state().items():
+        half = getattr(torch, dtype)
+        expected = value.to(half).to(value.dtype) if value.is_floating_point() else value
+        assert torch.equal(loaded.values[name], expected), name
+        errors.append((expected - value).abs().max().item())
+    assert lost["max_absolute_error"] == pytest.approx(max(errors))
+    size, whole = tt.weigh(path), tt.weigh(tmp_path / "values.ticket")
+    assert 2 * size.values == whole.values
+    loaded.apply_(timm.create_model("test_efficientnet", num_classes=3))
+
+
+def test_halves_by_hand_and_refused_where_too_large(tmp_path):
+    # float16 has 10 bits of fraction: 1 + 2^-11 rounds to 1 (to even), an error of 2^-11.
+    masks = {"w": torch.tensor([True, False, True])}
+    ticket = tt.Ticket(masks, {"w": torch.tensor([1 + 2**-11, 5.0, 2.0]), "n": torch.tensor([7, 8])})
+    lost = ticket.save(tmp_path / "a.ticket", dtype="float16")
+    assert lost == {"dtype": "float16", "max_absolute_error": 2**-11, "max_relative_error": 2**-11 / (1 + 2**-11)}
+    assert tt.load_ticket(tmp_path / "a.ticket").values["w"].tolist() == [1.0, 0.0, 2.0]
+    assert tt.load_ticket(tmp_path / "a.ticket").values["n"].tolist() == [7, 8]
+    ticket.values["w"][2] = 1e6
+    with pytest.raises(tt.TicketError, match="w holds values too large for float16; save it as bfloat16"):
+        ticket.save(tmp_path / "b.ticket", dtype="float16")
+    with pytest.raises(tt.SettingError, match="dtype: 'float8' is not valid"):
+        ticket.save(tmp_path / "b.ticket", dtype="float8")
+    assert not (tmp_path / "b.ticket").exists()
+
+
+def test_a_value_that_repeats_is_kept_to_the_bit(tmp_path):
+    nan = torch.tensor([0x7FC12345], dtype=torch.int32).view(torch.float32)  # a NaN with a payload
+    values = {"a": torch.full((3,), -0.0), "b": nan.repeat(4), "c": torch.tensor([True, True]), "d": torch.zeros(0, 3)}
+    values |= {"e": torch.tensor(12, dtype=torch.int64), "f": torch.full((2, 2), 0.1, dtype=torch.bfloat16)}
+    ticket = tt.Ticket({"w": torch.tensor([True, False])}, {"w": torch.tensor([2.0, 0.0]), **values})
+    ticket.save(tmp_path / "one.ticket")
+    loaded = tt.load_ticket(tmp_path / "one.ticket")
+    assert loaded.fingerprint == ticket.fingerprint
+    assert tt.weigh(tmp_path / "one.ticket").values == 4

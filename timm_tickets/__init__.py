@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     )
     from .run import End, Rewind, Run
     from .settings import SettingError, TrainingError
+    from .starts import Pretrained
     from .subnet import Subnet
     from .ticket import Ticket, TicketError, load_ticket
+    from .ticket_size import weigh
     from .tweak import Tweak, Tweaks
 
 _MODULES = {
@@ -47,8 +49,10 @@ _MODULES = {
     "experiment": ("search", "train", "transfer"),
     "hub": ("push",),
     "settings": ("SettingError", "TrainingError"),
+    "starts": ("Pretrained",),
     "subnet": ("Subnet",),
     "ticket": ("Ticket", "TicketError", "load_ticket"),
+    "ticket_size": ("weigh",),
     "tweak": ("Tweak", "Tweaks"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -66,8 +70,8 @@ __all__ = [  # noqa: RUF022 - grouped by module, as above
     "difference", "overlap", "union",
     "push",
     "SettingError", "TrainingError",
-    "Subnet",
-    "Ticket", "TicketError", "load_ticket",
+    "Subnet", "Pretrained",
+    "Ticket", "TicketError", "load_ticket", "weigh",
     "Tweak", "Tweaks",
 ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The command line: each command is one function of the package. torch is imported only when a command needs it."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,31 +120,52 @@ def transfer(
 
 @app.command()
 def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="a .ticket file")]) -> None:
-    """Show what a ticket is: architecture, pruner, sparsity by layer, metrics, size."""
+    """Show what a ticket is: architecture, pruner, sparsity by layer, metrics, and its size against the bound."""
     with _errors():
-        from .masks import kept, layer_sparsities, total
-        from .ticket import load_ticket
+        from .ticket_reader import describe
+        from .ticket_size import weigh
 
-        ticket = load_ticket(file)
+        size = weigh(file)
+        # The weights a pretrained start needs may have to be fetched: looking at a file does not do that.
+        metadata, fingerprint = describe(file)
         console = Console()
-        values = sum(value.nbytes for value in ticket.values.values())
+        kept = sum(layer.kept for layer in size.layers)
+        total = sum(math.prod(layer.shape) for layer in size.layers)
         facts = {
-            **{key: ticket.metadata.get(key) for key in ("model", "pruner", "recipe", "metrics", "versions")},
-            "sparsity": f"{ticket.sparsity:.6f}: {kept(ticket.masks):,} of {total(ticket.masks):,} weights kept",
-            "size": f"{file.stat().st_size:,} bytes; the dense state is {values:,} bytes",
-            "fingerprint": ticket.fingerprint,
+            **{key: metadata.get(key) for key in ("model", "pruner", "recipe", "metrics", "rounding", "versions")},
+            "sparsity": f"{1 - kept / total:.6f}: {kept:,} of {total:,} weights kept",
+            "start": size.origin,
+            "size": f"{size.file:,} bytes, format {size.format}; the fp32 checkpoint is {size.checkpoint:,} bytes, "
+            f"{size.checkpoint / size.file:.1f} times as large",
+            "fingerprint": fingerprint,
         }
         for key, value in facts.items():
             text = value if isinstance(value, str) else json.dumps(value)
             console.print(f"[bold]{key}[/bold]: ", end="")
             console.print(text, markup=False, highlight=False, soft_wrap=True)
+        parts = Table(box=None, header_style="bold")
+        for title in ("part", "bytes", "bound"):
+            parts.add_column(title, justify="left" if title == "part" else "right")
+        ratio = f"{size.bound:,.0f} (x {size.masks / size.bound:.4f})" if size.bound else "0"
+        parts.add_row("masks", f"{size.masks:,}", ratio)
+        parts.add_row("start", f"{size.start:,}", "")
+        parts.add_row("batch-norm statistics", f"{size.statistics:,}", "")
+        parts.add_row("other values", f"{size.rest:,}", "")
+        parts.add_row("header", f"{size.header:,}", "")
+        if size.padding:
+            parts.add_row("padding", f"{size.padding:,}", "")
+        least = size.bound + size.values
+        parts.add_row("file", f"{size.file:,}", f"{least:,.0f} (x {size.file / least:.4f})")
+        console.print(parts)
         table = Table(box=None, header_style="bold")
         table.add_column("layer")
-        for title in ("shape", "kept", "sparsity"):
+        for title in ("shape", "kept", "sparsity", "free", "mask bits", "bound", "start bytes"):
             table.add_column(title, justify="right")
-        for name, layer in layer_sparsities(ticket.masks).items():
-            mask = ticket.masks[name]
-            table.add_row(Text(name), "x".join(map(str, mask.shape)), f"{int(mask.sum()):,}", f"{layer:.4f}")
+        for layer in size.layers:
+            sparsity = 1 - layer.kept / math.prod(layer.shape)
+            numbers = (f"{layer.free:,}", f"{layer.bits:,.0f}", f"{layer.bound:,.0f}", f"{layer.start:,}")
+            shape = "x".join(map(str, layer.shape))
+            table.add_row(Text(layer.name), shape, f"{layer.kept:,}", f"{sparsity:.4f}", *numbers)
         console.print(table)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as settings
 
+from .draws import MAX_SEED
 from .masks import Distribution, Scope, Scores, keep_count, kept, prune, total
 from .run import End, Run
 from .subnet import Subnet
@@ -27,7 +28,7 @@ class Method:
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights to prune")]
     epochs: Annotated[int, Field(ge=1, description="epochs of one training run")] = 20
-    seed: Annotated[int, Field(ge=0, description="seed of everything random in the method")] = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="seed of everything random in the method")] = 0
     include: Annotated[tuple[str, ...], Field(description="wildcards of the weights that may be pruned")] = ("*",)
     exclude: Annotated[tuple[str, ...], Field(description="wildcards of the weights that are left alone")] = ()
     classifier: Annotated[bool, Field(description="prune the classifier too")] = False

@@ -19,6 +19,7 @@ from .masks import Masks, digest, keep_count, layer_sparsities, prunable_names, 
 from .method import Method
 from .run import End, Run
 from .settings import SettingError
+from .starts import Pretrained, cached_pretrained
 from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
 from .wrappers import check_same_everywhere
@@ -48,17 +49,19 @@ class Pruner(Iterator[Run]):
         self.method = method
         self.subnet = Subnet(model, prunable_names(model, method.include, method.exclude, method.classifier))
         keep_count(total(self.subnet.mask), method.sparsity)  # refused now, not after the first training
+        described = describe_model(self.subnet.model)  # before gates hide the stem's weight
         method.prepare_(self.subnet)
         self.folder = None if folder is None else Path(folder)
         self.replayed: list[str] = []
         self.runs_done = self.rounds_done = 0
         self.trained_dense = False
         self.metadata: dict[str, Any] = {
-            "model": describe_model(self.subnet.model),
+            "model": described,
             "pruner": method.described(),
         }
         self.first_state: State = {}
         self._start_epoch = 0.0
+        self._looked, self._pretrained = False, None
         self._failure: BaseException | None = None
         self._waiting: Run | None = None
         self._runs = self._generate()
@@ -207,7 +210,18 @@ class Pruner(Iterator[Run]):
     def _ticket(self, mask: Masks, start: State, start_epoch: float) -> Ticket:
         counts = {name: int(layer.sum()) for name, layer in mask.items()}
         facts = {"sparsity": sparsity(mask), "kept": counts, "start_epoch": start_epoch, "notes": self.subnet.notes}
-        return Ticket.from_state(start, mask, {**self.metadata, **facts})
+        origin = self.subnet.origin
+        ticket = Ticket.from_state(start, mask, {**self.metadata, **facts, **({"origin": origin} if origin else {})})
+        ticket.pretrained = self._pretrained_start()
+        return ticket
+
+    def _pretrained_start(self) -> Pretrained | None:
+        """The pretrained weights a method says it started from, if this machine has them; a search fetches nothing."""
+        tag = self.subnet.origin.get("tag")
+        if tag is not None and not self._looked:
+            self._looked = True
+            self._pretrained = cached_pretrained(tag, self.metadata["model"])
+        return self._pretrained
 
 
 def write_run(folder: Path, run: Run, end: End, ticket: Ticket) -> None:

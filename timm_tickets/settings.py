@@ -17,6 +17,10 @@ class TrainingError(RuntimeError):
     """A training that went wrong, such as a loss that is not finite; finished runs are kept."""
 
 
+class TicketError(ValueError):
+    """A ticket that cannot be read or written, or that does not fit the model it is put on."""
+
+
 def unknown(kind: str, found: str, valid: Iterable[str]) -> str:
     """The sentence for a name that does not exist, with the closest that do.
 

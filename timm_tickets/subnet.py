@@ -37,6 +37,8 @@ class Subnet:
         gates: The gates before the weights, by name, while a search learns its masks.
         start: The rewind point: a state dict on the CPU. None until a pruner sets it.
         notes: What a method has to tell of its search, one record after the other, in JSON types; kept in the ticket.
+        origin: Where the start comes from, as a method knows it, in JSON types; `starts.Origin` describes it. A ticket
+            checks it bit for bit before it leaves a value out.
         dense_gradients: The last step's gradients before they were masked, by name, while `tap` is set.
         tap: Whether to keep them: a method that grows weights sets it for the step before it looks.
     """
@@ -46,6 +48,7 @@ class Subnet:
         self.names = tuple(names)
         self.start: State | None = None
         self.notes: list[dict[str, Any]] = []
+        self.origin: dict[str, Any] = {}
         self.tap = False
         self.dense_gradients: dict[str, Tensor] = {}
         self.gates: dict[str, Gate] = {}

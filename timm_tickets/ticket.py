@@ -1,64 +1,23 @@
 """Tickets: masks, the weights to start from, and what they are; saved in one small file that is safe to open.
 
-The file is safetensors (no pickle). Format 1 holds
-
-- ``masks``: uint8, one bit a prunable weight, all layers one after the other in the header's order, most significant
-  bit first, the last byte filled with zeros;
-- ``values.<dtype>``: one flat tensor a dtype: the kept weights of each layer in memory order, then every other tensor
-  of the state dict whole (biases, normalisation, classifier, buffers), in the header's order;
-- a JSON header under ``timm_tickets`` in the safetensors metadata, described by `_Header`.
+The file is described in ticket_header.py.
 """
 
-import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from .files import replacing
+from . import ticket_reader, ticket_writer
 from .masks import Masks, sparsity
+from .settings import TicketError
+from .starts import Pretrained
 from .subnet import State, Subnet, plain_model
-
-FORMAT = 1
-_KEY = "timm_tickets"
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-    )
-}
-
-
-class TicketError(ValueError):
-    """A ticket that cannot be read, or that does not fit the model it is put on."""
-
-
-_Size = Annotated[int, Field(ge=0)]
-
-
-class _Format(BaseModel):
-    format: int
-
-
-class _Header(BaseModel):
-    """The JSON header. Shapes and counts decide every size; nothing is allocated before they are found to agree."""
-
-    model_config = ConfigDict(extra="forbid")
-    format: int
-    layers: list[tuple[str, list[_Size], str, _Size]]  # name, shape, dtype, weights kept
-    rest: list[tuple[str, list[_Size], str]]  # name, shape, dtype
-    fingerprint: str
-    metadata: dict[str, Any]
+from .ticket_header import fingerprint, masked
 
 
 class _KnownMetadata(BaseModel):
@@ -74,12 +33,16 @@ class Ticket:
     Attributes:
         masks: By parameter name, bool, True where the weight is kept.
         values: The whole state dict to start from, on the CPU; what the masks prune counts as zero.
-        metadata: Architecture and its arguments, pruner and settings, versions, metrics: JSON types only.
+        metadata: Architecture and its arguments, pruner and settings, versions, metrics: JSON types only. Under
+            ``origin`` a method's claim of where the start comes from (`starts.Origin`); saving checks it bit for bit.
+        pretrained: The pretrained weights that the values were made from, where that is so: saving checks it and then
+            writes their tag and a hash instead of every tensor that is theirs.
     """
 
     masks: Masks = field(repr=False)
     values: State = field(repr=False)
     metadata: dict[str, Any] = field(default_factory=dict)
+    pretrained: Pretrained | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> "Ticket":
@@ -100,10 +63,7 @@ class Ticket:
 
     def state(self) -> State:
         """The state dict that the ticket gives a model: `values`, exactly zero where pruned."""
-        return {
-            name: value.masked_fill(~self.masks[name], 0) if name in self.masks else value
-            for name, value in self.values.items()
-        }
+        return {name: masked(name, value, self.masks) for name, value in self.values.items()}
 
     @property
     def sparsity(self) -> float:
@@ -113,43 +73,27 @@ class Ticket:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the masks and of the model the ticket rebuilds: names, dtypes, shapes and every bit."""
-        digest = hashlib.sha256()
-        for kind, tensors in (("mask", self.masks), ("value", self.state())):
-            for name in sorted(tensors):
-                tensor = tensors[name].contiguous()
-                digest.update(f"{kind} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-                digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return fingerprint(self.masks, self.values)
 
-    def save(self, path: str | Path) -> None:
-        """Write the ticket: to a temporary file, then renamed.
+    def save(self, path: str | Path, dtype: str | None = None) -> dict[str, Any]:
+        """Write the ticket: to a temporary file, then renamed. What a seed or pretrained weights give is left out.
+
+        Args:
+            path: Where to.
+            dtype: None keeps every value as it is. ``float16`` or ``bfloat16`` rounds the floating-point values that
+                the file stores (not what is regenerated); loading gives them back in their own dtype.
+
+        Returns:
+            What rounding lost: ``dtype``, ``max_absolute_error`` and ``max_relative_error`` over the stored values; the
+            file says it too, in ``metadata["rounding"]``. Empty where nothing was rounded.
 
         Raises:
             OSError: It could not be written; a file that stood there before is untouched.
-            TicketError: It has no masks, or holds a tensor of a dtype that tickets do not know.
+            SettingError: Another dtype.
+            TicketError: It has no masks, holds a tensor of a dtype that tickets do not know, or a value that is too
+                large for the asked dtype.
         """
-        if not any(mask.numel() for mask in self.masks.values()):
-            raise TicketError("a ticket without masks cannot be saved; make it with a pruner or Ticket.of")
-        bits = np.concatenate([mask.flatten().numpy() for mask in self.masks.values()])
-        tensors = {"masks": torch.from_numpy(np.packbits(bits))}
-        parts: dict[str, list[Tensor]] = {}
-        layers, rest = [], []
-        for name, mask in self.masks.items():
-            value = self.values[name]
-            dtype = _dtype_name(value)
-            parts.setdefault(dtype, []).append(value[mask])
-            layers.append((name, list(mask.shape), dtype, int(mask.sum())))
-        for name, value in self.values.items():
-            if name not in self.masks:
-                dtype = _dtype_name(value)
-                parts.setdefault(dtype, []).append(value.flatten())
-                rest.append((name, list(value.shape), dtype))
-        tensors |= {f"values.{dtype}": torch.cat(values) for dtype, values in parts.items()}
-        header = _Header(
-            format=FORMAT, layers=layers, rest=rest, fingerprint=self.fingerprint, metadata=dict(self.metadata)
-        )
-        with replacing(Path(path)) as temporary:
-            save_file(tensors, temporary, {_KEY: header.model_dump_json()})
+        return ticket_writer.write(Path(path), self.masks, self.state(), dict(self.metadata), self.pretrained, dtype)
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Turn a model of the same architecture into the ticket: its starting weights, zero where pruned.
@@ -219,17 +163,24 @@ class Ticket:
                 )
 
 
-def load_ticket(path: str | Path) -> Ticket:
+def load_ticket(path: str | Path, pretrained: Mapping[str, Tensor] | None = None) -> Ticket:
     """Read a ticket: a file, ``hf-hub:user/name`` or ``local-dir:path``, as timm has these prefixes.
 
     Nothing in it is executed, and every size is checked before memory is taken.
 
-    Memory is at most 160 times the file's size and 64 MB: a bit of mask becomes a byte of mask and a weight of up to 8
-    bytes, and what is rebuilt is held twice while its fingerprint is taken.
+    Memory is at most 8 KiB for each byte of the file and 128 MiB, pretrained weights not counted: a byte may stand for
+    up to 256 weights, of which a rebuilt one takes up to 9 bytes, and up to 32 while it is drawn again.
+
+    Args:
+        path: The file, of this or an earlier format.
+        pretrained: State dict of the pretrained weights, for a ticket that starts from such; where not given, timm
+            loads the weights whose tag the ticket names (a name of timm.list_pretrained(), never an address), from
+            the network if they are not stored on this machine.
 
     Raises:
         FileNotFoundError: There is no such file.
-        TicketError: Not a ticket, cut short, changed, or written by a newer version.
+        TicketError: Not a ticket, cut short, changed, or written by a newer version; or its pretrained weights cannot
+            be loaded, or are not those it was made from.
     """
     if isinstance(path, str) and path.startswith(("hf-hub:", "local-dir:")):
         from .hub import fetch
@@ -238,83 +189,10 @@ def load_ticket(path: str | Path) -> Ticket:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no ticket at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            if text is None:
-                raise TicketError(f"{path} is a safetensors file but not a ticket: it has no {_KEY!r} header")
-            header = _read_header(path, text)
-            return _unpack(path, header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except TicketError:
-        raise
-    except (SafetensorError, ValueError, RuntimeError, OverflowError, TypeError, OSError) as error:
-        raise TicketError(f"{path} is not a ticket, or is damaged: {error}") from error
-
-
-def _read_header(path: Path, text: str) -> _Header:
-    found = _Format.model_validate_json(text).format
-    if found > FORMAT:
-        raise TicketError(
-            f"{path} has ticket format {found}; this version of timm-tickets reads up to {FORMAT}: upgrade it"
-        )
-    header = _Header.model_validate_json(text, strict=True)
-    if found < 1:
-        raise TicketError(f"{path} has ticket format {found}, which never existed; it is damaged")
-    return header
-
-
-def _unpack(path: Path, header: _Header, tensors: dict[str, Tensor]) -> Ticket:
-    """Check every size against the header, then rebuild the masks and the state dict."""
-
-    def check(holds: bool, what: str) -> None:
-        if not holds:
-            raise TicketError(f"{path} is damaged: {what}")
-
-    names = [entry[0] for entry in (*header.layers, *header.rest)]
-    check(len(set(names)) == len(names), "a tensor is named twice")
-    check(all(name.isprintable() and len(name) < 1000 for name in names), "a tensor's name is not printable")
-    check(bool(header.layers), "it has no layers")
-    check(all(math.prod(shape) for _, shape, _, _ in header.layers), "a layer has no weights")
-    _KnownMetadata.model_validate(header.metadata)
-    bits = sum(math.prod(shape) for _, shape, _, _ in header.layers)
-    sizes: dict[str, int] = {}
-    for name, shape, dtype, count in header.layers:
-        check(count <= math.prod(shape), f"{name} keeps {count} weights of {math.prod(shape)}")
-        sizes[dtype] = sizes.get(dtype, 0) + count
-    for _, shape, dtype in header.rest:
-        sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
-    check(set(sizes) <= set(_DTYPES), f"it names unknown dtypes: {sorted(set(sizes) - set(_DTYPES))}")
-    expected = {f"values.{dtype}": (_DTYPES[dtype], size) for dtype, size in sizes.items()}
-    expected["masks"] = (torch.uint8, -(-bits // 8))
-    check(set(tensors) == set(expected), f"it holds {sorted(tensors)}, not {sorted(expected)}")
-    for key, (dtype, size) in expected.items():
-        check(tensors[key].dtype == dtype and tensors[key].shape == (size,), f"{key} is not {size} values of {dtype}")
-
-    packed = tensors["masks"].numpy()
-    check(bits % 8 == 0 or not packed[-1] & (0xFF >> bits % 8), "bits are set past the last mask")
-    masks: Masks = {}
-    values: State = {}
-    begun = dict.fromkeys(sizes, 0)
-
-    def take(dtype: str, count: int) -> Tensor:
-        begun[dtype] += count
-        return tensors[f"values.{dtype}"][begun[dtype] - count : begun[dtype]]
-
-    start = 0
-    for name, shape, dtype, count in header.layers:
-        stop = start + math.prod(shape)
-        unpacked = np.unpackbits(packed[start // 8 : -(-stop // 8)])[start % 8 :][: stop - start]
-        mask = torch.from_numpy(unpacked.view(np.bool_)).view(shape)
-        start = stop
-        check(int(mask.sum()) == count, f"the mask of {name} keeps {int(mask.sum())}, its header says {count}")
-        masks[name] = mask
-        values[name] = torch.zeros(shape, dtype=_DTYPES[dtype])
-        values[name][mask] = take(dtype, count)
-    for name, shape, dtype in header.rest:
-        values[name] = take(dtype, math.prod(shape)).view(shape).clone()
-    ticket = Ticket(masks, values, header.metadata)
-    check(ticket.fingerprint == header.fingerprint, "its fingerprint does not match what it holds")
-    return ticket
+    masks, values, metadata, source = ticket_reader.read(path, pretrained)
+    with ticket_reader.damage(path):
+        _KnownMetadata.model_validate(metadata)
+    return Ticket(masks, values, metadata, source)
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
@@ -327,13 +205,6 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         "num_classes": getattr(model, "num_classes", None),
         "in_chans": None if stem_weight is None else stem_weight.shape[1],
     }
-
-
-def _dtype_name(value: Tensor) -> str:
-    name = str(value.dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise TicketError(f"a tensor of dtype {name} cannot be stored in a ticket; valid: {', '.join(_DTYPES)}")
-    return name
 
 
 def _versions() -> dict[str, str]:

@@ -11,12 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..draws import SCORES, draw, frozen
 from ..gates import Gate
 from ..masks import Masks, Scope, Scores, full_masks, keep_count, kept, norms, prune, total
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Run
-from ..seeds import seed_from
 from ..subnet import Subnet
 
 
@@ -28,6 +28,7 @@ class EdgePopup(Method):
     cosine, lr 0.1, 100 epochs. The papers prune every layer and train nothing else: ``classifier=true,
     train_rest=false, norm_affine=false``.
     Cost: one training of scores as large as the weights. The ticket's values are the random weights.
+    Random weights are Kaiming's, standard deviation sqrt(2 / fan_in), from draws.py: a ticket regenerates them.
     Departures: what is not pruned trains by default, so that any timm model works. On weight-standardised layers the
     scale has no effect: standardising cancels it.
     """
@@ -75,11 +76,20 @@ class EdgePopup(Method):
 
     @torch.no_grad()
     def begin_(self, subnet: Subnet) -> None:
-        """Draw weights and scores, each layer's from a seed of its own."""
+        """Draw weights and scores, each layer's from streams of its own, and say how, for the ticket."""
         scores: Scores = {}
         for number, (name, weight) in enumerate(subnet.weights().items()):
-            weight.copy_(self.draw(weight, torch.Generator().manual_seed(seed_from(self.seed, number, 0))))
-            scores[name] = kaiming(weight, torch.Generator().manual_seed(seed_from(self.seed, number, 1)))
+            if self.weights != "given":
+                weight.copy_(torch.from_numpy(draw(self.weights, weight.shape, self.seed, number)))
+            scores[name] = torch.from_numpy(draw("kaiming_normal", weight.shape, self.seed, number, SCORES))
+        counts = self.frozen_counts(subnet)
+        subnet.origin = {
+            "start": "values" if self.weights == "given" else "seed",
+            "seed": self.seed,
+            "weights": None if self.weights == "given" else self.weights,
+            "scale": self.scale,
+            "frozen": None if counts is None else [list(pair) for pair in counts.values()],
+        }
         subnet.load_scores_(scores)
         if not self.norm_affine:
             for norm in norms(subnet.model):
@@ -105,31 +115,20 @@ class EdgePopup(Method):
         full = full_masks(scores)
         return prune(full, scores, total(full) - keep_count(total(full), self.sparsity), self.scope)
 
-    def pattern(self, subnet: Subnet) -> dict[str, tuple[Tensor, Tensor]] | None:
-        """For each layer what leaves the search as pruned and what as kept; nothing does where None."""
+    def frozen_counts(self, subnet: Subnet) -> dict[str, tuple[int, int]] | None:
+        """How many weights of each layer leave the search as pruned and as kept; nothing does where None."""
         return None
 
-    def draw(self, weight: Tensor, generator: torch.Generator) -> Tensor:
-        """Random weights of this shape: section 3.2 of the paper, by Kaiming's scale sqrt(2 / fan_in)."""
-        if self.weights == "given":
-            return weight
-        if self.weights == "signed_constant":
-            signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
-            return signs * math.sqrt(2 / fan_in(weight))
-        return kaiming(weight, generator, uniform=self.weights == "kaiming_uniform")
+    def pattern(self, subnet: Subnet) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """For each layer, what leaves the search as pruned and what as kept: bool, drawn from the seed."""
+        counts = self.frozen_counts(subnet)
+        if counts is None:
+            return None
+        out: dict[str, tuple[Tensor, Tensor]] = {}
+        for number, (name, weight) in enumerate(subnet.weights().items()):
+            pruned, locked = frozen(weight.numel(), *counts[name], self.seed, number)
+            out[name] = (torch.from_numpy(pruned).view(weight.shape), torch.from_numpy(locked).view(weight.shape))
+        return out
 
     def runs(self, subnet: Subnet) -> int:
         return 1
-
-
-def fan_in(weight: Tensor) -> int:
-    """Inputs of one output: the product of all dimensions but the first."""
-    return math.prod(weight.shape[1:])
-
-
-def kaiming(weight: Tensor, generator: torch.Generator, uniform: bool = False) -> Tensor:
-    """Kaiming's normal or uniform noise for ReLU, standard deviation sqrt(2 / fan_in), drawn on the CPU."""
-    if uniform:
-        bound = math.sqrt(6 / fan_in(weight))
-        return (torch.rand(weight.shape, generator=generator) * 2 - 1) * bound
-    return torch.randn(weight.shape, generator=generator) * math.sqrt(2 / fan_in(weight))

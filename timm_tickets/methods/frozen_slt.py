@@ -5,13 +5,10 @@ Source: Otsuka et al. 2024, 2402.14029 (TMLR 2025).
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from ..masks import Distribution, Masks, Scope, budgets, fill, keep_count, prune, total
 from ..registry import register_pruner
-from ..seeds import seed_from
 from ..settings import SettingError
 from ..subnet import Subnet
 from .edge_popup import EdgePopup
@@ -56,8 +53,8 @@ class FrozenSLT(EdgePopup):
             raise SettingError("pruner.pruned and pruner.locked: nothing is left free; their sum must be below 1")
         return self.pruned, self.locked
 
-    def pattern(self, subnet: Subnet) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each layer, what is frozen as pruned and what as locked: bool, drawn from the seed."""
+    def frozen_counts(self, subnet: Subnet) -> dict[str, tuple[int, int]]:
+        """How many weights of each layer are frozen as pruned and as kept: the same shares of both in every layer."""
         shapes = {name: weight.shape for name, weight in subnet.weights().items()}
         sizes = {name: shape.numel() for name, shape in shapes.items()}
         count = sum(sizes.values())
@@ -67,15 +64,7 @@ class FrozenSLT(EdgePopup):
         free = budgets(shapes, count - pruned - locked, self.freezing)
         frozen = {name: sizes[name] - free[name] for name in sizes}
         gone = fill(pruned, frozen, frozen) if pruned + locked else dict.fromkeys(sizes, 0)
-        out: dict[str, tuple[Tensor, Tensor]] = {}
-        for number, (name, shape) in enumerate(shapes.items()):
-            generator = torch.Generator().manual_seed(seed_from(self.seed, number, 2))
-            order = torch.randperm(sizes[name], generator=generator)
-            masks = torch.zeros(2, sizes[name], dtype=torch.bool)
-            masks[0, order[: gone[name]]] = True
-            masks[1, order[gone[name] : frozen[name]]] = True
-            out[name] = (masks[0].view(shape), masks[1].view(shape))
-        return out
+        return {name: (gone[name], frozen[name] - gone[name]) for name in sizes}
 
     def cut(self, subnet: Subnet) -> Masks:
         """Keep the locked and, of the free, the largest |scores|: exactly the asked number of weights is pruned."""

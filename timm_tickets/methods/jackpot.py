@@ -18,6 +18,7 @@ from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Run
 from ..scores import magnitude
+from ..starts import pretrained_tag
 from ..subnet import Subnet
 
 
@@ -27,7 +28,8 @@ class Jackpot(Method):
 
     Use: a timm model with ``pretrained=true``, or one trained before (``initial_checkpoint``). A new classifier trains.
     Suggested: SGD 0.1/0.9, cosine, batch 256, weight decay 5e-4 on the scores (1e-4 on ImageNet), 30 epochs.
-    Cost: one training of scores as large as the weights. The ticket's values are the pretrained weights.
+    Cost: one training of scores as large as the weights. The ticket's values are the pretrained weights; where they are
+    those of the model's timm tag, its file holds the tag and a hash instead of them.
     Departures: `rate`, the share of the due swaps that a step makes, falls along training as the paper says; in the
     released code it stays 1.
     """
@@ -62,6 +64,9 @@ class Jackpot(Method):
         # One global magnitude threshold: it decides how many each layer keeps, for good, and the first mask.
         masks = prune(full, magnitude(weights), total(full) - keep_count(total(full), self.sparsity))
         subnet.set_mask_(masks)
+        # A claim only: a model knows its tag whether or not it was built with pretrained=True. The ticket checks it.
+        tag = pretrained_tag(subnet.model)
+        subnet.origin = {"start": "pretrained", "tag": tag} if tag else {}
         subnet.load_scores_({n: torch.ones(w.shape).masked_fill(~masks[n], self.low_score) for n, w in weights.items()})
         yield [Run(after_step=self.step_, weight_decay=self.weight_decay)]
         subnet.bake_()

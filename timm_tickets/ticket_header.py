@@ -1,0 +1,105 @@
+"""The file of a ticket, format 2: safetensors (no pickle), whose metadata say only format and writer. Its tensors:
+
+- ``header``: uint8, a zlib stream of the JSON that `Header` describes;
+- ``masks``: uint8, the little-endian words of `coding.encode`: of each layer, in the header's order, the weights that
+  were free to choose (all but those frozen by a seed), in memory order;
+- ``values.<dtype>``: flat, one a dtype: if the start is ``values``, the kept weights of each layer in memory order;
+  then every tensor the header calls ``stored``, in its order;
+- ``padding``: zeros, only in a file so small that its size would not bound the memory that reading takes.
+
+Format 1 is in ticket_format1.py. A change that this code would misread needs a higher format.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from .settings import TicketError
+from .starts import Frozen, Start, update
+
+FORMAT = 2
+KEY = "timm_tickets"
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+WEIGHTS_PER_BYTE = 256  # tensor elements a byte of file may stand for, at most; reading's memory follows from it
+Size = Annotated[int, Field(ge=0, le=2**48)]
+Shape = Annotated[list[Size], Field(max_length=16)]
+
+
+class Envelope(BaseModel):
+    """What every format says openly, in the safetensors metadata: its number and the version that wrote it."""
+
+    format: int
+    writer: str = ""
+
+
+class Header(BaseModel):
+    """What a file says of its contents. Shapes and counts decide every size; all are checked before memory is taken.
+
+    Attributes:
+        layers: Name, shape, dtype and number kept of each weight under a mask.
+        rest: Name, shape, dtype of every other tensor of the state dict, and where its values are: ``stored``;
+            ``pretrained``, for those of a pretrained start; or the bytes, in hexadecimal, of the one value it repeats.
+        start: Where the kept weights come from.
+        frozen: Which weights the search was not free to choose, where that comes from a seed.
+        stored_as: ``float16`` or ``bfloat16``, where stored values of a wider floating-point dtype were rounded to it.
+        fingerprint: `fingerprint` of the masks and of the state dict that the file rebuilds.
+        metadata: The ticket's own.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    layers: list[tuple[str, Shape, str, Size]]
+    rest: list[tuple[str, Shape, str, str]]
+    start: Start
+    frozen: Frozen | None
+    stored_as: Literal["float16", "bfloat16"] | None
+    fingerprint: str
+    metadata: dict[str, Any]
+
+
+def fingerprint(masks: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the masks and of the model the ticket rebuilds: names, dtypes, shapes and every bit.
+
+    Args:
+        masks: Bool, by parameter name.
+        values: The whole state dict; what the masks prune counts as zero.
+    """
+    sha = hashlib.sha256()
+    update(sha, "mask", ((name, masks[name]) for name in sorted(masks)))
+    update(sha, "value", ((name, masked(name, values[name], masks)) for name in sorted(values)))
+    return sha.hexdigest()
+
+
+def masked(name: str, value: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+    return value.masked_fill(~masks[name], 0) if name in masks else value
+
+
+def dtype_name(value: Tensor) -> str:
+    """The header's name of a tensor's dtype.
+
+    Raises:
+        TicketError: Tickets do not know it.
+    """
+    name = str(value.dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise TicketError(f"a tensor of dtype {name} cannot be stored in a ticket; valid: {', '.join(DTYPES)}")
+    return name
+
+
+def narrows(dtype: torch.dtype) -> bool:
+    """Whether saving as float16 or bfloat16 rounds values of this dtype."""
+    return dtype.is_floating_point and dtype.itemsize > 2
+
+
+def header_limit(compressed: int) -> int:
+    """How many bytes of JSON a header of this compressed size may have: zlib could blow up a thousandfold."""
+    return (1 << 20) + 32 * compressed

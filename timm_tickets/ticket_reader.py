@@ -1,0 +1,256 @@
+"""Reading a ticket's file: every size is checked against the file before memory is taken, and nothing is executed."""
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from . import ticket_format1
+from .coding import decode
+from .masks import Masks
+from .settings import TicketError
+from .starts import Pretrained, PretrainedStart, SeedStart, State, ValuesStart, digest, drawn, fetch_pretrained
+from .ticket_format1 import check
+from .ticket_header import (
+    DTYPES,
+    FORMAT,
+    KEY,
+    WEIGHTS_PER_BYTE,
+    Envelope,
+    Header,
+    fingerprint,
+    header_limit,
+    masked,
+    narrows,
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file whose header has been read and agrees with the sizes of its tensors; ``size`` is the file's, in bytes."""
+
+    path: Path
+    size: int
+    header: Header
+    tensors: Mapping[str, Tensor]
+
+
+def read(
+    path: Path, pretrained: Mapping[str, Tensor] | None = None
+) -> tuple[Masks, State, dict[str, Any], Pretrained | None]:
+    """A ticket's masks, state dict, metadata and pretrained start; `load_ticket` says what is raised."""
+    source = None
+    with damage(path):
+        opened = open_(path)
+        if isinstance(opened, ticket_format1.Opened):
+            masks, values = ticket_format1.unpack(opened)
+        else:
+            masks = unpack_masks(opened)
+            source = _source(opened, pretrained)
+            values = _unpack_values(opened, masks, source)
+        header = opened.header
+        check(fingerprint(masks, values) == header.fingerprint, "its fingerprint does not match what it holds")
+    return masks, values, header.metadata, source
+
+
+def describe(path: Path) -> tuple[dict[str, Any], str]:
+    """A file's metadata and fingerprint, all checked as `read` does; but without fetching pretrained weights.
+
+    Where it starts from such, only its masks are checked.
+
+    Raises:
+        TicketError: Not a ticket, or damaged.
+    """
+    with damage(path):
+        opened = open_(path)
+        if isinstance(opened, Opened) and isinstance(opened.header.start, PretrainedStart):
+            unpack_masks(opened)
+            return opened.header.metadata, f"{opened.header.fingerprint} (not checked: it takes the pretrained weights)"
+    read(path)
+    return opened.header.metadata, opened.header.fingerprint
+
+
+@contextmanager
+def damage(path: Path) -> Iterator[None]:
+    """Turn whatever reading a file of unknown origin runs into, into a TicketError that names it."""
+    try:
+        yield
+    except TicketError as error:
+        raise TicketError(f"{path} {error}") from error
+    except (SafetensorError, ValueError, RuntimeError, OverflowError, TypeError, LookupError, OSError) as error:
+        raise TicketError(f"{path} is not a ticket, or is damaged: {error}") from error
+    except (AttributeError, zlib.error) as error:
+        raise TicketError(f"{path} is not a ticket, or is damaged: {error}") from error
+
+
+def open_(path: Path) -> "Opened | ticket_format1.Opened":
+    """Read a file's header and check it; call it within `damage`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(KEY)
+        if text is None:
+            raise TicketError(f"is a safetensors file but not a ticket: it has no {KEY!r} header")
+        envelope = Envelope.model_validate_json(text)
+        if envelope.format > FORMAT:
+            needed = f"{envelope.writer[:40]} or newer" if envelope.writer else "a newer one"
+            raise TicketError(
+                f"has ticket format {envelope.format}; this version of timm-tickets reads up to {FORMAT}: "
+                f"upgrade it to {needed}"
+            )
+        check(envelope.format >= 1, f"it has ticket format {envelope.format}, which never existed")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if envelope.format == 1:
+        return ticket_format1.open_(text, tensors)
+    opened = Opened(path, path.stat().st_size, _header(tensors), tensors)
+    _check_sizes(opened)
+    return opened
+
+
+def _header(tensors: Mapping[str, Tensor]) -> Header:
+    check("header" in tensors and tensors["header"].dtype == torch.uint8, "it has no header")
+    data = tensors["header"].numpy().tobytes()
+    stream = zlib.decompressobj()
+    text = stream.decompress(data, header_limit(len(data)))
+    check(stream.eof and not stream.unused_data, "its header is cut short or too long")
+    return Header.model_validate_json(text, strict=True)
+
+
+def _check_sizes(opened: Opened) -> None:
+    header, tensors = opened.header, opened.tensors
+    names = [entry[0] for entry in (*header.layers, *header.rest)]
+    check(len(set(names)) == len(names), "a tensor is named twice")
+    check(all(name.isprintable() and len(name) < 1000 for name in names), "a tensor's name is not printable")
+    dtypes = {entry[2] for entry in (*header.layers, *header.rest)}
+    check(dtypes <= set(DTYPES), f"it names unknown dtypes: {sorted(dtypes - set(DTYPES))}")
+    sizes = [math.prod(shape) for _, shape, _, _ in header.layers]
+    check(bool(sizes) and all(sizes), "it has no layers, or one without weights")
+    elements = sum(sizes) + sum(math.prod(shape) for _, shape, _, _ in header.rest)
+    check(elements <= WEIGHTS_PER_BYTE * opened.size, f"it claims {elements} values in {opened.size} bytes")
+    for (name, _, _, kept), size in zip(header.layers, sizes, strict=True):
+        check(kept <= size, f"{name} keeps {kept} weights of {size}")
+    if header.frozen is not None:
+        check(len(header.frozen.counts) == len(sizes), "it does not say of every layer what was frozen")
+        for (name, _, _, kept), size, (pruned, locked) in zip(header.layers, sizes, header.frozen.counts, strict=True):
+            check(locked <= kept <= size - pruned, f"{name} cannot keep {kept} weights with so many frozen")
+    if isinstance(header.start, SeedStart):
+        check(all(dtype == "float32" for _, _, dtype, _ in header.layers), "drawn weights are float32")
+    values: dict[str, int] = {}
+    if isinstance(header.start, ValuesStart):
+        for _, _, dtype, kept in header.layers:
+            values[_stored(header, dtype)] = values.get(_stored(header, dtype), 0) + kept
+    for name, shape, dtype, where in header.rest:
+        if where == "stored":
+            values[_stored(header, dtype)] = values.get(_stored(header, dtype), 0) + math.prod(shape)
+        elif where == "pretrained":
+            check(isinstance(header.start, PretrainedStart), f"{name} is pretrained, but the start is not")
+        else:
+            _repeated(dtype, where)
+    expected = {f"values.{dtype}": (DTYPES[dtype], size) for dtype, size in values.items()}
+    present = set(tensors) - {"padding"}
+    check(present == {*expected, "masks", "header"}, f"it holds {sorted(present)}")
+    for key, (dtype, size) in expected.items():
+        check(tensors[key].dtype == dtype and tensors[key].shape == (size,), f"{key} is not {size} values of {dtype}")
+    check("padding" not in tensors or not tensors["padding"].any(), "its padding is not zeros")
+    words = tensors["masks"]
+    check(words.dtype == torch.uint8 and words.dim() == 1 and words.numel() % 4 == 0, "its masks are not words")
+
+
+def _stored(header: Header, dtype: str) -> str:
+    """The dtype that values of a dtype have in the file."""
+    return header.stored_as if header.stored_as is not None and narrows(DTYPES[dtype]) else dtype
+
+
+def _repeated(dtype: str, text: str) -> Tensor:
+    """The one value of a tensor that repeats it, as a tensor without dimensions."""
+    data = bytes.fromhex(text)
+    check(len(data) == DTYPES[dtype].itemsize, f"{text[:40]!r} is not a value of {dtype}")
+    check(dtype != "bool" or data[0] < 2, f"{text!r} is not a bool")
+    return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype])[0]
+
+
+def unpack_masks(opened: Opened) -> Masks:
+    """The masks, decoded, each with exactly the count that the header gives."""
+    header = opened.header
+    words = np.frombuffer(opened.tensors["masks"].numpy().tobytes(), dtype="<u4")
+    sizes = [math.prod(shape) for _, shape, _, _ in header.layers]
+    frozen = header.frozen.counts if header.frozen is not None else [(0, 0)] * len(sizes)
+    patterns = header.frozen.patterns(sizes) if header.frozen is not None else None
+    counts = [
+        (size - pruned - locked, kept - locked)
+        for size, (pruned, locked), (_, _, _, kept) in zip(sizes, frozen, header.layers, strict=True)
+    ]
+    masks: Masks = {}
+    for (name, shape, _, _), free in zip(header.layers, decode(words, counts), strict=True):
+        if patterns is not None:
+            pruned, locked = next(patterns)
+            locked[~(pruned | locked)] = free
+            free = locked
+        masks[name] = torch.from_numpy(free).view(shape)
+    return masks
+
+
+def _source(opened: Opened, given: Mapping[str, Tensor] | None) -> Pretrained | None:
+    """The pretrained tensors that the ticket needs, from the caller or from timm, found to be the right ones."""
+    header = opened.header
+    if not isinstance(header.start, PretrainedStart):
+        return None
+    model = header.metadata.get("model")
+    tag = header.start.tag
+    state = given if given is not None else fetch_pretrained(tag, model if isinstance(model, dict) else {})
+    layers = [(name, shape, dtype) for name, shape, dtype, _ in header.layers]
+    rest = [(name, shape, dtype) for name, shape, dtype, where in header.rest if where == "pretrained"]
+    used: State = {}
+    for name, shape, dtype in sorted(layers + rest):
+        found = state.get(name)
+        if found is None or list(found.shape) != shape or found.dtype != DTYPES[dtype]:
+            has = "none" if found is None else f"{list(found.shape)} {found.dtype}"
+            raise TicketError(f"needs the pretrained weights {tag!r}: {name} as {shape} {dtype}; those here have {has}")
+        used[name] = found.detach().cpu()
+    if digest(used) != header.start.sha256:
+        raise TicketError(
+            f"needs other pretrained weights than these: the hash of its tensors of {tag!r} does not match. They were "
+            "changed since, or are of another tag; give the right ones: load_ticket(path, pretrained=state)"
+        )
+    return Pretrained(tag, used)
+
+
+def _unpack_values(opened: Opened, masks: Masks, source: Pretrained | None) -> State:
+    header = opened.header
+    begun: dict[str, int] = {}
+    values: State = {}
+
+    def take(dtype: str, count: int) -> Tensor:
+        stored = _stored(header, dtype)
+        start = begun.get(stored, 0)
+        begun[stored] = start + count
+        return opened.tensors[f"values.{stored}"][start : start + count].to(DTYPES[dtype])
+
+    if isinstance(header.start, SeedStart):
+        shapes, kept = [shape for _, shape, _, _ in header.layers], [kept for _, _, _, kept in header.layers]
+        for name, weight in zip(masks, drawn(header.start, shapes, kept), strict=True):
+            values[name] = weight.masked_fill_(~masks[name], 0)
+    for name, shape, dtype, kept in header.layers:
+        if source is not None:
+            values[name] = masked(name, source.state[name], masks)
+        elif name not in values:
+            values[name] = torch.zeros(shape, dtype=DTYPES[dtype])
+            values[name][masks[name]] = take(dtype, kept)
+    for name, shape, dtype, where in header.rest:
+        if where == "stored":
+            values[name] = take(dtype, math.prod(shape)).view(shape).clone()
+        elif source is not None and where == "pretrained":
+            values[name] = source.state[name].clone()
+        else:
+            values[name] = _repeated(dtype, where).expand(shape).clone()
+    return values

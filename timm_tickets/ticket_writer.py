@@ -1,0 +1,214 @@
+"""Writing a ticket's file: what of its start can be left out, and the rest packed as ticket_header.py says."""
+
+import zlib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .coding import encode
+from .files import replacing
+from .masks import Masks
+from .settings import SettingError, TicketError
+from .starts import Frozen, Origin, Pretrained, PretrainedStart, SeedStart, Start, State, ValuesStart, digest, drawn
+from .ticket_header import (
+    DTYPES,
+    FORMAT,
+    KEY,
+    WEIGHTS_PER_BYTE,
+    Envelope,
+    Header,
+    dtype_name,
+    fingerprint,
+    header_limit,
+    masked,
+    narrows,
+)
+
+_HALVES = ("float16", "bfloat16")
+
+
+def write(
+    path: Path,
+    masks: Masks,
+    state: State,
+    metadata: dict[str, Any],
+    pretrained: Pretrained | None = None,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Write a ticket's parts to a temporary file, then rename it.
+
+    Args:
+        path: Where to.
+        masks: Bool, on the CPU.
+        state: The whole state dict on the CPU, zero where pruned.
+        metadata: JSON types.
+        pretrained: The pretrained weights the state was made from, where that is so.
+        dtype: None, ``float16`` or ``bfloat16``: what stored values of wider floating-point dtypes are rounded to.
+
+    Returns:
+        What rounding lost: its dtype, the largest absolute and relative error; empty where nothing was rounded.
+
+    Raises:
+        OSError: It could not be written; a file that stood there before is untouched.
+        SettingError: Another dtype.
+        TicketError: No masks, a tensor of a dtype that tickets do not know, or a value that is not finite once rounded.
+    """
+    if dtype not in (None, *_HALVES):
+        raise SettingError(f"dtype: {dtype!r} is not valid; it is None, for values as they are, or {_HALVES}")
+    if not any(mask.numel() for mask in masks.values()):
+        raise TicketError("a ticket without masks cannot be saved; make it with a pruner or Ticket.of")
+    names = {name: dtype_name(value) for name, value in state.items()}
+    origin = Origin.of(metadata)
+    patterns, freezing = _frozen(origin, masks)
+    start = _start(origin, masks, state, pretrained)
+    rounding = _Rounding(dtype)
+    parts: dict[str, list[Tensor]] = {}
+    rebuilt, rest = dict(state), []
+    for name, mask in masks.items():
+        if isinstance(start, ValuesStart):
+            rebuilt[name] = rounding.put(name, state[name][mask], parts, state[name].shape, mask)
+    for name, value in state.items():
+        if name in masks:
+            continue
+        where = _constant(value)  # first: a new head's zero bias is timm's start too, but of no pretrained weights
+        if where is None and pretrained and isinstance(start, PretrainedStart):
+            where = "pretrained" if _same(value, pretrained.state.get(name)) else None
+        if where is None:
+            where = "stored"
+            rebuilt[name] = rounding.put(name, value.flatten(), parts, value.shape)
+        rest.append((name, list(value.shape), names[name], where))
+    if isinstance(start, PretrainedStart) and pretrained:
+        used = sorted([*masks, *(name for name, _, _, where in rest if where == "pretrained")])
+        start.sha256 = digest({name: pretrained.state[name].cpu() for name in used})
+    free = [mask.flatten().numpy()[~frozen] for mask, frozen in zip(masks.values(), patterns, strict=True)]
+    lost = rounding.lost()
+    header = Header(
+        layers=[(name, list(mask.shape), names[name], int(mask.sum())) for name, mask in masks.items()],
+        rest=rest,
+        start=start,
+        frozen=freezing,
+        stored_as=dtype if lost else None,  # pyright: ignore[reportArgumentType] - checked above
+        fingerprint=fingerprint(masks, rebuilt),
+        metadata={**metadata, "rounding": lost} if lost else metadata,
+    )
+    tensors = {f"values.{name}": torch.cat(values) for name, values in parts.items()}
+    tensors["masks"] = _bytes(encode(free).astype("<u4").tobytes())
+    tensors["header"] = _bytes(_compressed(header))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    short = -(-sum(value.numel() for value in state.values()) // WEIGHTS_PER_BYTE) - size
+    if short > 0:
+        tensors["padding"] = torch.zeros(short, dtype=torch.uint8)
+    envelope = Envelope(format=FORMAT, writer=version("timm-tickets"))
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {KEY: envelope.model_dump_json()})
+    return lost
+
+
+class _Rounding:
+    """Puts values among those to store, rounded to a narrower dtype where that is asked, and measures the loss."""
+
+    def __init__(self, dtype: str | None):
+        self.dtype = dtype
+        self.rounded = False
+        self.absolute = self.relative = 0.0
+
+    def put(
+        self, name: str, value: Tensor, parts: dict[str, list[Tensor]], shape: Any, mask: Tensor | None = None
+    ) -> Tensor:
+        """Store flat values; returns what will be read back, in its shape."""
+        low = value
+        if self.dtype is not None and narrows(value.dtype):
+            low = value.to(DTYPES[self.dtype])
+            self.rounded = True
+        parts.setdefault(dtype_name(low), []).append(low)
+        back = low.to(value.dtype)
+        if low is not value and value.numel():
+            if not torch.equal(back.isfinite(), value.isfinite()):
+                raise TicketError(
+                    f"dtype: {name} holds values too large for {self.dtype}; save it as bfloat16, or as it is"
+                )
+            error, size = (back - value).abs().double(), value.abs().double()
+            self.absolute = max(self.absolute, float(error.nan_to_num(0).max()))
+            self.relative = max(self.relative, float((error / size).nan_to_num(0, posinf=0).max()))
+        if mask is None:
+            return back.view(shape)
+        out = torch.zeros(shape, dtype=value.dtype)
+        out[mask] = back
+        return out
+
+    def lost(self) -> dict[str, Any]:
+        if not self.rounded:
+            return {}
+        return {"dtype": self.dtype, "max_absolute_error": self.absolute, "max_relative_error": self.relative}
+
+
+def _start(origin: Origin, masks: Masks, state: State, pretrained: Pretrained | None) -> Start:
+    """The start that can be left out of the file: its weights, made again, equal the kept ones bit for bit."""
+    if pretrained is not None and all(
+        _same(state[name], None if name not in pretrained.state else masked(name, pretrained.state[name].cpu(), masks))
+        for name in masks
+    ):
+        return PretrainedStart(tag=pretrained.tag, sha256="")
+    if origin.start == "seed" and origin.seed is not None and origin.weights is not None:
+        start = SeedStart(seed=origin.seed, weights=origin.weights, scale=origin.scale)
+        shapes, kept = [mask.shape for mask in masks.values()], [int(mask.sum()) for mask in masks.values()]
+        if all(
+            _same(state[name], weight.masked_fill_(~masks[name], 0))
+            for name, weight in zip(masks, drawn(start, shapes, kept), strict=True)
+        ):
+            return start
+    return ValuesStart()
+
+
+def _frozen(origin: Origin, masks: Masks) -> tuple[list[np.ndarray], Frozen | None]:
+    """For each layer which weights were not free, if the masks are as the freezing pattern says; else none was not."""
+    flat = [mask.flatten().numpy() for mask in masks.values()]
+    nothing = [np.zeros(len(mask), dtype=np.bool_) for mask in flat]
+    counts, sizes = origin.frozen, [len(mask) for mask in flat]
+    if counts is None or origin.seed is None or len(counts) != len(flat):
+        return nothing, None
+    if any(sum(pair) > size for pair, size in zip(counts, sizes, strict=True)):
+        return nothing, None
+    found = Frozen(seed=origin.seed, counts=counts)
+    out = []
+    for mask, (pruned, locked) in zip(flat, found.patterns(sizes), strict=True):
+        if (mask & pruned).any() or not mask[locked].all():
+            return nothing, None
+        out.append(pruned | locked)
+    return out, found
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit."""
+    if other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (one, other))
+    return torch.equal(one, other)
+
+
+def _constant(value: Tensor) -> str | None:
+    """The bytes, in hexadecimal, of the one value that a tensor repeats; None where it holds several."""
+    if value.numel() == 0:
+        return None
+    rows = value.contiguous().flatten().view(torch.uint8).view(value.numel(), -1)
+    return bytes(rows[0].tolist()).hex() if bool((rows == rows[0]).all()) else None
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+
+
+def _compressed(header: Header) -> bytes:
+    text = header.model_dump_json().encode()
+    data = zlib.compress(text, 9)
+    if len(text) > header_limit(len(data)):
+        raise TicketError(
+            f"the ticket's header has {len(text):,} bytes, more than the {header_limit(len(data)):,} that are read "
+            "back; keep less in its metadata"
+        )
+    return data
