@@ -49,6 +49,7 @@ def fresh(seed):
     return timm.create_model("test_resnet", num_classes=10)
 
 
+@pytest.mark.filterwarnings("ignore:jackpot")  # these weights are the test's own, not timm's
 @pytest.mark.parametrize("name", SETTINGS)
 def test_scores_beat_the_same_scores_shuffled(digits, name, capsys):
     found, shuffled = [], []

@@ -225,7 +225,8 @@ def trained(model):
 
 def test_a_jackpot_keeps_layer_densities_and_pretrained_values(trained):
     before = {name: value.clone() for name, value in trained.state_dict().items()}
-    pruner = tt.create_pruner("jackpot", trained, sparsity=0.9)
+    with pytest.warns(UserWarning, match=r"not the weights of timm's test_resnet\.r160_in1k as stored"):
+        pruner = tt.create_pruner("jackpot", trained, sparsity=0.9)
     run = next(pruner)
     first = pruner.subnet.mask
     by_magnitude = tt.create_pruner(
@@ -255,6 +256,19 @@ def test_a_jackpot_keeps_layer_densities_and_pretrained_values(trained):
         ):
             assert torch.equal(value, before[name]), name  # affine and biases are frozen
     assert not torch.equal(ticket.values["fc.weight"], before["fc.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:jackpot")
+@pytest.mark.parametrize("train_classifier", [True, False])
+def test_a_jackpots_classifier_trains_where_it_is_new(trained, train_classifier):
+    pruner = tt.create_pruner("jackpot", trained, sparsity=0.9, train_classifier=train_classifier)
+    before = trained.fc.weight.detach().clone()
+    run = next(pruner)
+    optimizer = run.attach(torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], 0.1))
+    run.batches_per_epoch = 1
+    run.loss(nn.functional.cross_entropy, trained(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
+    optimizer.step()
+    assert torch.equal(trained.fc.weight, before) != train_classifier
 
 
 def test_a_jackpot_on_an_untrained_model_warns(model):

@@ -168,6 +168,16 @@ def cached_pretrained(tag: str, model: Mapping[str, Any]) -> Pretrained | None:
     return Pretrained(tag, _built(tag, model, pretrained_cfg_overlay=overlay))
 
 
+def is_pretrained(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether parameters of a model are those of its timm tag bit for bit, as far as this machine has these."""
+    tag = pretrained_tag(model)
+    found = None if tag is None else cached_pretrained(tag, {"num_classes": getattr(model, "num_classes", None)})
+    if found is None:
+        return False
+    state = model.state_dict()
+    return all(name in found.state and torch.equal(state[name].cpu(), found.state[name]) for name in names)
+
+
 def fetch_pretrained(tag: str, model: Mapping[str, Any]) -> State:
     """Pretrained weights by timm's name, downloaded by timm where they are not stored yet.
 

@@ -18,7 +18,7 @@ from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Run
 from ..scores import magnitude
-from ..starts import pretrained_tag
+from ..starts import is_pretrained, pretrained_tag
 from ..subnet import Subnet
 
 
@@ -43,6 +43,9 @@ class Jackpot(Method):
         float, Field(gt=0, le=1, description="first score of what magnitude prunes; 1 is the rest's")
     ] = 0.99
     weight_decay: Annotated[float, Field(ge=0, description="weight decay of the scores")] = 5e-4
+    train_classifier: Annotated[
+        bool, Field(description="train the classifier, as a new one must be; false where it was trained before")
+    ] = True
 
     def prepare_(self, subnet: Subnet) -> None:
         """Freeze everything but scores and classifier, and put gates before the weights."""
@@ -52,7 +55,13 @@ class Jackpot(Method):
                 "jackpot is searched in pretrained weights (pretrained=True, or a checkpoint)",
                 stacklevel=5,
             )
-        heads = tuple(f"{name}." for name in classifier_names(subnet.model))
+        elif not is_pretrained(subnet.model, subnet.names):
+            warnings.warn(
+                f"jackpot: these are not the weights of timm's {pretrained_tag(subnet.model) or 'pretrained models'} as "
+                "stored on this machine; the search goes on, and its ticket will hold the kept weights, not a tag",
+                stacklevel=5,
+            )
+        heads = tuple(f"{name}." for name in classifier_names(subnet.model) if self.train_classifier)
         subnet.freeze_(p for name, p in subnet.model.named_parameters() if not name.startswith(heads))
         subnet.freeze_(subnet.parameters().values())
         full = full_masks(subnet.weights())
