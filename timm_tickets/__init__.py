@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .run import End, Rewind, Run
     from .settings import SettingError, TrainingError
     from .subnet import Subnet
+    from .task import TicketTask
     from .ticket import Ticket, TicketError, load_ticket
     from .tweak import Tweak, Tweaks
 
@@ -41,6 +42,7 @@ _MODULES = {
     "experiment": ("search", "train"),
     "settings": ("SettingError", "TrainingError"),
     "subnet": ("Subnet",),
+    "task": ("TicketTask",),
     "ticket": ("Ticket", "TicketError", "load_ticket"),
     "tweak": ("Tweak", "Tweaks"),
 }
@@ -58,6 +60,7 @@ __all__ = [  # noqa: RUF022 - grouped by module, as above
     "search", "train",
     "SettingError", "TrainingError",
     "Subnet",
+    "TicketTask",
     "Ticket", "TicketError", "load_ticket",
     "Tweak", "Tweaks",
 ]  # fmt: skip
