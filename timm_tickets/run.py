@@ -146,6 +146,13 @@ class Run:
         """Fraction of the run that is done, in [0, 1]: `position` over `epochs`."""
         return min(1.0, self.position / self.epochs)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every batch of the run was taken, one whose step a gradient scaler has left out included."""
+        if self.batches_per_epoch is None:
+            return False
+        return self.position + self._pending / self.batches_per_epoch > self.epochs - 1e-6
+
     def attach(self, optimizer: Any, reset: bool = True) -> Any:
         """Start the run on an optimizer: its state cleared, earlier hooks gone, pruned weights held at exactly zero.
 

@@ -33,7 +33,11 @@ class TicketTask(ClassificationTask):
     One training is one run. A pruner that cuts before training (``magnitude``, ``random``) asks for none: its ticket is
     what is trained. A pruner of one run (``gradual``, ``set``, ``rigl``) is done with the training. One of several
     (``imp``, ``colt``) is chained by its folder: each call of train.py with the same folder trains the next run, and
-    the call after the last trains the ticket. Validation stays train.py's, over all classes.
+    the call after the last trains the ticket. A run is written down with the first checkpoint after its last epoch.
+    Rewound to a later epoch, runs want ``--start-epoch``. Validation stays train.py's, over all classes.
+
+    Weight-standardised layers (NFNet, BiT, hybrid ViT) are the exception to plain checkpoints: their pruned weights are
+    zero in the file, but a plain timm model standardises them away from zero; apply the ticket before it is loaded.
 
     Args:
         model: The model to train, as timm created it; before ``torch.compile`` and DDP.
@@ -67,8 +71,12 @@ class TicketTask(ClassificationTask):
         self._attached = False
         self._averaged = -1  # the change of the mask that the EMA has seen
         if self.verbose:
-            what = f"{self.run.name} of a search" if self.run is not None else "a ticket"
-            _logger.info(f"{type(self).__name__}: trains {what}, sparsity {self.sparsity:.4f}")
+            what = "a ticket" if self.run is None else f"{self.run.name} of a search"
+            late = self.run is not None and self.run.start_epoch > 0
+            start = (
+                f", from epoch {self.run.start_epoch:g} of its schedule (--start-epoch)" if late and self.run else ""
+            )
+            _logger.info(f"{type(self).__name__}: trains {what}, sparsity {self.sparsity:.4f}{start}")
 
     @property
     def sparsity(self) -> float:
@@ -150,8 +158,7 @@ class TicketTask(ClassificationTask):
         else:
             self.subnet.apply_()
             # train.py has no other hook after its last epoch; it may train on (cooldown), then it is written again.
-            if self._attached and self.run is not None and self.run.progress >= 1:
-                assert self.pruner is not None
+            if self.run is not None and self.pruner is not None and self.run.complete:
                 self.pruner.record_()
         return super().get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
 
