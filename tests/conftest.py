@@ -32,3 +32,6 @@ def unregister():
     yield
     for kind, classes in zip(kinds, before, strict=True):
         kind.classes = classes
+
+
+collect_ignore_glob = ["scripts/*"]  # scripts run when imported; tests/test_scripts.py runs them

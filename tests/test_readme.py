@@ -24,7 +24,7 @@ def test_the_loop_the_ticket_and_the_new_pruner_work_as_written(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     data = TensorDataset(torch.randn(16, 3, 32, 32), torch.arange(16) % 10)
     names = {"loader": DataLoader(data, batch_size=8), "criterion": torch.nn.CrossEntropyLoss()}
-    loop, load, tweaks, method = BLOCKS
+    loop, load, tweaks, task, method = BLOCKS
     assert len(loop.strip().splitlines()) <= 16
     exec(small(loop), names)
     ticket = tt.load_ticket("test_resnet.ticket")
@@ -37,6 +37,12 @@ def test_the_loop_the_ticket_and_the_new_pruner_work_as_written(tmp_path, monkey
         names["criterion"](names["model"](images), labels).backward()
         names["optimizer"].step()
     assert not any(module._forward_hooks for module in names["model"].modules())
+    assert all(not names["model"].get_parameter(name)[~mask].any() for name, mask in ticket.masks.items())
+    names |= {"device": torch.device("cpu"), "loader_train": names["loader"]}
+    exec(small(task), names)
+    for images, labels in names["loader_train"]:
+        names["task"].train()(images, labels)["loss"].backward()
+        names["optimizer"].step()
     assert all(not names["model"].get_parameter(name)[~mask].any() for name, mask in ticket.masks.items())
     exec(method, names)
     pruner = tt.create_pruner("train_then_prune", names["model"], sparsity=0.5)

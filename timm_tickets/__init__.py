@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .settings import SettingError, TrainingError
     from .starts import Pretrained
     from .subnet import Subnet
+    from .task import TicketTask
     from .ticket import Ticket, TicketError, load_ticket
     from .ticket_size import weigh
     from .tweak import Tweak, Tweaks
@@ -51,6 +52,7 @@ _MODULES = {
     "settings": ("SettingError", "TrainingError"),
     "starts": ("Pretrained",),
     "subnet": ("Subnet",),
+    "task": ("TicketTask",),
     "ticket": ("Ticket", "TicketError", "load_ticket"),
     "ticket_size": ("weigh",),
     "tweak": ("Tweak", "Tweaks"),
@@ -72,6 +74,7 @@ __all__ = [  # noqa: RUF022 - grouped by module, as above
     "SettingError", "TrainingError",
     "Subnet", "Pretrained",
     "Ticket", "TicketError", "load_ticket", "weigh",
+    "TicketTask",
     "Tweak", "Tweaks",
 ]  # fmt: skip
 

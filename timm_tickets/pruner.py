@@ -43,6 +43,7 @@ class Pruner(Iterator[Run]):
         runs_done: Runs that have ended, replayed ones included.
         rounds_done: Rounds that have ended.
         trained_dense: Whether a run trained the whole network on everything.
+        run: The run that was asked for last and has not ended; None before the first and after the last.
     """
 
     def __init__(self, method: Method, model: nn.Module, folder: str | Path | None = None):
@@ -55,6 +56,7 @@ class Pruner(Iterator[Run]):
         self.replayed: list[str] = []
         self.runs_done = self.rounds_done = 0
         self.trained_dense = False
+        self.run: Run | None = None
         self.metadata: dict[str, Any] = {
             "model": described,
             "pruner": method.described(),
@@ -97,6 +99,65 @@ class Pruner(Iterator[Run]):
             self._failure = error
             raise
 
+    def mask_(self, other: nn.Module) -> None:
+        """Zero in another copy of the model, such as its moving average, what is pruned now.
+
+        Call it before the copy is used or saved: an average that began before its model was pruned keeps a residue of
+        the pruned weights.
+
+        Args:
+            other: A model of the same architecture, wrapped or not.
+        """
+        self._start()
+        self.subnet.mask_(other)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint within a run must hold besides model and optimizer: tensors and primitives.
+
+        This and `load_state_dict` are what ``Accelerator.register_for_checkpointing`` wants. Finished runs are not in
+        it; they are in the folder.
+
+        Raises:
+            SettingError: The search has several runs and no folder.
+        """
+        if self.run is None:
+            return {"run": None}
+        if self.folder is None and self.runs != 1:
+            raise SettingError(
+                f"folder: a checkpoint of {self.method.name} holds only the run that is being trained; create the "
+                "pruner with a folder, where those before it are written down"
+            )
+        start = self.first_state if self.folder is None else None
+        return {"run": self.run.name, "start": start, "progress": self.run.progress_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on within a run; after `Run.attach`, which clears the optimizer, and with the model's state loaded.
+
+        Raises:
+            RuntimeError: No run is attached.
+            ValueError: The checkpoint is of another run than the one asked for.
+        """
+        if state["run"] is None:
+            return
+        if self.run is None or self.run.optimizer is None:
+            raise RuntimeError(
+                "the checkpoint is from within a run, and none is attached; load it inside `for run in pruner:`, "
+                "after `run.attach(optimizer)`"
+            )
+        if state["run"] != self.run.name:
+            raise ValueError(
+                f"the checkpoint is from within {state['run']}, the search is at {self.run.name}; load the checkpoint "
+                "of that run, or none to train it from its beginning, and use the folder of that search"
+            )
+        if state["start"] is not None:
+            self.subnet.start = self.first_state = state["start"]
+        self.run.load_progress_(state["progress"])
+
+    def record_(self) -> None:
+        """Write down the present run as it is now, for a later process to go on from; this one may train it on."""
+        if self.run is not None:
+            self._write(self.run, self.run.end())
+
     def _start(self) -> None:
         # A pruner without runs has its ticket without being iterated.
         self._fail_again()
@@ -138,7 +199,9 @@ class Pruner(Iterator[Run]):
                         subnet.load_(base)
                         subnet.load_scores_(scores)
                     run.begin_()
+                    self.run = run
                     yield run
+                    self.run = None
                     end = run.finish_()
                     check_same_everywhere(f"the mask of {run.name}", digest(end.mask))
                     self._write(run, end)

@@ -146,7 +146,14 @@ class Run:
         """Fraction of the run that is done, in [0, 1]: `position` over `epochs`."""
         return min(1.0, self.position / self.epochs)
 
-    def attach(self, optimizer: Any) -> Any:
+    @property
+    def complete(self) -> bool:
+        """Whether every batch of the run was taken, one whose step a gradient scaler has left out included."""
+        if self.batches_per_epoch is None:
+            return False
+        return self.position + self._pending / self.batches_per_epoch > self.epochs - 1e-6
+
+    def attach(self, optimizer: Any, reset: bool = True) -> Any:
         """Start the run on an optimizer: its state cleared, earlier hooks gone, pruned weights held at exactly zero.
 
         Its hyper-parameters stay as they are, but for a learning rate that a schedule has moved: it returns to where
@@ -154,6 +161,8 @@ class Run:
 
         Args:
             optimizer: A torch optimizer over the model's parameters, or Accelerate's wrapper of one.
+            reset: Whether to clear its state and put the learning rate back; False for one that is fresh, or holds
+                the state of this very run from a checkpoint.
 
         Returns:
             The same optimizer.
@@ -161,7 +170,8 @@ class Run:
         self.optimizer = plain_optimizer(optimizer)
         if self.subnet.gates:
             separate_(self.optimizer, [gate.score for gate in self.subnet.gates.values()], self.weight_decay)
-        reset_(self.optimizer)
+        if reset:
+            reset_(self.optimizer)
         self.subnet.hold_(optimizer, self._stepped)
         return optimizer
 
@@ -249,6 +259,14 @@ class Run:
         self.subnet.release_()
         if self.tweaks is not None:
             self.tweaks.remove_()
+        return self.end()
+
+    def end(self) -> End:
+        """What the run would end with now; it may go on.
+
+        Raises:
+            TrainingError: A weight or buffer is not finite.
+        """
         self.settle_()
         self.subnet.apply_()
         state = self.subnet.state()
@@ -260,7 +278,7 @@ class Run:
         if self.step == 0:
             warnings.warn(
                 f"{self.name} ended without an optimizer step; train it on the optimizer that `run.attach` returns",
-                stacklevel=4,
+                stacklevel=5,
             )
         # Read from each process's own batches, past DDP's reduction.
         gathered = mean_over_processes(self.scores)
@@ -273,7 +291,7 @@ class Run:
                 warnings.warn(
                     f"{self.name} ended after {self.step} steps without passing its rewind point {self.rewind!r}"
                     f"{hint}; its last state is used instead, and later runs train their whole schedule from it",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 self._taken = state, 0.0
             end.rewind, end.rewind_epoch = self._taken

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from .gates import Gate
 from .masks import Masks, Scores, full_masks, sparsity
 from .standardised import masked_
-from .wrappers import StepHook, plain_model, plain_optimizer
+from .wrappers import SlowHook, StepHook, plain_model, plain_optimizer
 
 State = dict[str, Tensor]
 
@@ -41,6 +41,7 @@ class Subnet:
             checks it bit for bit before it leaves a value out.
         dense_gradients: The last step's gradients before they were masked, by name, while `tap` is set.
         tap: Whether to keep them: a method that grows weights sets it for the step before it looks.
+        changes: How often the mask was set: whoever keeps a copy of the model masks that again when it grows.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
@@ -50,6 +51,7 @@ class Subnet:
         self.notes: list[dict[str, Any]] = []
         self.origin: dict[str, Any] = {}
         self.tap = False
+        self.changes = 0
         self.dense_gradients: dict[str, Tensor] = {}
         self.gates: dict[str, Gate] = {}
         layers = {name: masked_(self.model.get_submodule(name.rpartition(".")[0])) for name in self.names}
@@ -96,6 +98,7 @@ class Subnet:
             layer.prune_mask.copy_(self._mask[name])
         for name, held in self._held.items():
             held.copy_(self._mask[name])
+        self.changes += 1
         self.apply_()
 
     @torch.no_grad()
@@ -105,6 +108,16 @@ class Subnet:
             if name in self.gates:
                 continue
             weight.masked_fill_(~self._mask[name].to(weight.device), 0)
+
+    def mask_(self, other: nn.Module) -> None:
+        """Zero in another copy of the model, such as its moving average, what is pruned here now.
+
+        Raises:
+            RuntimeError: The masks are still being learned behind gates, which the copy has too.
+        """
+        if self.gates:
+            raise RuntimeError("mask_: the masks are still being learned; mask the copy when the search has ended")
+        Subnet(other, self.names).set_mask_(self.mask)  # standardised layers hold their masks themselves
 
     def state(self) -> State:
         """A copy of the whole state dict under timm's names, contiguous, on the CPU; weights as before their gates."""
@@ -224,6 +237,8 @@ class Subnet:
                 weight.mul_(self._held_on(weight.device, name))
 
         hooks.append(plain_optimizer(optimizer).register_step_post_hook(mask_weights))
+        # Slow weights remember what a mask that has since moved let through.
+        hooks.append(SlowHook(optimizer, mask_weights))
         if after_step is not None:
             hooks.append(StepHook(optimizer, after_step))
         _hooks[self.model] = hooks

@@ -292,8 +292,7 @@ class Trainer:
         if ema is not None:
             model = ema.module
             # The average started dense; what is pruned now must not show in what is scored.
-            averaged = Subnet(model, run.subnet.names)
-            averaged.set_mask_(run.subnet.mask)
+            run.subnet.mask_(model)
         model.eval()
         sums = torch.zeros(3, device=self.accelerator.device, dtype=torch.float64)
         for images, target in subset_of(loader, Selection(run.classes)):

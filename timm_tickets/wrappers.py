@@ -98,6 +98,31 @@ class StepHook:
             self._lookahead.__dict__.pop("step", None)
 
 
+class SlowHook:
+    """Calls a function each time timm's Lookahead has moved the weights to its slow ones, until removed.
+
+    That happens after the step of the optimizer inside it, and in ``sync_lookahead`` without any step.
+    """
+
+    def __init__(self, optimizer: Any, call: Callable[[], None]):
+        while (inner := getattr(optimizer, "optimizer", None)) is not None:  # Accelerate's
+            optimizer = inner
+        self._lookahead = optimizer if hasattr(optimizer, "update_slow") else None
+        if self._lookahead is None:
+            return
+        update = type(optimizer).update_slow
+
+        def updated(group: Any) -> None:
+            update(optimizer, group)
+            call()
+
+        optimizer.update_slow = updated
+
+    def remove(self) -> None:
+        if self._lookahead is not None:
+            self._lookahead.__dict__.pop("update_slow", None)
+
+
 # State that an optimizer's constructor made: there to be made again.
 _made: WeakKeyDictionary[Optimizer, dict[Tensor, dict[str, Any]]] = WeakKeyDictionary()
 
