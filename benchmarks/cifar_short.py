@@ -25,13 +25,13 @@ import timm_tickets as tt
 SHORTER = {
     "colt": (
         "colt_cifar10_resnet18",
-        ["model.model=cifar_resnet20", "pruner.sparsity=0.6", "training.batch_size=128", "training.warmup_epochs=0"],
+        ["model.model=cifar_resnet20", "pruner.sparsity=0.45", "training.batch_size=128", "training.warmup_epochs=0"],
     ),
     "continuous_sparsification": (
         "continuous_sparsification_cifar10_resnet20",
         ["pruner.rounds=2", "pruner.rewind=100it", "pruner.meet=top", "pruner.sparsity=0.6"],
     ),
-    "frozen_slt": ("frozen_slt_cifar10_conv6", ["model.model=cifar_conv4", "model.model_kwargs={bias: false}"]),
+    "frozen_slt": ("frozen_slt_cifar10_conv6", []),
     "jackpot": ("jackpot_cifar10_resnet32x2", ["model.model=cifar_resnet20", "training.batch_size=128"]),
 }
 DENSE = "dense_cifar10_resnet32x2"

@@ -1,7 +1,7 @@
 """Tickets found on one task and trained on another, both ways, with their controls; one command, resumable.
 
-    python benchmarks/transfer_table.py [--tasks digits|cifar10] [--seeds 3] [--sparsity 0.9] [--jobs 2]
-                                        [--data-dir DIR] [--output output/transfer_table]
+    python benchmarks/transfer_table.py [--tasks digits|cifar10] [--seeds 3] [--sparsity 0.95] [--jobs 2]
+                                        [--prune-rate 0.5] [--data-dir DIR] [--output output/transfer_table]
 
 ``digits``: scikit-learn's digits 0 to 4 and 5 to 9, recipe `digits_imp`. ``cifar10``: the classes 0 to 4 and 5 to 9 of
 an image folder of CIFAR-10 (``--data-dir`` holds ``train`` and ``test``), recipe `digits_imp` with its data exchanged.
@@ -54,11 +54,13 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sparsity", type=float, default=0.95)
+    parser.add_argument("--prune-rate", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("output/transfer_table"))
     args = parser.parse_args()
-    common = [f"training.epochs={args.epochs}", f"pruner.sparsity={args.sparsity}", "pruner.prune_rate=0.5"]
+    common = [f"training.epochs={args.epochs}", f"pruner.sparsity={args.sparsity}"]
+    common += [f"pruner.prune_rate={args.prune_rate}"]
     if args.tasks == "cifar10":
         data = ["dataset=folder", f"data_dir={args.data_dir}", "mean=[0.4914,0.4822,0.4465]", "std=[0.247,0.243,0.262]"]
         common += [*(f"data.{one}" for one in (*data, "hflip=0.5")), "training.batch_size=256", "training.lr=0.1"]
@@ -73,8 +75,8 @@ def main() -> None:
         cells = {key: future.result() for key, future in waiting.items()}
     versions = f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
     lines = [
-        f"{date.today()}, {versions}; {args.tasks}, test_resnet, sparsity {args.sparsity}, {args.epochs} epochs a run, "
-        f"{args.seeds} seeds, test top-1 on the target",
+        f"{date.today()}, {versions}; {args.tasks}, test_resnet, sparsity {args.sparsity} by IMP, {args.prune_rate} a "
+        f"round, {args.epochs} epochs a run, {args.seeds} seeds, test top-1 on the target",
         "",
         "| | " + " | ".join(f"{a} to {b}" for a, b in (tuple(HALVES), tuple(HALVES)[::-1])) + " |",
         "|---|---|---|",

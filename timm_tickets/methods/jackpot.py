@@ -56,12 +56,13 @@ class Jackpot(Method):
                 stacklevel=5,
             )
         elif not is_pretrained(subnet.model, subnet.names):
+            tag = pretrained_tag(subnet.model) or "pretrained models"
             warnings.warn(
-                f"jackpot: these are not the weights of timm's {pretrained_tag(subnet.model) or 'pretrained models'} as "
-                "stored on this machine; the search goes on, and its ticket will hold the kept weights, not a tag",
+                f"jackpot: these are not the weights of timm's {tag} as stored on this machine; the search goes on, and "
+                "its ticket will hold the kept weights, not a tag",
                 stacklevel=5,
             )
-        heads = tuple(f"{name}." for name in classifier_names(subnet.model) if self.train_classifier)
+        heads = tuple(f"{name}." for name in (classifier_names(subnet.model) if self.train_classifier else ()))
         subnet.freeze_(p for name, p in subnet.model.named_parameters() if not name.startswith(heads))
         subnet.freeze_(subnet.parameters().values())
         full = full_masks(subnet.weights())
