@@ -58,7 +58,7 @@ class Jackpot(Method):
         elif not is_pretrained(subnet.model, subnet.names):
             tag = pretrained_tag(subnet.model) or "pretrained models"
             warnings.warn(
-                f"jackpot: these are not the weights of timm's {tag} as stored on this machine; the search goes on, and "
+                f"jackpot: these are not the weights of timm's {tag} as stored on this machine; it goes on, and "
                 "its ticket will hold the kept weights, not a tag",
                 stacklevel=5,
             )
