@@ -7,7 +7,7 @@ of an epoch goes on exactly as one that was never stopped.
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -208,7 +208,7 @@ class Trainer:
             progress.say(f"{run.name} goes on after {done['epoch']} of {run.epochs} epochs")
         elif run.tweaks is not None:
             set_seed(seed_from(self.seed, run.index))
-            run.tweaks.rescale_(run.subnet.mask, (self._mixed(*batch) for batch in loader), self.criterion)
+            run.tweaks.rescale_(run.subnet.mask, _Through(loader, self._mixed), self.criterion)
         if scheduler is not None:
             scheduler.step(done["epoch"])
             scheduler.step_update(update)
@@ -348,6 +348,16 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         return saved["done"]
+
+
+class _Through:
+    """A loader's batches, changed by a function; anew each time it is gone through."""
+
+    def __init__(self, loader: Any, change: Callable[..., Any]):
+        self.loader, self.change = loader, change
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.change(*batch) for batch in self.loader)
 
 
 class _Watch:
