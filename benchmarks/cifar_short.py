@@ -21,6 +21,11 @@ import torch
 from rich.console import Console
 
 import timm_tickets as tt
+from timm_tickets.build import build_model
+from timm_tickets.data import Data
+from timm_tickets.run import Run
+from timm_tickets.subnet import Subnet
+from timm_tickets.trainer import Trainer
 
 SHORTER = {
     "colt": (
@@ -71,7 +76,7 @@ def one_method(name: str, data: Path, epochs: int, output: Path) -> list[Row]:
     masks = tt.shuffled_masks(found.ticket.masks, 0)
     ticket = tt.Ticket(masks, found.ticket.values, found.ticket.metadata)
     if name == "frozen_slt":  # never trained: the same random weights under another mask, given new statistics only
-        told("random mask, its layer counts", _scored(recipe, settings, ticket, folder / "random", console))
+        told("random mask, its layer counts", _scored(recipe, settings, ticket))
         return out
     (folder / "random").mkdir(parents=True, exist_ok=True)
     ticket.save(folder / "random" / "control.ticket")
@@ -83,15 +88,8 @@ def one_method(name: str, data: Path, epochs: int, output: Path) -> list[Row]:
     return out
 
 
-def _scored(
-    recipe: str, settings: list[str], ticket: tt.Ticket, folder: Path, console: Console
-) -> list[dict[str, Any]]:
+def _scored(recipe: str, settings: list[str], ticket: tt.Ticket) -> list[dict[str, Any]]:
     """A row for a ticket that is not trained."""
-    from timm_tickets.data import Data
-    from timm_tickets.run import Run
-    from timm_tickets.subnet import Subnet
-    from timm_tickets.trainer import Trainer, build_model
-
     loaded = tt.load_recipe(recipe, settings)
     data = Data(loaded.data)
     model = ticket.apply_(build_model(loaded, data.num_classes))

@@ -10,10 +10,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import timm_tickets as tt
+from timm_tickets.build import build_model, model_kwargs
 from timm_tickets.cli import app
 from timm_tickets.data import Data
 from timm_tickets.masks import full_masks
-from timm_tickets.trainer import Silent, Trainer, build_model, model_kwargs
+from timm_tickets.trainer import Silent, Trainer
 
 RECIPES = tt.list_recipes()
 CLASSES = {"digits": 10, "torch/cifar10": 10, "torch/cifar100": 100, "folder": 1000}

@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 
 from .adapt import recompute_batch_norm_
+from .build import build_model, model_kwargs
 from .data import Data
 from .files import is_writer, read_json, write_json
 from .masks import Masks, full_masks, prunable_names, shuffled_masks
@@ -26,7 +27,7 @@ from .run_folder import RESULT, check_folder, claim_folder, records
 from .settings import SettingError, unknown
 from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
-from .trainer import Trainer, build_model, model_kwargs
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)

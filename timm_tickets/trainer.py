@@ -8,36 +8,32 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
+from .build import building, criterion_of
 from .data import Data, loader_of
-from .files import is_writer, replacing, write_state
+from .files import replacing, write_state
 from .pruner import CHECKPOINT
 from .recipe import Recipe
-from .run import Run, not_finite
+from .run import Run
 from .seeds import seed_from
-from .settings import SettingError, TrainingError
-from .subnet import State, Subnet
+from .settings import SettingError
+from .subnet import Subnet
 from .subset import Selection, subset_of
-
-# On a GPU, asking whether a loss is finite waits for it: so ask only every so many steps.
-_CHECK_EVERY = 50
+from .watch import Watch
 
 
 class Progress(Protocol):
@@ -56,52 +52,6 @@ class Silent:
     def step(self) -> None: ...
     def epoch(self, epoch: int, metrics: dict[str, float]) -> None: ...
     def say(self, text: str) -> None: ...
-
-
-@contextmanager
-def building(what: str) -> Iterator[None]:
-    """Turn what timm, torch or Accelerate raise for a setting they do not accept into a `SettingError`.
-
-    These libraries check some settings only when used, each with an exception of its own.
-    """
-    try:
-        yield
-    except SettingError:
-        raise
-    except (RuntimeError, TypeError, ValueError, OSError, AssertionError, LookupError, ImportError) as error:
-        raise SettingError(f"{what} cannot be built as the recipe says: {type(error).__name__}: {error}") from error
-
-
-def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's timm model, its random start drawn from the recipe's seed.
-
-    Raises:
-        SettingError: timm cannot build it.
-    """
-    settings = recipe.model
-    if settings.num_classes is not None and settings.num_classes < num_classes:
-        raise SettingError(f"model.num_classes: {settings.num_classes} is too few; the data has {num_classes} classes")
-    set_seed(recipe.seed)
-    with building(f"model: {settings.model!r}"):
-        return timm.create_model(
-            settings.model,
-            pretrained=settings.pretrained,
-            checkpoint_path=settings.initial_checkpoint,
-            **model_kwargs(recipe, num_classes),
-        )
-
-
-def model_kwargs(recipe: Recipe, num_classes: int) -> dict[str, Any]:
-    """The keyword arguments that build the recipe's architecture again."""
-    settings = recipe.model
-    names = {"in_chans": settings.in_chans, "drop_rate": settings.drop, "drop_path_rate": settings.drop_path}
-    names |= {"global_pool": settings.gp}
-    given = {key: value for key, value in names.items() if value is not None}
-    # Models with a fixed input size are built for it; the others take no such argument.
-    config: Any = timm.get_pretrained_cfg(settings.model, allow_unregistered=True)
-    if recipe.data.img_size is not None and config is not None and config.fixed_input_size:
-        given["img_size"] = recipe.data.img_size
-    return {"num_classes": settings.num_classes or num_classes, **given, **settings.model_kwargs}
 
 
 class Trainer:
@@ -161,7 +111,7 @@ class Trainer:
                 label_smoothing=t.smoothing,
                 num_classes=data.num_classes,
             )
-        self.criterion = _criterion(t, self.mixup is not None)
+        self.criterion = criterion_of(t, self.mixup is not None)
 
     def fit(self, run: Run, folder: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
         """Train a run to its end, validate after every epoch, score the test set once.
@@ -213,7 +163,7 @@ class Trainer:
             scheduler.step(done["epoch"])
             scheduler.step_update(update)
         progress.begin(run, len(loader))
-        watch = _Watch(run, accelerator.device, folder)
+        watch = Watch(run, accelerator.device, folder)
         last_save = time.monotonic()
         for epoch in range(done["epoch"], run.epochs):
             seed = seed_from(self.seed, run.index, epoch)
@@ -358,52 +308,6 @@ class _Through:
 
     def __iter__(self) -> Iterator[Any]:
         return (self.change(*batch) for batch in self.loader)
-
-
-class _Watch:
-    """Remembers the first step whose loss was not finite, without waiting for the device at every step."""
-
-    def __init__(self, run: Run, device: torch.device, folder: Path | None):
-        self.run, self.folder, self.good = run, folder, run.subnet.state()
-        self.every = 1 if device.type == "cpu" else _CHECK_EVERY
-        self.first = torch.full((), -1, dtype=torch.int64, device=device)
-
-    def see(self, loss: Tensor) -> None:
-        bad = ~loss.detach().isfinite() & (self.first < 0)
-        self.first = torch.where(bad, self.run.step, self.first)
-        if self.run.step % self.every == 0:
-            self._check()
-
-    def keep(self, state: State) -> None:
-        """Check an epoch's end, and remember its state as the last good one."""
-        self._check()
-        if (name := not_finite(state)) is not None:
-            self._stop(f"{name} is not finite after step {self.run.step}")
-        self.good = state
-
-    def _check(self) -> None:
-        if (step := int(self.first)) >= 0:
-            self._stop(f"the loss is not finite at step {step}")
-
-    def _stop(self, what: str) -> None:
-        kept = ""
-        if self.folder is not None and is_writer():
-            path = self.folder / "last_good.safetensors"
-            with suppress(OSError):
-                write_state(path, self.good)
-                kept = f"; the weights at the end of the last good epoch are in {path}"
-        raise TrainingError(
-            f"{self.run.name}: {what} of the run{kept}. Finished rounds are kept. Lower training.lr or set "
-            "training.clip_grad, and begin again with --restart or another output"
-        )
-
-
-def _criterion(t: Any, soft: bool) -> nn.Module:
-    if t.bce_loss:
-        return BinaryCrossEntropy(smoothing=0.0 if soft else t.smoothing)
-    if soft:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(t.smoothing) if t.smoothing else nn.CrossEntropyLoss()
 
 
 def _be_deterministic() -> None:
