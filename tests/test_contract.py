@@ -29,7 +29,7 @@ METHODS = [
     Row("imp", {"prune_rate": 0.6, "scope": "layerwise", "rewind": "1it"}),
     Row("colt", {"prune_rate": 0.6}, ({"partitions": 1}, {"prune_rate": 0}, {"split": "pixels"}, {"partitions": 5})),
     Row("colt", {"prune_rate": 0.6, "partitions": 3, "split": "samples", "scope": "layerwise"}),
-    Row("magnitude", {}, ({"scope": "rows"}, {"distribution": "even"})),
+    Row("magnitude", {}, ({"scope": "rows"}, {"distribution": "even"}, {"distribution": "erk"})),
     Row("magnitude", {"scope": "layerwise", "distribution": "erk"}),
     Row("snip", {}, ({"batches": 0},)),
     Row("grasp", {}, ({"batches": 0},)),

@@ -164,6 +164,8 @@ def test_feasible_ratios_by_hand():
         ratios(sparsity=0.8, pruned=0.85, locked=0.1)
     with pytest.raises(tt.SettingError, match="give both"):
         ratios(sparsity=0.8, pruned=0.85)
+    with pytest.raises(tt.SettingError, match=r"pruner\.frozen: is the sum of pruned and locked"):
+        ratios(sparsity=0.8, pruned=0.6, locked=0.1, frozen=0.7)
 
 
 @pytest.mark.parametrize(

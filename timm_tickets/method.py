@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass as settings
 from .draws import MAX_SEED
 from .masks import Distribution, Scope, Scores, keep_count, kept, prune, total
 from .run import End, Run
+from .settings import SettingError
 from .subnet import Subnet
 
 
@@ -62,6 +63,13 @@ class OneShot(Method):
 
     scope: Annotated[Scope, Field(description="compare scores across all layers, or within each")] = "global"
     distribution: Annotated[Distribution, Field(description="layerwise, the density of each layer")] = "uniform"
+
+    def prepare_(self, subnet: Subnet) -> None:
+        if self.scope == "global" and self.distribution != "uniform":
+            raise SettingError(
+                f"pruner.distribution: {self.distribution!r} says what each layer keeps, and scope=global lets the "
+                "scores decide that; set scope=layerwise, or leave distribution out"
+            )
 
     def prune_(self, subnet: Subnet, scores: Scores) -> None:
         """Prune the lowest scores among what is kept, to the asked sparsity exactly."""

@@ -25,7 +25,9 @@ class FrozenSLT(EdgePopup):
     """
 
     scope: Annotated[Scope, Field(description="compare free scores across all layers, or within each")] = "global"
-    frozen: Annotated[float, Field(ge=0, lt=1, description="fraction of the weights that leave the search")] = 0.5
+    frozen: Annotated[
+        float | None, Field(ge=0, lt=1, description="fraction of the weights that leave the search; 0.5 if not given")
+    ] = None
     pruned: Annotated[
         float | None, Field(ge=0, lt=1, description="fraction frozen as pruned; with locked instead of frozen")
     ] = None
@@ -43,7 +45,10 @@ class FrozenSLT(EdgePopup):
         if (self.pruned is None) != (self.locked is None):
             raise SettingError("pruner.pruned and pruner.locked: give both, or neither and `frozen` instead")
         if self.pruned is None or self.locked is None:
-            return self.frozen * self.sparsity, self.frozen * (1 - self.sparsity)
+            frozen = 0.5 if self.frozen is None else self.frozen
+            return frozen * self.sparsity, frozen * (1 - self.sparsity)
+        if self.frozen is not None:
+            raise SettingError("pruner.frozen: is the sum of pruned and locked, which are given; leave it out")
         if not self.pruned - 1e-9 <= self.sparsity <= 1 - self.locked + 1e-9:
             raise SettingError(
                 f"pruner.sparsity: {self.sparsity} cannot be met with {self.pruned} frozen as pruned and {self.locked} "

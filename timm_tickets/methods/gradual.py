@@ -32,6 +32,7 @@ class Gradual(OneShot):
     interval: Annotated[int, Field(ge=1, description="optimizer steps between two prunings")] = 100
 
     def prepare_(self, subnet: Subnet) -> None:
+        super().prepare_(subnet)
         if self.begin >= self.end:
             raise SettingError(f"pruner.begin: {self.begin} is not before end {self.end}; begin earlier")
 
