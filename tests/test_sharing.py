@@ -1,5 +1,8 @@
 """Comparing and sharing tickets."""
 
+import ast
+import re
+
 import pytest
 import timm
 import torch
@@ -83,20 +86,17 @@ def test_a_folder_works_like_the_hub(files, tmp_path):
     assert ticket.fingerprint == tt.load_ticket(files[0]).fingerprint
     tt.push(tmp_path / "shared" / "model.ticket", place)  # again, over itself
     text = (tmp_path / "shared" / "README.md").read_text()
-    assert "90.00% of its prunable weights are zero. Found by `magnitude`" in text
+    assert "90.00% of its prunable weights are zero. Found by magnitude" in text
     assert "| layer1.0.conv1.weight | 32x32x3x3 |" in text
 
 
 def test_the_cards_code_rebuilds_the_ticket(files, tmp_path):
-    import re
-
     place = f"local-dir:{tmp_path / 'shared'}"
     ticket = tt.load_ticket(files[0])
-    ticket.metadata["model"]["kwargs"] = {"num_classes": 10}
-    ticket.save(files[0])
     tt.push(files[0], place)
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "shared" / "README.md").read_text(), re.DOTALL)
     assert len(code.strip().splitlines()) == 3
+    assert "create_model('test_resnet', num_classes=10, in_chans=3)" in code
     names = {}
     exec(code, names)
     for name, value in ticket.state().items():
@@ -143,13 +143,69 @@ def test_loading_from_the_hub(files, monkeypatch):
     def refused(*_, **__):
         raise huggingface_hub.errors.HFValidationError("no such name")
 
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: None)
+    with pytest.raises(OSError, match="the Hub did not take the ticket: 'NoneType'"):
+        tt.push(files[0], "hf-hub:user/name")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refused)
     with pytest.raises(tt.TicketError, match=r"hf-hub:!!: model\.ticket cannot be had from the Hub"):
         tt.load_ticket("hf-hub:!!")
 
 
 def test_a_place_that_is_neither_is_refused(files):
-    with pytest.raises(tt.SettingError, match=r"to: 'user/name' is not valid; write hf-hub:user/name"):
-        tt.push(files[0], "user/name")
+    for place in ("user/name", "hf-hub:a/b/c", "hf-hub:../x"):
+        with pytest.raises(tt.SettingError, match=r"is not valid; write hf-hub:user/name"):
+            tt.push(files[0], place)
     with pytest.raises(tt.SettingError, match=r"there is no file nothing\.png"):
         tt.push(files[0], "local-dir:x", plot="nothing.png")
+
+
+HOSTILE = [
+    {"model": {"architecture": "test_resnet", "kwargs": {"num_classes=10); import os; os.system('x'); dict(x": 1}}},
+    {"model": {"architecture": "x'); import os; print('", "kwargs": {"class": 1, "a": object}}},
+    {"model": {"architecture": "a\n```\n<script>alert(1)</script>"}, "pruner": {"name": "`x`\n# Title\n<b>"}},
+    {"recipe": {"dataset": "[link](http://x) |\n| x"}, "metrics": {"a|b\n## T": "<img>"}, "dense": {"a": "\x1b[2J"}},
+    {"model": "x", "recipe": [1], "pruner": 5, "metrics": [1], "dense": "q"},
+    {"model": {"kwargs": [1]}, "metrics": {"x": {}}},
+]
+
+
+@pytest.mark.parametrize("metadata", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_strangers_metadata_stays_text_in_the_card(files, metadata):
+    """The card's code parses to its three statements with literal arguments, and nothing breaks out of a line."""
+    ticket = tt.load_ticket(files[0])
+    ticket.metadata = metadata
+    text = hub.card(ticket, "local-dir:x")
+    assert "<" not in text
+    assert "\x1b" not in text
+    plain = hub.card(tt.Ticket(ticket.masks, ticket.values), "local-dir:x")
+    headings = [[line for line in one.splitlines() if line.startswith("#")] for one in (text, plain)]
+    assert len(headings[0]) == len(headings[1]) == 1
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    statements = ast.parse(code).body
+    assert [type(one).__name__ for one in statements] == ["Import", "Assign", "Assign", "Expr"]
+    call = statements[1].value
+    assert ast.unparse(call.func) == "timm.create_model"
+    assert all(isinstance(one, ast.Constant) for one in call.args)
+    assert all(ast.literal_eval(one.value) is not ... for one in call.keywords)
+
+
+def test_every_command_takes_an_address(files, tmp_path):
+    place = f"local-dir:{tmp_path / 'shared'}"
+    tt.push(files[0], place)
+    out = CliRunner().invoke(cli.app, ["info", place])
+    assert out.exit_code == 0, out.output
+    assert "test_resnet" in out.output
+
+
+def test_looking_at_a_ticket_does_not_steer_the_terminal(files):
+    ticket = tt.load_ticket(files[0])
+    ticket.metadata["recipe"] = "\x1b[2J\x1b[31mgone"
+    ticket.save(files[0])
+    assert "\x1b" not in CliRunner().invoke(cli.app, ["info", str(files[0])]).output
+
+
+def test_masks_of_other_weights_are_refused_everywhere():
+    for operation in (tt.union, tt.intersect, tt.difference):
+        for other in ({"b": torch.ones(4, dtype=torch.bool)}, mask(1)):
+            with pytest.raises(tt.SettingError, match="not of the same weights"):
+                operation(mask(1, 1, 0, 0), other)

@@ -1,16 +1,20 @@
 """Tickets on other tasks: what corresponds, what starts afresh, what is refused; and the whole thing on digits."""
 
 import io
+import warnings
 
 import pytest
 import timm
 import torch
 from rich.console import Console
+from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from typer.testing import CliRunner
 
 import timm_tickets as tt
 from timm_tickets import cli
 from timm_tickets.adapt import adapted_stem, adapted_stem_mask, recompute_batch_norm_
+from timm_tickets.build import build_model
 
 
 def build(name, seed=0, **kwargs):
@@ -80,8 +84,20 @@ def test_other_image_sizes_resample_positions(name, size):
     model = build(name, seed=1, num_classes=10, img_size=size, **kwargs)
     if name.startswith("swin"):
         model = build(name, seed=1, num_classes=10, img_size=size, window_size=4, **kwargs)
+    own = {key: value.clone() for key, value in model.state_dict().items()}
     moved = ticket.transfer_(model)
     assert torch.isfinite(model.eval()(torch.randn(2, 3, size, size))).all()
+    if name.startswith("swin"):
+        key = "layers.0.blocks.0.attn.relative_position_bias_table"
+        with warnings.catch_warnings():  # torch's, of what timm's interpolation does
+            warnings.simplefilter("ignore")
+            expected = resize_rel_pos_bias_table(ticket.values[key], (4, 4), tuple(own[key].shape))
+    else:
+        key, prefix = "pos_embed", own["pos_embed"].shape[1] - (size // 16) ** 2
+        expected = resample_abs_pos_embed(ticket.values[key], [size // 16] * 2, [10, 10], num_prefix_tokens=prefix)
+    assert own[key].shape != ticket.values[key].shape
+    torch.testing.assert_close(model.state_dict()[key], expected, rtol=0, atol=0)
+    assert not torch.equal(own[key], expected)
     for key, mask in moved.masks.items():
         assert torch.equal(mask, ticket.masks[key])
         assert torch.equal(model.get_parameter(key), ticket.state()[key])
@@ -89,7 +105,8 @@ def test_other_image_sizes_resample_positions(name, size):
 
 def test_positions_of_the_same_size_and_prefix_tokens_are_kept_exactly():
     ticket = ticket_of("test_vit")
-    prefix = build("test_vit", num_classes=10, img_size=64)
+    prefix = build("test_vit", seed=1, num_classes=10, img_size=64)
+    assert not torch.equal(prefix.pos_embed[:, :1], ticket.values["pos_embed"][:, :1])
     ticket.transfer_(prefix)
     assert torch.equal(prefix.pos_embed[:, :1], ticket.values["pos_embed"][:, :1])  # the class token's
     same = build("test_vit", seed=2, num_classes=3)
@@ -151,6 +168,17 @@ def test_a_ticket_is_transferred_with_its_controls(found, tmp_path):
     assert rows["ticket"]["sparsity"] == rows["random"]["sparsity"] == pytest.approx(0.8, abs=1e-5)
     assert rows["dense"]["sparsity"] == 0
     assert "tweaks" in rows["ticket"]["metrics"]
+    assert "tweaks" in rows["random"]["metrics"]
+    assert "tweaks" not in rows["dense"]["metrics"]
+    fresh = build_model(tt.load_recipe("digits_imp", settings), 5).state_dict()
+    for control in ("random", "dense"):  # from the recipe's seed, not from the ticket's values
+        start = tt.load_ticket(tmp_path / "moved" / control / f"{control}.ticket")
+        for name, mask in start.masks.items():
+            assert torch.equal(start.values[name][mask], fresh[name][mask]), name
+    saved = tt.load_ticket(tmp_path / "moved" / "digits_imp.ticket").metadata
+    assert saved["dense"] == rows["dense"]["metrics"]
+    assert saved["metrics"] == rows["ticket"]["metrics"]
+    assert "start_epoch" not in saved
     source = tt.load_ticket(found)
     assert all(torch.equal(mask, source.masks[name]) for name, mask in result.ticket.masks.items())
     other = tt.load_ticket(tmp_path / "moved" / "random" / "random.ticket")
@@ -177,3 +205,69 @@ def test_from_the_command_line(found, tmp_path, monkeypatch):
     out = CliRunner().invoke(cli.app, ["transfer", str(found), "digits_imp", *sets, "--control", "randm"])
     assert out.exit_code == 2
     assert "did you mean 'random'" in out.output
+
+
+def test_a_transferred_ticket_says_nothing_of_its_source(found):
+    source = tt.load_ticket(found)
+    assert source.metadata["dense"]
+    assert source.metadata["metrics"]
+    moved = source.transfer_(build("test_resnet", num_classes=5, in_chans=1))
+    assert not {"dense", "metrics", "start_epoch", "kept"} & moved.metadata.keys()
+    pruned = sum(int((~mask).sum()) for mask in moved.masks.values())
+    total = sum(mask.numel() for mask in moved.masks.values())
+    assert moved.metadata["sparsity"] == pytest.approx(pruned / total)
+
+
+def test_seed_and_pretrained_starts_travel(tmp_path):
+    """The file of a transferred ticket still leaves out what a seed or pretrained weights give."""
+    pruner = tt.create_pruner("edge_popup", build("test_resnet", num_classes=10), sparsity=0.5, epochs=1)
+    with pytest.warns(UserWarning, match="without an optimizer step"):
+        list(pruner)
+    pruner.ticket.transfer_(build("test_resnet", num_classes=3)).save(tmp_path / "seed.ticket")
+    assert tt.weigh(tmp_path / "seed.ticket").start == 0
+    model = build("test_resnet", num_classes=10)
+    ticket = tt.create_pruner("magnitude", model, sparsity=0.5).ticket
+    ticket.pretrained = tt.Pretrained("test_resnet.r160_in1k", build("test_resnet", num_classes=10).state_dict())
+    ticket.transfer_(build("test_resnet", num_classes=3)).save(tmp_path / "pretrained.ticket")
+    size = tt.weigh(tmp_path / "pretrained.ticket")
+    assert (size.pretrained, size.start) == ("test_resnet.r160_in1k", 0)
+
+
+def test_one_channel_needs_one_setting(tmp_path):
+    recipe = tt.load_recipe("digits_imp", ["model.in_chans=1"])
+    assert (recipe.data.in_chans, recipe.data.input_img_mode) == (1, "L")
+    settings = [*SHORT, "model.in_chans=1", "training.epochs=1", f"output={tmp_path}"]
+    result = tt.train("digits_imp", None, settings, console=Console(file=io.StringIO()))
+    assert result.ticket.values["conv1.0.weight"].shape[1] == 1
+
+
+def test_what_a_control_cannot_do_is_known_before_the_first_training(found, tmp_path):
+    """edge_popup ends trained: its native control is not retrained, and nothing fails at the end."""
+    settings = [HIGH, f"output={tmp_path}", "training.epochs=1", "pruner.name=edge_popup", "pruner.sparsity=0.8"]
+    settings += ["retrain.tweaks=[label_smoothing]"]
+    result = tt.transfer("digits_imp", found, settings, controls=["native"], console=Console(file=io.StringIO()))
+    assert [row["name"] for row in result.rows] == ["ticket", "native"]
+    wrong = [HIGH, f"output={tmp_path / 'wrong'}", "training.smoothing=0.1", "retrain.tweaks=[label_smoothing]"]
+    with pytest.raises(tt.SettingError, match="smooths plain cross-entropy"):
+        tt.transfer("digits_imp", found, wrong, console=Console(file=io.StringIO()))
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_restarting_clears_the_native_search_too(found, tmp_path, monkeypatch):
+    common = [HIGH, "training.epochs=1", "pruner.sparsity=0.8", "pruner.prune_rate=0.8", f"output={tmp_path}"]
+    quiet = Console(file=io.StringIO())
+    tt.transfer("digits_imp", found, common, controls=["native"], console=quiet)
+    changed = [*common, "training.lr=0.04"]
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_, **__):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("timm_tickets.trainer.Trainer.fit", stop)
+        with pytest.raises(Stop):
+            tt.transfer("digits_imp", found, changed, controls=["native"], restart=True, console=quiet)
+    result = tt.transfer("digits_imp", found, changed, controls=["native"], console=quiet)
+    assert [row["name"] for row in result.rows] == ["ticket", "native"]

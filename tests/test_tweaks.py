@@ -9,6 +9,8 @@ import timm
 import torch
 from pydantic import Field
 from rich.console import Console
+from safetensors.torch import load_file
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional
 
@@ -277,7 +279,7 @@ def test_a_compiled_model_sees_a_tweak_that_comes_later(model):
     compiled = torch.compile(model.eval(), backend="eager")
     x = torch.randn(2, 3, 32, 32)
     plain = compiled(x)
-    tweaks = tt.create_tweaks(compiled, ANNEALED)
+    tweaks = tt.create_tweaks(compiled, ["skip_injection"])  # a hook and nothing else that a graph could notice
     assert not torch.equal(compiled(x), plain)
     tweaks.remove_()
     assert torch.equal(compiled(x), plain)
@@ -343,14 +345,15 @@ class Stop(Exception):
     pass
 
 
-def test_a_retraining_that_is_stopped_continues_to_the_same_weights(retrained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_retraining_that_is_stopped_continues_to_the_same_weights(retrained, tmp_path, monkeypatch, epochs):
     original = trainer_module.Trainer.evaluate
     seen = 0
 
     def counted(self, loader, run, ema=None):
         nonlocal seen
         seen += run.tweaks is not None
-        if seen == 2:  # after the retraining's first epoch was saved
+        if seen == epochs + 1:  # so many of the retraining's epochs were saved
             raise Stop
         return original(self, loader, run, ema)
 
@@ -358,6 +361,8 @@ def test_a_retraining_that_is_stopped_continues_to_the_same_weights(retrained, t
     with pytest.raises(Stop):
         search(tmp_path)
     monkeypatch.undo()
+    # A process that has done other things before, as a new one has.
+    search(tmp_path / "other", "training.epochs=1", "retrain.epochs=1", "seed=3")
     again = search(tmp_path)
     file = "round_01/model.safetensors"
     assert (tmp_path / file).read_bytes() == (retrained.folder / file).read_bytes()
@@ -378,3 +383,76 @@ def test_a_recipes_tweaks_are_checked_and_resolved():
     with pytest.raises(tt.SettingError, match="did you mean 'label_smoothing'"):
         tt.load_recipe("digits_imp", ["retrain.tweaks=[label_smothing]"])
     assert tt.load_recipe(recipe) == recipe
+
+
+def test_a_list_of_tweaks_replaces_those_of_the_recipe():
+    recipe = tt.load_recipe("tweaks_cifar100_resnet18", ["retrain.tweaks=[skip_injection]"])
+    assert list(recipe.retrain.tweaks) == ["skip_injection"]
+    assert tt.load_recipe("tweaks_cifar100_resnet18", ["retrain.tweaks=[]"]).retrain.tweaks == {}
+    assert len(tt.load_recipe("tweaks_cifar100_resnet18").retrain.tweaks) == 4
+
+
+@pytest.mark.parametrize("value", ["5", "[1]", "{label_smoothing: 5}", "[{label_smoothing: {amount: 0.1}}]"])
+def test_tweaks_of_another_form_are_refused_in_words(value):
+    with pytest.raises(tt.SettingError, match="tweak"):
+        tt.load_recipe("digits_imp", [f"retrain.tweaks={value}"])
+
+
+def test_a_criterion_that_does_not_go_is_told_before_the_search(tmp_path):
+    with pytest.raises(tt.SettingError, match="smooths plain cross-entropy"):
+        search(tmp_path / "run", "training.smoothing=0.1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_average_begins_with_the_rescaled_weights(tmp_path):
+    """At a decay of nearly 1 the average of one epoch is where training started."""
+    settings = ["training.model_ema=true", "training.model_ema_decay=0.999999", "training.epochs=1", "dense=false"]
+    settings += ["pruner.sparsity=0.8", "pruner.prune_rate=0.8", "retrain.tweaks.rescaled_init.iterations=15"]
+    result = tt.search("digits_imp", [*settings, f"output={tmp_path}"], console=Console(file=io.StringIO()))
+    average = load_file(tmp_path / "round_01" / "model_ema.safetensors")
+    start = result.ticket.values
+    ratios = [(average[name][mask] / start[name][mask]).median().item() for name, mask in result.ticket.masks.items()]
+    assert max(abs(ratio - 1) for ratio in ratios) > 0.05  # 15 iterations have moved them
+
+
+def test_beside_a_runs_own_call_on_lookahead(digits):
+    """Both are called after a step, whichever was put there first; removing one leaves the other."""
+    images, labels, _, _ = digits
+    model = build("test_resnet")
+    pruner = tt.create_pruner("gradual", model, sparsity=0.5, epochs=1, interval=1)
+    run = next(pruner)
+    run.batches_per_epoch = 4
+    optimizer = run.attach(create_optimizer_v2(model, "lookahead_momentum", lr=0.05))
+    tweaks = tt.create_tweaks(model, ["skip_injection"])
+    tweaks.attach(optimizer, steps=2)
+    for step in range(4):
+        optimizer.zero_grad()
+        run.loss(functional.cross_entropy, model.train()(images[:16]), labels[:16]).backward()
+        optimizer.step()
+        assert bool(hooks(model)) == (step == 0)
+    assert run.step == 4
+    assert run.sparsity == pytest.approx(0.5, abs=1e-4)
+
+
+def test_a_training_that_goes_on_anneals_from_where_it_was(model):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tweaks = tt.create_tweaks(model, {"skip_injection": {"until": 1.0}})
+    tweaks.attach(optimizer, steps=10, done=8)
+    assert tweaks._shares[0].item() == pytest.approx(0.2)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    for left in (0.1, 0):
+        optimizer.step()
+        assert tweaks._shares[0].item() == pytest.approx(left)
+    assert not hooks(model)
+
+
+def test_rescaling_needs_something_that_is_trained(model):
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    batch = (torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    with pytest.raises(tt.SettingError, match="nothing to rescale"):
+        tt.create_tweaks(model, ["rescaled_init"]).rescale_({}, [batch], functional.cross_entropy)
+    model.fc.weight.requires_grad_(True)
+    before = bits(model)
+    tt.create_tweaks(model, OTHERS).rescale_({}, [batch], functional.cross_entropy)
+    assert {name for name, value in bits(model).items() if not torch.equal(value, before[name])} == {"fc.weight"}

@@ -20,7 +20,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
-from .masks import Masks, classifier_names
+from .masks import Masks, classifier_names, sparsity
 from .subnet import State, Subnet, plain_model
 from .ticket import Ticket, TicketError, describe_model
 
@@ -83,8 +83,13 @@ def transfer_(ticket: Ticket, model: nn.Module) -> Ticket:
     facts: Any = ticket.metadata.get("model")
     described = (facts if isinstance(facts, dict) else {}) | describe_model(inner)
     described.pop("kwargs", None)  # those of the source's task
-    kept = {key: value for key, value in ticket.metadata.items() if key not in ("metrics", "start_epoch", "kept")}
-    return Ticket.of(inner, masks, {**kept, "model": described, "transferred_from": ticket.fingerprint})
+    # Measured on the source, or true of its masks only.
+    gone = ("metrics", "dense", "start_epoch", "kept", "sparsity", "notes")
+    kept = {key: value for key, value in ticket.metadata.items() if key not in gone}
+    facts = {**kept, "model": described, "sparsity": sparsity(masks), "transferred_from": ticket.fingerprint}
+    moved = Ticket.of(inner, masks, facts)
+    moved.pretrained = ticket.pretrained  # saving checks what is still theirs
+    return moved
 
 
 def adapted_stem(weight: Tensor, channels: int) -> Tensor:

@@ -59,8 +59,14 @@ def model_kwargs(recipe: Recipe, num_classes: int) -> dict[str, Any]:
     return {"num_classes": settings.num_classes or num_classes, **given, **settings.model_kwargs}
 
 
-def criterion_of(t: Any, soft: bool) -> nn.Module:
-    """The criterion of the training settings; `soft` where mixup makes the targets soft."""
+def mixes(t: Any) -> bool:
+    """Whether the training settings ask for mixup or cutmix, which make targets soft."""
+    return t.mixup > 0 or t.cutmix > 0 or t.cutmix_minmax is not None
+
+
+def criterion_of(t: Any) -> nn.Module:
+    """The criterion of the training settings."""
+    soft = mixes(t)
     if t.bce_loss:
         return BinaryCrossEntropy(smoothing=0.0 if soft else t.smoothing)
     if soft:

@@ -86,7 +86,7 @@ def search(recipe: RecipeName, set: Set = None, restart: Restart = False) -> Non
 @app.command()
 def train(
     recipe: RecipeName,
-    ticket: Annotated[Path | None, typer.Option(help="ticket to train; the dense network where not given")] = None,
+    ticket: Annotated[str | None, typer.Option(help="ticket to train; the dense network where not given")] = None,
     set: Set = None,
     restart: Restart = False,
 ) -> None:
@@ -99,7 +99,7 @@ def train(
 
 @app.command()
 def transfer(
-    ticket: Annotated[Path, typer.Argument(metavar="TICKET", help="ticket found on another data set")],
+    ticket: Annotated[str, typer.Argument(metavar="TICKET", help="ticket found on another data set")],
     recipe: RecipeName,
     set: Set = None,
     control: Annotated[
@@ -119,15 +119,19 @@ def transfer(
 
 
 @app.command()
-def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="a .ticket file")]) -> None:
+def info(
+    file: Annotated[str, typer.Argument(metavar="TICKET", help="a file, hf-hub:user/name or local-dir:path")],
+) -> None:
     """Show what a ticket is: architecture, pruner, sparsity by layer, metrics, and its size against the bound."""
     with _errors():
+        from .hub import fetch
         from .ticket_reader import describe
         from .ticket_size import weigh
 
-        size = weigh(file)
+        path = fetch(file)
+        size = weigh(path)
         # The weights a pretrained start needs may have to be fetched: looking at a file does not do that.
-        metadata, fingerprint = describe(file)
+        metadata, fingerprint = describe(path)
         console = Console()
         kept = sum(layer.kept for layer in size.layers)
         total = sum(math.prod(layer.shape) for layer in size.layers)
@@ -141,6 +145,8 @@ def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="a .ticket fi
         }
         for key, value in facts.items():
             text = value if isinstance(value, str) else json.dumps(value)
+            # A stranger's words: nothing in them is to steer the terminal.
+            text = "".join(c if c.isprintable() else " " for c in text)
             console.print(f"[bold]{key}[/bold]: ", end="")
             console.print(text, markup=False, highlight=False, soft_wrap=True)
         parts = Table(box=None, header_style="bold")

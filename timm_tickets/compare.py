@@ -7,15 +7,19 @@ from typing import Any
 from torch import Tensor
 
 from .files import replacing
-from .masks import Masks
-from .settings import SettingError
+from .masks import Masks, check_same
 
 
 def union(*masks: Mapping[str, Tensor]) -> Masks:
-    """Keep what any of the masks keeps."""
+    """Keep what any of the masks keeps.
+
+    Raises:
+        SettingError: They are not masks of the same weights; so also `difference`.
+    """
     first, *others = masks
     out = {name: mask.clone() for name, mask in first.items()}
     for other in others:
+        check_same(out, other)
         for name in out:
             out[name] |= other[name]
     return out
@@ -23,6 +27,7 @@ def union(*masks: Mapping[str, Tensor]) -> Masks:
 
 def difference(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Masks:
     """Keep what the first keep and the second do not."""
+    check_same(masks, others)
     return {name: mask & ~others[name] for name, mask in masks.items()}
 
 
@@ -46,7 +51,7 @@ def overlap(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[s
     >>> overlap({"w": a}, {"w": b})
     {'iou': 0.3333333333333333, 'by_chance': 0.3333333333333333, 'shared': 1.0}
     """
-    _check_same(masks, others)
+    check_same(masks, others)
     both = either = 0
     expected = 0.0
     for name, mask in masks.items():
@@ -65,7 +70,7 @@ def overlap(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[s
 
 def layer_overlaps(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """`overlap` of each layer by itself."""
-    _check_same(masks, others)
+    check_same(masks, others)
     return {name: overlap({name: mask}, {name: others[name]}) for name, mask in masks.items()}
 
 
@@ -87,13 +92,3 @@ def heat_map(names: Sequence[str], masks: Sequence[Mapping[str, Tensor]], path: 
     figure.colorbar(image, shrink=0.7)
     with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-
-
-def _check_same(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
-    shapes, theirs = ({name: tuple(mask.shape) for name, mask in one.items()} for one in (masks, others))
-    if shapes != theirs:
-        apart = sorted(name for name in shapes.keys() | theirs.keys() if shapes.get(name) != theirs.get(name))
-        raise SettingError(
-            f"the masks are not of the same weights: {len(apart)} differ in name or shape, the first is {apart[0]} "
-            f"({shapes.get(apart[0], 'missing')} and {theirs.get(apart[0], 'missing')}); compare tickets of one model"
-        )

@@ -22,9 +22,10 @@ class Digits(Dataset[tuple[Any, int]]):
     Args:
         split: ``train`` or ``test``. A fixed, stratified fifth (360 images) is the test set.
         transform: Applied to each PIL image.
+        mode: PIL's mode of the images: RGB, or L for one channel.
     """
 
-    def __init__(self, split: str, transform: Any = None):
+    def __init__(self, split: str, transform: Any = None, mode: str = "RGB"):
         from PIL import Image
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -38,7 +39,7 @@ class Digits(Dataset[tuple[Any, int]]):
         chosen = np.sort(train if split == "train" else test)
         pixels = np.round(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
         small = [Image.fromarray(image) for image in pixels]
-        self.images = [image.resize((32, 32), Image.Resampling.BILINEAR).convert("RGB") for image in small]
+        self.images = [image.resize((32, 32), Image.Resampling.BILINEAR).convert(mode) for image in small]
         self.targets = bunch.target[chosen].tolist()
         self.transform = transform
 
@@ -62,7 +63,7 @@ def split_dataset(settings: Any, split: str) -> Any:
 
 def _open(settings: Any, split: str) -> Any:
     if settings.dataset == "digits":
-        return Digits(split)
+        return Digits(split, mode=settings.input_img_mode or "RGB")
     try:
         return create_dataset(
             settings.dataset,

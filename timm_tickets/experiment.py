@@ -12,19 +12,21 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from rich.console import Console
+from torch import nn
 
 from .adapt import recompute_batch_norm_
-from .build import build_model, model_kwargs
+from .build import build_model, criterion_of, model_kwargs
 from .data import Data
 from .files import is_writer, read_json, write_json
 from .masks import Masks, full_masks, prunable_names, shuffled_masks
 from .pruner import write_run
 from .recipe import Recipe, RetrainSettings, load_recipe
-from .registry import create_pruner, create_tweaks
+from .registry import create_pruner, create_tweaks, get_method
 from .report import RichProgress, plot, print_table, write_summary
 from .run import End, Run, plain_metrics
 from .run_folder import RESULT, check_folder, claim_folder, records
 from .settings import SettingError, unknown
+from .starts import Pretrained
 from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
 from .trainer import Trainer
@@ -84,7 +86,7 @@ def search(
             f"retrain: {pruner.method.name} ends with a trained ticket, which is not trained again; leave it out, or "
             "train the ticket on with `timm-tickets train`"
         )
-    create_tweaks(model, recipe.retrain.tweaks).remove_()  # what the model cannot have is refused now
+    _check_tweaks(recipe, model)
     learned = bool(pruner.subnet.gates)
     if learned and recipe.training.model_ema:
         raise SettingError(
@@ -106,7 +108,7 @@ def search(
         experiment = _Experiment(folder, trainer, subnet, progress, ticket.metadata)
         if recipe.dense and not pruner.trained_dense:
             experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0)
-        experiment = replace(experiment, retrain=recipe.retrain)
+        experiment = replace(experiment, retrain=recipe.retrain, pretrained=ticket.pretrained)
         last = pruner.rounds_done
         metrics = experiment.train(
             f"round_{last:02d}",
@@ -164,6 +166,7 @@ def train(
         names = prunable_names(model, *(recipe.pruner[key] for key in ("include", "exclude", "classifier")))
         given = Ticket.of(model, full_masks(Subnet(model, names).weights()), _origin(recipe, data, model))
     given.apply_(model)
+    _check_tweaks(recipe, model)
     if (done := read_json(folder / RESULT)) is not None:
         console.print(f"{folder} is finished; nothing to do (--restart trains again)", soft_wrap=True)
     else:
@@ -171,7 +174,9 @@ def train(
         claim_folder(folder, recipe, kind)
         subnet = Subnet(model, tuple(given.masks))
         with RichProgress(console, 1) as progress:
-            experiment = _Experiment(folder, trainer, subnet, progress, given.metadata, recipe.retrain)
+            experiment = _Experiment(
+                folder, trainer, subnet, progress, given.metadata, recipe.retrain, given.pretrained
+            )
             experiment.train("round_00", given.masks, given.values, 0, 0, given.metadata.get("start_epoch", 0.0))
         PartialState().wait_for_everyone()
         done = {"rows": records(folder), "fingerprint": given.fingerprint}
@@ -229,6 +234,12 @@ def transfer(
     check_folder(folder, recipe, kind, restart)
     data = Data(recipe.data)
     model = build_model(recipe, data.num_classes)
+    _check_tweaks(recipe, model)
+    native = recipe
+    if get_method(recipe.pruner["name"]).ends_trained:  # it is not trained again, with or without tweaks
+        native = recipe.model_copy(update={"retrain": RetrainSettings()})
+    if restart and "native" in controls:
+        check_folder(folder / "native", native, "search", restart)
     fresh = Subnet(model, ()).state()
     moved = given.transfer_(model)
     trainer = Trainer(recipe, model, data)
@@ -238,7 +249,7 @@ def transfer(
         images = (images.to(device) for images, _ in trainer.train_loader)
         set_seed(recipe.seed)
         recompute_batch_norm_(model, images)
-        moved = Ticket.of(model, moved.masks, moved.metadata)
+        moved = replace(Ticket.of(model, moved.masks, moved.metadata), pretrained=moved.pretrained)
     moved.metadata |= _origin(recipe, data, model)
     starts = {"ticket": (moved.masks, moved.values)}
     starts["random"] = (shuffled_masks(moved.masks, recipe.seed), fresh)
@@ -249,14 +260,15 @@ def transfer(
         experiment = _Experiment(folder, trainer, subnet, progress, moved.metadata)
         for name in wanted:
             retrain = RetrainSettings() if name == "dense" else recipe.retrain
-            metrics = replace(experiment, retrain=retrain).train(name, *starts[name], index=0)
-            if name == "ticket":
-                moved.metadata["metrics"] = metrics
+            source = moved.pretrained if name == "ticket" else None
+            metrics = replace(experiment, retrain=retrain, pretrained=source).train(name, *starts[name], index=0)
+            if name != "random":
+                moved.metadata["metrics" if name == "ticket" else "dense"] = metrics
     PartialState().wait_for_everyone()
     rows = records(folder)
     if "native" in controls:
-        native = search(recipe, [f"output={folder / 'native'}", "dense=false"], restart=restart, console=console)
-        rows.append({**native.rows[-1], "name": "native"})
+        searched = search(native, [f"output={folder / 'native'}", "dense=false"], console=console)
+        rows.append({**searched.rows[-1], "name": "native"})
     if is_writer():
         moved.save(folder / f"{recipe.name}.ticket")
         write_summary(rows, folder / "summary.csv")
@@ -275,6 +287,7 @@ class _Experiment:
     progress: RichProgress
     metadata: dict[str, Any]
     retrain: RetrainSettings = field(default_factory=RetrainSettings)
+    pretrained: Pretrained | None = None
 
     def train(
         self,
@@ -306,8 +319,18 @@ class _Experiment:
             state = self.subnet.state()
             end = End(state, masks, baked=state, metrics=plain_metrics(run.metrics))
         self.progress.end(run)
-        write_run(where, run, end, Ticket.from_state(start, masks, self.metadata))
+        ticket = Ticket.from_state(start, masks, self.metadata)
+        write_run(where, run, end, replace(ticket, pretrained=self.pretrained))
         return end.metrics
+
+
+def _check_tweaks(recipe: Recipe, model: nn.Module) -> None:
+    """Refuse now, and not after the search, tweaks that the model or the training's criterion cannot have."""
+    tweaks = create_tweaks(model, recipe.retrain.tweaks)
+    try:
+        tweaks.criterion(criterion_of(recipe.training))
+    finally:
+        tweaks.remove_()
 
 
 def _origin(recipe: Recipe, data: Data, model: Any) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """Sharing tickets: on the Hugging Face Hub, or in a local folder that looks the same."""
 
-import json
+import keyword
+import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .masks import layer_sparsities
-from .settings import SettingError
-from .ticket import Ticket, TicketError, load_ticket
+from .settings import SettingError, TicketError
+
+if TYPE_CHECKING:
+    from .ticket import Ticket
 
 # timm's prefixes for where a model comes from.
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -31,7 +34,10 @@ def push(file: str | Path, to: str, plot: str | Path | None = None, private: boo
     Raises:
         SettingError: Another kind of place.
         TicketError: The file is not a ticket.
+        OSError: The folder cannot be written, or the Hub cannot be reached or refuses.
     """
+    from .ticket import load_ticket
+
     ticket = load_ticket(file)
     if plot is not None and not Path(plot).is_file():
         raise SettingError(f"plot: there is no file {plot}; leave it out, or give a search's accuracy.png")
@@ -40,63 +46,82 @@ def push(file: str | Path, to: str, plot: str | Path | None = None, private: boo
         folder.mkdir(parents=True, exist_ok=True)
         _fill(folder, ticket, Path(file), plot, to)
         return str(folder)
-    if not to.startswith(HUB):
+    name = to.removeprefix(HUB)
+    if not to.startswith(HUB) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise SettingError(f"to: {to!r} is not valid; write {HUB}user/name, or {LOCAL}path for a folder")
     from huggingface_hub import HfApi
 
-    name = to.removeprefix(HUB)
     with tempfile.TemporaryDirectory() as folder:
         _fill(Path(folder), ticket, Path(file), plot, to)
         api = HfApi()
-        api.create_repo(name, exist_ok=True, private=private)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add the ticket")
+        try:
+            api.create_repo(name, exist_ok=True, private=private)
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add the ticket")
+        except Exception as error:  # the hub's own errors and those of whatever carries its requests
+            raise OSError(f"{to}: the Hub did not take the ticket: {error}; it is unchanged in {file}") from error
     return f"https://huggingface.co/{name}"
 
 
-def fetch(address: str) -> Path:
-    """The ticket file of ``hf-hub:user/name``, ``hf-hub:user/name@revision`` or ``local-dir:path``.
+def fetch(address: str | Path) -> Path:
+    """The ticket file of ``hf-hub:user/name``, ``hf-hub:user/name@revision`` or ``local-dir:path``; a path as it is.
 
     Raises:
-        TicketError: It cannot be had from there; the message says why.
+        TicketError: It cannot be had from the Hub; the message says why.
     """
+    address = str(address)
     if address.startswith(LOCAL):
         return Path(address.removeprefix(LOCAL)) / FILE
+    if not address.startswith(HUB):
+        return Path(address)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = address.removeprefix(HUB).partition("@")
     try:
         return Path(hf_hub_download(name, FILE, revision=revision or None))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the hub's own errors and those of whatever carries its requests
         raise TicketError(f"{address}: {FILE} cannot be had from the Hub: {error}") from error
 
 
-def card(ticket: Ticket, address: str, plot: bool = False) -> str:
-    """The model card of a ticket, as Markdown with the Hub's header."""
+def card(ticket: "Ticket", address: str, plot: bool = False) -> str:
+    """The model card of a ticket, as Markdown with the Hub's header.
+
+    What a ticket says of itself may be anything, from anyone: in the card's code only literals and names of arguments
+    are taken from it, elsewhere only text without markup.
+    """
     facts = ticket.metadata
-    model: Any = facts.get("model") or {}
-    pruner: Any = facts.get("pruner") or {}
-    recipe: Any = facts.get("recipe") or {}
-    metrics: Any = facts.get("metrics") or {}
-    architecture, method = model.get("architecture") or "a timm model", pruner.get("name") or "an unnamed method"
-    kwargs = "".join(f", {key}={value!r}" for key, value in (model.get("kwargs") or {}).items())
-    dense: Any = facts.get("dense") or {}
-    told = {key: value for key, value in metrics.items() if isinstance(value, int | float | str)}
-    scores = "\n".join(f"| {key} | {value} | {dense.get(key, '')} |" for key, value in told.items())
+    model, pruner, recipe, metrics, dense = (
+        _table(facts, key) for key in ("model", "pruner", "recipe", "metrics", "dense")
+    )
+    kwargs = {key: model[key] for key in ("num_classes", "in_chans") if isinstance(model.get(key), int)}
+    kwargs |= _table(model, "kwargs")
+    arguments = "".join(
+        f", {key}={value!r}"
+        for key, value in kwargs.items()
+        if key.isidentifier() and not keyword.iskeyword(key) and _is_literal(value)
+    )
+    scores = "\n".join(
+        f"| {_text(key)} | {_text(value)} | {_text(dense.get(key, ''))} |"
+        for key, value in metrics.items()
+        if isinstance(value, int | float | str)
+    )
     layers = "\n".join(
-        f"| {name} | {'x'.join(map(str, ticket.masks[name].shape))} | {sparsity:.4f} |"
+        f"| {_text(name)} | {'x'.join(map(str, ticket.masks[name].shape))} | {sparsity:.4f} |"
         for name, sparsity in layer_sparsities(ticket.masks).items()
     )
+    settings = "\n".join(f"| {_text(key)} | {_text(value)} |" for key, value in pruner.items() if key != "name")
+    architecture = str(model.get("architecture") or "")
+    architecture = architecture if re.fullmatch(r"[\w.]+", architecture) else ""
     header = "---\nlibrary_name: timm-tickets\ntags:\n- image-classification\n- timm\n- sparse\n- lottery-ticket\n---\n"
     return f"""{header}
-# A lottery ticket for {architecture}
+# A lottery ticket for {architecture or "a timm model"}
 
-{ticket.sparsity:.2%} of its prunable weights are zero. Found by `{method}` on {recipe.get("dataset", "data not said")}.
+{ticket.sparsity:.2%} of its prunable weights are zero. Found by {_text(pruner.get("name") or "an unnamed method")}
+on {_text(recipe.get("dataset") or "data without a name")}.
 
 ```python
 import timm, timm_tickets
-model = timm.create_model({architecture!r}{kwargs})
-timm_tickets.load_ticket({address!r}).apply_(model)
+model = timm.create_model({architecture!r}{arguments})
+ticket = timm_tickets.load_ticket({address!r}); ticket.apply_(model)
 ```
 
 The ticket holds the masks and the weights to start from; train it with `ticket.attach(model, optimizer)`, which keeps
@@ -111,11 +136,32 @@ pruned weights at exactly zero.
 |---|---|---|
 {layers}
 
-Pruner settings: `{json.dumps(pruner)}`
+| setting of the pruner | |
+|---|---|
+{settings}
 """
 
 
-def _fill(folder: Path, ticket: Ticket, file: Path, plot: str | Path | None, address: str) -> None:
+def _table(facts: Any, key: str) -> dict[str, Any]:
+    """A part of the metadata, where it is what it should be."""
+    found = facts.get(key)
+    return {str(name): value for name, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _text(value: Any) -> str:
+    """Without markup, lines and control characters, and not without end."""
+    return re.sub(r"[^\w .,:+()\[\]'/=%*-]", " ", str(value))[:200].replace("*", r"\*").replace("_", r"\_")
+
+
+def _is_literal(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_literal(one) for one in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_literal(one) for key, one in value.items())
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _fill(folder: Path, ticket: "Ticket", file: Path, plot: str | Path | None, address: str) -> None:
     if file.resolve() != (folder / FILE).resolve():
         shutil.copyfile(file, folder / FILE)
     if plot is not None and Path(plot).resolve() != (folder / PLOT).resolve():

@@ -288,6 +288,9 @@ def digest(masks: Mapping[str, Tensor]) -> bytes:
 def intersect(*masks: Mapping[str, Tensor]) -> Masks:
     """Keep what every one of the masks keeps.
 
+    Raises:
+        SettingError: They are not masks of the same weights.
+
     >>> a, b = torch.tensor([True, True, False]), torch.tensor([False, True, True])
     >>> intersect({"w": a}, {"w": b})["w"].tolist()
     [False, True, False]
@@ -295,9 +298,25 @@ def intersect(*masks: Mapping[str, Tensor]) -> Masks:
     first, *others = masks
     out = {name: mask.clone() for name, mask in first.items()}
     for other in others:
+        check_same(out, other)
         for name in out:
             out[name] &= other[name]
     return out
+
+
+def check_same(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    """Refuse masks that are not of the same weights, by name and shape.
+
+    Raises:
+        SettingError: They are not.
+    """
+    shapes, theirs = ({name: tuple(mask.shape) for name, mask in one.items()} for one in (masks, others))
+    if shapes != theirs:
+        apart = sorted(name for name in shapes.keys() | theirs.keys() if shapes.get(name) != theirs.get(name))
+        raise SettingError(
+            f"the masks are not of the same weights: {len(apart)} differ in name or shape, the first is {apart[0]} "
+            f"({shapes.get(apart[0], 'missing')} and {theirs.get(apart[0], 'missing')}); compare tickets of one model"
+        )
 
 
 def shuffled_masks(masks: Mapping[str, Tensor], seed: int) -> Masks:

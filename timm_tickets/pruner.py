@@ -283,7 +283,8 @@ class Pruner(Iterator[Run]):
         tag = self.subnet.origin.get("tag")
         if tag is not None and not self._looked:
             self._looked = True
-            self._pretrained = cached_pretrained(tag, self.metadata["model"])
+            shapes = {name: value.shape for name, value in self.first_state.items()}
+            self._pretrained = cached_pretrained(tag, shapes)
         return self._pretrained
 
 

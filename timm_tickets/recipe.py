@@ -69,7 +69,7 @@ class DataSettings(_Part):
     dataset_download: bool = False
     class_map: str | None = None
     num_classes: Count | None = None
-    classes: tuple[Natural, ...] | None = None
+    classes: Annotated[tuple[Natural, ...], Field(min_length=2)] | None = None
     """only these classes, numbered anew in this order: a task made of part of a data set"""
     input_img_mode: str | None = "RGB"
     train_split: str = "train"
@@ -120,6 +120,13 @@ class DataSettings(_Part):
                 "augmentation; leave them out, or leave out crop_padding"
             )
         return self
+
+    def with_channels(self, in_chans: int | None) -> "DataSettings":
+        """For a model of so many input channels, where these settings say nothing of them."""
+        if in_chans is None or self.in_chans is not None:
+            return self
+        mode = {"input_img_mode": "L"} if in_chans == 1 and "input_img_mode" not in self.model_fields_set else {}
+        return self.model_copy(update={"in_chans": in_chans, **mode})
 
 
 class TrainingSettings(_Part):
@@ -232,14 +239,15 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _resolve_pruner(self) -> "Recipe":
-        """Fill in the pruner's defaults, so that the resolved recipe says everything."""
+        """Fill in the pruner's defaults and the images' channels, so that the resolved recipe says everything."""
         from .registry import get_method
 
         settings = {"epochs": self.training.epochs, "seed": self.seed} | self.pruner
         name = settings.pop("name", None)
         if not isinstance(name, str):
             raise SettingError("pruner.name: is not set; give a registered name (`timm-tickets list` shows them)")
-        return self.model_copy(update={"pruner": check(get_method(name), settings, "pruner").described()})
+        pruner = check(get_method(name), settings, "pruner").described()
+        return self.model_copy(update={"pruner": pruner, "data": self.data.with_channels(self.model.in_chans)})
 
     @property
     def folder(self) -> Path:

@@ -77,6 +77,9 @@ def switch_(values: Any, given: Any) -> None:
     if new not in ("None", old) and OmegaConf.is_dict(values.get("model")):
         values.model.pop("model_kwargs", None)
 
+    if OmegaConf.is_list(OmegaConf.select(given, "retrain.tweaks")) and OmegaConf.is_dict(values.get("retrain")):
+        values.retrain.pop("tweaks", None)  # a list names all of them
+
     new = OmegaConf.select(given, "pruner.name")
     if new is None or not OmegaConf.is_dict(values.get("pruner")) or new == OmegaConf.select(values, "pruner.name"):
         return

@@ -164,7 +164,11 @@ def checked_tweaks(tweaks: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> l
     Raises:
         SettingError: An unknown tweak or setting.
     """
-    if isinstance(tweaks, str):
+    named = isinstance(tweaks, Mapping)
+    if not named and (isinstance(tweaks, str) or not isinstance(tweaks, Sequence)):
         raise SettingError(f"tweaks: {tweaks!r} is not valid; give a list of names, or settings by name")
-    settings = tweaks if isinstance(tweaks, Mapping) else {name: {} for name in tweaks}
+    settings = dict(tweaks) if named else dict.fromkeys(map(str, tweaks))
+    for name, given in settings.items():
+        if given is not None and not isinstance(given, Mapping):
+            raise SettingError(f"tweaks.{name}: {given!r} is not valid; give its settings by name, or {{}}")
     return [check(get_tweak(name), given or {}, f"tweaks.{name}") for name, given in settings.items()]

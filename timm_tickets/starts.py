@@ -24,6 +24,7 @@ from .draws import MAX_SEED, Kind, draw, frozen
 from .settings import TicketError
 
 State = dict[str, Tensor]
+Shapes = Mapping[str, Sequence[int]]
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Scale = Literal["none", "static", "dynamic"]
@@ -148,12 +149,12 @@ def pretrained_tag(model: nn.Module) -> str | None:
     return f"{architecture}.{tag}" if architecture and tag and has_weights else None
 
 
-def cached_pretrained(tag: str, model: Mapping[str, Any]) -> Pretrained | None:
+def cached_pretrained(tag: str, shapes: Shapes) -> Pretrained | None:
     """Pretrained weights by timm's name where this machine already has them; never the network.
 
     Args:
         tag: architecture.tag.
-        model: `describe_model` of the model they are for: timm fits the stem to its channels.
+        shapes: Of the tensors they are for: timm fits the stem to its channels, and makes a head for its classes.
 
     Returns:
         None where timm does not know the tag, or has not stored its weights here.
@@ -165,21 +166,26 @@ def cached_pretrained(tag: str, model: Mapping[str, Any]) -> Pretrained | None:
     if file is None:
         return None
     overlay = {"file": str(file), "source": ""}
-    return Pretrained(tag, _built(tag, model, pretrained_cfg_overlay=overlay))
+    return Pretrained(tag, _built(tag, shapes, pretrained_cfg_overlay=overlay))
 
 
 def is_pretrained(model: nn.Module, names: Sequence[str]) -> bool:
     """Whether parameters of a model are those of its timm tag bit for bit, as far as this machine has these."""
     tag = pretrained_tag(model)
-    found = None if tag is None else cached_pretrained(tag, {"num_classes": getattr(model, "num_classes", None)})
+    state = model.state_dict()
+    found = None if tag is None else cached_pretrained(tag, {name: value.shape for name, value in state.items()})
     if found is None:
         return False
-    state = model.state_dict()
     return all(name in found.state and torch.equal(state[name].cpu(), found.state[name]) for name in names)
 
 
-def fetch_pretrained(tag: str, model: Mapping[str, Any]) -> State:
+def fetch_pretrained(tag: str, shapes: Shapes) -> State:
     """Pretrained weights by timm's name, downloaded by timm where they are not stored yet.
+
+    Args:
+        tag: architecture.tag.
+        shapes: Of the tensors wanted, found to be in proportion to the file that asks: the model built here grows with
+            its classes and channels.
 
     Raises:
         TicketError: timm does not know the tag (only its own names are taken, no address of a repository or a file), or
@@ -191,7 +197,7 @@ def fetch_pretrained(tag: str, model: Mapping[str, Any]) -> State:
             "have; upgrade timm, or give their state dict: load_ticket(path, pretrained=state)"
         )
     try:
-        return _built(tag, model)
+        return _built(tag, shapes)
     except Exception as error:  # whatever the hub, the network or the disk has to say
         raise TicketError(
             f"starts from the pretrained weights {tag!r}, which timm cannot load here ({error}); make them "
@@ -199,9 +205,15 @@ def fetch_pretrained(tag: str, model: Mapping[str, Any]) -> State:
         ) from error
 
 
-def _built(tag: str, model: Mapping[str, Any], **more: Any) -> State:
-    found = {key: model.get(key) for key in ("num_classes", "in_chans")}
-    sizes = {key: value for key, value in found.items() if isinstance(value, int) and 0 <= value < 2**20}
+def _built(tag: str, shapes: Shapes, **more: Any) -> State:
+    config: Any = timm.get_pretrained_cfg(tag)
+
+    def size(place: Any, dimension: int) -> int | None:
+        shape = shapes.get(f"{place}.weight", ()) if isinstance(place, str) else ()
+        return shape[dimension] if len(shape) > dimension else None
+
+    found = {"num_classes": size(config.classifier, 0), "in_chans": size(config.first_conv, 1)}
+    sizes = {key: value for key, value in found.items() if value is not None}
     with torch.random.fork_rng(devices=[]):  # building draws a head; the caller's random numbers are not to change
         return timm.create_model(tag, pretrained=True, **sizes, **more).state_dict()
 

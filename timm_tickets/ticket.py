@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from . import ticket_reader, ticket_writer
+from .hub import fetch
 from .masks import Masks, sparsity
 from .settings import TicketError
 from .starts import Pretrained
@@ -182,11 +183,7 @@ def load_ticket(path: str | Path, pretrained: Mapping[str, Tensor] | None = None
         TicketError: Not a ticket, cut short, changed, or written by a newer version; or its pretrained weights cannot
             be loaded, or are not those it was made from.
     """
-    if isinstance(path, str) and path.startswith(("hf-hub:", "local-dir:")):
-        from .hub import fetch
-
-        path = fetch(path)
-    path = Path(path)
+    path = fetch(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no ticket at {path}")
     masks, values, metadata, source = ticket_reader.read(path, pretrained)

@@ -205,9 +205,10 @@ def _source(opened: Opened, given: Mapping[str, Tensor] | None) -> Pretrained | 
     header = opened.header
     if not isinstance(header.start, PretrainedStart):
         return None
-    model = header.metadata.get("model")
     tag = header.start.tag
-    state = given if given is not None else fetch_pretrained(tag, model if isinstance(model, dict) else {})
+    # Not the metadata's word for it: these shapes are in proportion to the file.
+    shapes = {entry[0]: entry[1] for entry in (*header.layers, *header.rest)}
+    state = given if given is not None else fetch_pretrained(tag, shapes)
     layers = [(name, shape, dtype) for name, shape, dtype, _ in header.layers]
     rest = [(name, shape, dtype) for name, shape, dtype, where in header.rest if where == "pretrained"]
     used: State = {}

@@ -23,7 +23,7 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
-from .build import building, criterion_of
+from .build import building, criterion_of, mixes
 from .data import Data, loader_of
 from .files import replacing, write_state
 from .pruner import CHECKPOINT
@@ -100,7 +100,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         self._fresh_scaler = None if scaler is None else scaler.state_dict()
         self.mixup = None
-        if t.mixup > 0 or t.cutmix > 0 or t.cutmix_minmax is not None:
+        if mixes(t):
             self.mixup = Mixup(
                 mixup_alpha=t.mixup,
                 cutmix_alpha=t.cutmix,
@@ -111,7 +111,7 @@ class Trainer:
                 label_smoothing=t.smoothing,
                 num_classes=data.num_classes,
             )
-        self.criterion = criterion_of(t, self.mixup is not None)
+        self.criterion = criterion_of(t)
 
     def fit(self, run: Run, folder: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
         """Train a run to its end, validate after every epoch, score the test set once.
@@ -141,7 +141,7 @@ class Trainer:
             scheduler: Any = create_scheduler_v2(self.optimizer, **schedule)[0]
         if accelerator.scaler is not None and self._fresh_scaler is not None:
             accelerator.scaler.load_state_dict(self._fresh_scaler)
-        ema = ModelEmaV3(run.subnet.model, t.model_ema_decay, use_warmup=t.model_ema_warmup) if t.model_ema else None
+        ema = self._average(run)
 
         # Late rewinding goes on from its point of the schedule; a checkpoint from the end of its last epoch.
         update = round(run.start_epoch * updates)
@@ -157,8 +157,12 @@ class Trainer:
             done, skip, update = saved, 0, saved["epoch"] * updates
             progress.say(f"{run.name} goes on after {done['epoch']} of {run.epochs} epochs")
         elif run.tweaks is not None:
-            set_seed(seed_from(self.seed, run.index))
+            # Nothing here may depend on what this process did before: a continued search is another process.
+            self._begin_epoch(base, seed_from(self.seed, run.index), 0)
             run.tweaks.rescale_(run.subnet.mask, _Through(loader, self._mixed), self.criterion)
+            ema = self._average(run)  # of the weights that training starts from
+        if run.tweaks is not None:
+            run.tweaks.at_(run.progress)
         if scheduler is not None:
             scheduler.step(done["epoch"])
             scheduler.step_update(update)
@@ -166,11 +170,7 @@ class Trainer:
         watch = Watch(run, accelerator.device, folder)
         last_save = time.monotonic()
         for epoch in range(done["epoch"], run.epochs):
-            seed = seed_from(self.seed, run.index, epoch)
-            set_seed(seed)
-            base.sampler.seed = seed
-            if self.mixup is not None:
-                self.mixup.mixup_enabled = not (0 < t.mixup_off_epoch <= epoch)
+            self._begin_epoch(base, seed_from(self.seed, run.index, epoch), epoch)
             self.model.train()
             for images, target in skip_first_batches(loader, skip) if skip else loader:
                 images, target = self._mixed(images, target)
@@ -198,10 +198,14 @@ class Trainer:
             if run.limit is not None:  # it has only read gradients; the weights are as they were
                 return run.metrics
             run.settle_()
+            if run.tweaks is not None and epoch + 1 == run.epochs:
+                run.tweaks.remove_()  # a last step that the scaler skipped would leave them
             val = self.evaluate(self.val_loader, run, ema)
             if scheduler is not None:
                 scheduler.step(epoch + 1)
-            best = {**val, "epoch": epoch} if val["top1"] > done["best"]["top1"] else done["best"]
+            # What is scored while tweaks are there is another model than the one that is left.
+            plain = run.tweaks is None or run.tweaks.gone
+            best = {**val, "epoch": epoch} if plain and val["top1"] > done["best"]["top1"] else done["best"]
             done |= {"epoch": epoch + 1, "best": best, "val": val}
             progress.epoch(epoch, val)
             now = time.monotonic()
@@ -214,6 +218,18 @@ class Trainer:
             # The metrics are the averaged weights'; the search prunes by the raw ones, in model.safetensors.
             write_state(folder / "model_ema.safetensors", Subnet(ema.module, ()).state())
         return run.metrics
+
+    def _average(self, run: Run) -> ModelEmaV3 | None:
+        """The moving average of the run's weights, beginning with those it has now; None where there is to be none."""
+        t = self.settings
+        return ModelEmaV3(run.subnet.model, t.model_ema_decay, use_warmup=t.model_ema_warmup) if t.model_ema else None
+
+    def _begin_epoch(self, loader: Any, seed: int, epoch: int) -> None:
+        """Seed everything random, and set what depends on the epoch."""
+        set_seed(seed)
+        loader.sampler.seed = seed
+        if self.mixup is not None:
+            self.mixup.mixup_enabled = not (0 < self.settings.mixup_off_epoch <= epoch)
 
     def score(self, run: Run) -> dict[str, Any]:
         """The metrics of the model as it is, without training: of a ticket that its search has trained."""

@@ -138,29 +138,37 @@ class Tweaks:
         for tweak in self.tweaks:
             tweak.rescale_(self.model, masks, _without_end(batches), loss)
 
-    def attach(self, optimizer: Any, steps: int) -> Any:
+    def attach(self, optimizer: Any, steps: int, done: int = 0) -> Any:
         """Anneal by the steps of an optimizer; after the last, or `remove_`, the model is plain.
+
+        A step that a ``GradScaler`` skips is none: call `remove_` at the end of such a training.
 
         Args:
             optimizer: The training's optimizer, plain or wrapped by Accelerate.
             steps: Its steps in the whole training.
+            done: How many of them were taken before, where a training is continued.
 
         Returns:
             The same optimizer.
         """
         if steps < 1:
             raise ValueError(f"steps: {steps} is not valid; give the optimizer steps of the whole training, at least 1")
-        done = 0
+        self.at_(done / steps)
 
         def stepped() -> None:
             nonlocal done
             done += 1
-            self.at_(done / steps)
+            self.at_(min(1.0, done / steps))
 
         if self._steps is not None:
             self._steps.remove()
         self._steps = StepHook(optimizer, stepped)
         return optimizer
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing of the annealed ones is left in the function that the model computes."""
+        return not self._handles or not any(share.item() for share in self._shares)
 
     def at_(self, progress: float) -> None:
         """Set every share to what it is after a fraction of the training; at 1 take everything back."""

@@ -69,6 +69,10 @@ def check_same_everywhere(what: str, digest: bytes) -> None:
         )
 
 
+# What is to be called after each step of a Lookahead, in order.
+_lookahead_calls: WeakKeyDictionary[Any, list[Callable[[], None]]] = WeakKeyDictionary()
+
+
 class StepHook:
     """Calls a function after each step of an optimizer, whatever wraps it, until removed.
 
@@ -82,11 +86,14 @@ class StepHook:
         if self._lookahead is None:
             self._handle = optimizer.register_step_post_hook(lambda *_: call())
             return
+        self._call, calls = call, _lookahead_calls.setdefault(optimizer, [])
+        calls.append(call)
         step = type(optimizer).step
 
         def stepped(closure: Any = None) -> Any:
             loss = step(optimizer, closure)
-            call()
+            for one in list(calls):  # a call may remove itself
+                one()
             return loss
 
         optimizer.step = stepped
@@ -94,7 +101,11 @@ class StepHook:
     def remove(self) -> None:
         if self._lookahead is None:
             self._handle.remove()
-        else:
+            return
+        calls = _lookahead_calls.get(self._lookahead, [])
+        if self._call in calls:
+            calls.remove(self._call)
+        if not calls:
             self._lookahead.__dict__.pop("step", None)
 
 

@@ -22,7 +22,7 @@ class LabelSmoothing(Tweak):
     Suggested: amount 0.1, the paper's.
     ``others``, the paper's: 1 - amount on the target, amount / (C - 1) on each of the other C - 1 classes; ``all``,
     timm's and torch's: the amount is spread over all C, the target among them. The first is the second with an amount
-    C / (C - 1) times as large.
+    C / (C - 1) times as large, and at most 1: with two classes an amount over 0.5 counts as 0.5.
     """
 
     amount: Annotated[float, Field(ge=0, lt=1, description="weight taken from the target")] = 0.1

@@ -47,7 +47,13 @@ class RescaledInit(Tweak):
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # statistics move meanwhile
         masks = {name: mask.to(weights[name].device) for name, mask in masks.items()}
         trained = [name for name, weight in weights.items() if weight.requires_grad]
-        factors = {name: torch.ones((), device=weights[name].device, requires_grad=True) for name in scaled(model)}
+        chosen = [name for name in scaled(model) if name in trained]
+        if not chosen:
+            raise SettingError(
+                f"tweaks.rescaled_init: {type(model).__name__} has no convolution, linear layer or normalisation scale "
+                "that is trained, so there is nothing to rescale; leave this tweak out"
+            )
+        factors = {name: torch.ones((), device=weights[name].device, requires_grad=True) for name in chosen}
         adam = torch.optim.Adam(factors.values(), self.lr)
         stream = iter(batches)
         training = model.training

@@ -31,7 +31,7 @@ class SmoothActivation(Annealed):
     Suggested: swish. ``sigmoid`` is x * sigmoid(beta x), which is swish at beta 1 and nears ReLU as beta grows.
     Cost: both activations are computed while it lasts.
     Departures: any activation of the model is blended, the paper has ReLU only; the paper's released code keeps the
-    smooth one to the end.
+    smooth one to the end. Activations with a scale of their own (NFNet's), and such that are no modules, stay.
     """
 
     function: Annotated[Literal["swish", "mish", "sigmoid"], Field(description="the smooth activation")] = "swish"
