@@ -8,6 +8,7 @@ Resuming is replay: a pruner with a folder writes down what each run ended with;
 folder feeds these ends to the generator and yields only the runs that are missing.
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from .files import is_writer, read_json, read_state, write_json, write_state
-from .masks import Masks, keep_count, layer_sparsities, prunable_names, sparsity, total
+from .masks import Masks, collapsed, keep_count, layer_sparsities, prunable_names, sparsity, total
 from .method import Method
 from .run import End, Run
 from .settings import SettingError
@@ -58,6 +59,7 @@ class Pruner(Iterator[Run]):
         }
         self.first_state: State = {}
         self._start_epoch = 0.0
+        self._collapsed: list[str] = []
         self._failure: BaseException | None = None
         self._waiting: Run | None = None
         self._runs = self._generate()
@@ -114,7 +116,9 @@ class Pruner(Iterator[Run]):
             try:
                 requests = search.send(ends)  # pyright: ignore[reportArgumentType]
             except StopIteration:
+                self._check_layers()
                 return
+            self._check_layers()
             base = subnet.state() if len(requests) > 1 else None
             scores = subnet.scores()
             mask = subnet.mask
@@ -146,6 +150,33 @@ class Pruner(Iterator[Run]):
             if ends[0].rewind is not None:
                 self._start_epoch = ends[0].rewind_epoch
             self.rounds_done += 1
+
+    def _check_layers(self) -> None:
+        """Report layers that the search has pruned to nothing, each once; refuse them where `collapse` says so.
+
+        Here, between the rounds and at the end: every method passes by. A mask that is still being learned is not
+        judged: it may empty a layer at one step and fill it at the next.
+
+        Raises:
+            SettingError: A layer is empty, and ``collapse`` is not ``warn``.
+        """
+        if self.subnet.gates:
+            return
+        empty = collapsed(self.subnet.mask)
+        new = [name for name in empty if name not in self._collapsed]
+        self._collapsed += new
+        if not new:
+            return
+        told = f"{len(empty)} of {len(self.subnet.names)} layers are pruned to nothing: {', '.join(empty[:8])}"
+        told += f" and {len(empty) - 8} more" if len(empty) > 8 else ""
+        if self.method.collapse == "warn":
+            hint = "nothing passes through them. collapse=prevent keeps the best weight of each, collapse=error stops"
+            warnings.warn(f"{self.method.name}: {told}; {hint}", stacklevel=4)
+            return
+        raise SettingError(
+            f"collapse: {told}; lower the sparsity, choose scope=layerwise, leave these layers out with exclude, or "
+            "set collapse=prevent or warn"
+        )
 
     def _first_state(self) -> State:
         """The model as given; with a folder, as it was given the first time.
@@ -203,7 +234,7 @@ class Pruner(Iterator[Run]):
     def _ticket(self, mask: Masks, start: State, start_epoch: float) -> Ticket:
         counts = {name: int(layer.sum()) for name, layer in mask.items()}
         facts = {"sparsity": sparsity(mask), "kept": counts, "start_epoch": start_epoch, "notes": self.subnet.notes}
-        return Ticket.from_state(start, mask, {**self.metadata, **facts})
+        return Ticket.from_state(self.subnet.masked(start, mask), mask, {**self.metadata, **facts})
 
 
 def write_run(folder: Path, run: Run, end: End, ticket: Ticket) -> None:

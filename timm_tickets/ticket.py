@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .files import replacing
 from .masks import Masks, sparsity
-from .subnet import State, Subnet, plain_model
+from .subnet import State, Subnet, aliases, plain_model
 
 FORMAT = 1
 _KEY = "timm_tickets"
@@ -86,6 +86,8 @@ class Ticket:
         """The ticket of these masks over a model's present weights; the model is not changed."""
         inner = plain_model(model)
         state = Subnet(inner, ()).state()
+        for name, others in aliases(inner, masks).items():
+            state |= {one: state[one].masked_fill(~masks[name].cpu(), 0) for one in others}
         return cls.from_state(state, masks, {"model": describe_model(inner), **(metadata or {})})
 
     @classmethod

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..gates import Gate
-from ..masks import Masks, Scope, Scores, full_masks, keep_count, kept, norms, prune, total
+from ..masks import Masks, Scope, Scores, full_masks, keep_count, kept, norms, total
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Run
@@ -103,7 +103,7 @@ class EdgePopup(Method):
         """Keep the largest |scores|: exactly the asked number, ties to the first."""
         scores = {name: score.abs() for name, score in subnet.scores().items()}
         full = full_masks(scores)
-        return prune(full, scores, total(full) - keep_count(total(full), self.sparsity), self.scope)
+        return self.pruned_masks(full, scores, total(full) - keep_count(total(full), self.sparsity), self.scope)
 
     def pattern(self, subnet: Subnet) -> dict[str, tuple[Tensor, Tensor]] | None:
         """For each layer what leaves the search as pruned and what as kept; nothing does where None."""
