@@ -68,6 +68,12 @@ def test_layerwise_rounding_to_nothing_is_prevented(distribution):
         assert not m.collapsed(out)
 
 
+def test_what_is_not_spared_gives_first():
+    scores = {"a": torch.ones(1), "b": torch.ones(1), "c": torch.arange(40.0)}
+    out = m.prune(m.full_masks(scores), scores, 40, "layerwise", "epl", spare=["a", "c"])
+    assert {name: int(mask.sum()) for name, mask in out.items()} == {"a": 1, "b": 0, "c": 1}
+
+
 def test_a_budget_that_a_layer_cannot_meet_names_the_layer():
     scores = {"a": torch.arange(4.0), "b": torch.arange(4.0)}
     masks = {"a": torch.tensor([True, True, False, False]), "b": torch.ones(4, dtype=torch.bool)}

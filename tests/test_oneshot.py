@@ -88,6 +88,7 @@ def test_grasp_by_hand():
     assert run.scores["b.weight"].item() == pytest.approx(264)
 
 
+@pytest.mark.filterwarnings("ignore:.*layers are pruned to nothing")
 def test_grasp_removes_what_the_paper_removes():
     """The highest -w * Hg: of -612 and -792 that is the first."""
     model = TwoLayers([2.0], [3.0])
@@ -120,6 +121,7 @@ def test_synflow_conserves_flow_through_each_layer():
     assert sums[0] == pytest.approx(sums[1], rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*layers are pruned to nothing")
 def test_synflow_cuts_no_layer_off_where_magnitude_does():
     """A chain with one wide layer of small weights (Tanaka et al., section 3: layer collapse)."""
     torch.manual_seed(0)

@@ -222,7 +222,7 @@ def check_in_place(model, other, images, tmp_path):
     assert all(not used(model, key)[~mask].any() for key, mask in ticket.masks.items())
     assert list(model.state_dict()) == keys
 
-    fused = reparameterize_model(model)
+    fused = reparameterize_model(model.eval())
     if len(list(fused.modules())) != len(list(model.modules())):
         torch.testing.assert_close(logits(fused, images), logits(model, images), rtol=1e-3, atol=1e-4)
     return reached & set(ticket.masks)

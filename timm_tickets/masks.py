@@ -178,12 +178,6 @@ def prune(
         SettingError: Fewer weights are to be kept than there are layers to spare.
     """
     sizes = {name: int(mask.sum()) for name, mask in masks.items()}
-    alive: Scores = {}
-    for name, mask in masks.items():
-        score = scores[name].detach()
-        # Half precision is compared in float32: kthvalue lacks it on some devices.
-        score = score.to(mask.device, torch.promote_types(score.dtype, torch.float32))
-        alive[name] = score.masked_fill(~mask, -torch.inf)
     keep = sum(sizes.values()) - count
     spare = [name for name in masks if name in spare and sizes[name]]
     if keep < len(spare):
@@ -200,9 +194,10 @@ def prune(
             keeps = budgets({name: mask.shape for name, mask in masks.items()}, keep, distribution, sizes)
         for name in spare:
             if not keeps[name]:
-                keeps[max(keeps, key=lambda one: keeps[one])] -= 1
+                keeps[max(keeps, key=lambda one: keeps[one] - (one in spare))] -= 1
                 keeps[name] = 1
-        return keep_best(masks, alive, keeps)
+        return keep_best(masks, scores, keeps)
+    alive = {name: _alive(mask, scores[name]) for name, mask in masks.items()}
     for name in spare:
         alive[name] = alive[name].masked_fill(top(alive[name], 1), torch.inf)
     everything = top(torch.cat([score.flatten() for score in alive.values()]), keep)
@@ -215,7 +210,7 @@ def keep_best(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], keeps: 
 
     Args:
         masks: Bool, the masks to start from; what they prune stays pruned.
-        scores: Float, same keys and shapes, on the masks' devices.
+        scores: Float, same keys and shapes, on any device.
         keeps: How many weights each layer keeps, 0 to what its mask still keeps.
 
     Raises:
@@ -227,7 +222,14 @@ def keep_best(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], keeps: 
                 f"budget of {name}: {keeps[name]} weights cannot be kept where {left} of {mask.numel()} are left; give "
                 f"it 0 to {left}, or leave the layer out with exclude"
             )
-    return {name: top(scores[name].masked_fill(~mask, -torch.inf), keeps[name]) for name, mask in masks.items()}
+    return {name: top(_alive(mask, scores[name]), keeps[name]) for name, mask in masks.items()}
+
+
+def _alive(mask: Tensor, score: Tensor) -> Tensor:
+    """The scores on the mask's device, -inf where it prunes."""
+    # Half precision is compared in float32: kthvalue lacks it on some devices.
+    score = score.detach().to(mask.device, torch.promote_types(score.dtype, torch.float32))
+    return score.masked_fill(~mask, -torch.inf)
 
 
 def collapsed(masks: Mapping[str, Tensor]) -> list[str]:
@@ -239,7 +241,7 @@ def revived(masks: Mapping[str, Tensor], before: Mapping[str, Tensor], scores: M
     """The masks, and in every layer that keeps nothing the best of those it kept before."""
     out = dict(masks)
     for name in collapsed(masks):
-        out[name] = before[name] & top(scores[name].to(before[name].device).masked_fill(~before[name], -torch.inf), 1)
+        out[name] = before[name] & top(_alive(before[name], scores[name]), 1)
     return out
 
 

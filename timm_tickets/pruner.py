@@ -116,9 +116,10 @@ class Pruner(Iterator[Run]):
             try:
                 requests = search.send(ends)  # pyright: ignore[reportArgumentType]
             except StopIteration:
-                self._check_layers()
-                return
+                requests = None
             self._check_layers()
+            if requests is None:
+                return
             base = subnet.state() if len(requests) > 1 else None
             scores = subnet.scores()
             mask = subnet.mask

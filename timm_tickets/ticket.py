@@ -197,7 +197,8 @@ class Ticket:
             raise TicketError(
                 f"the ticket does not fit this model: {len(missing)} of its tensors are not in the model "
                 f"({', '.join(missing[:3]) or 'none'}) and {len(extra)} of the model's are not in it "
-                f"({', '.join(extra[:3]) or 'none'}); create the architecture the ticket was found on"
+                f"({', '.join(extra[:3]) or 'none'}); create the architecture the ticket was found on, and apply it "
+                "before reparameterize_model"
             )
         for name, value in wanted.items():
             if state[name].shape != value.shape:
