@@ -15,12 +15,15 @@ from .prunable import MATRICES as MATRICES
 from .prunable import classifier_names as classifier_names
 from .prunable import norms as norms
 from .prunable import prunable_names as prunable_names
+from .seeds import seed_from
 from .settings import SettingError
 
 Masks = dict[str, Tensor]
 Scores = dict[str, Tensor]
 Scope = Literal["global", "layerwise"]
 Distribution = Literal["uniform", "erk", "epl"]
+
+_SHUFFLE = 0x5F1E  # a stream of its own: a model may have been initialised under the same seed
 
 
 def full_masks(weights: Mapping[str, Tensor]) -> Masks:
@@ -280,7 +283,7 @@ def intersect(*masks: Mapping[str, Tensor]) -> Masks:
 
 def shuffled_masks(masks: Mapping[str, Tensor], seed: int) -> Masks:
     """Random masks with the same number of kept weights in every layer: the control a ticket has to beat."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_from(seed, _SHUFFLE))
     return {
         name: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view(mask.shape)
         for name, mask in masks.items()
