@@ -75,7 +75,8 @@ def table(rows: list[dict[str, Any]]) -> None:
     print("Of all parameters, the classifier counted: median ", end="")
     print(f"{sorted(row['prunable'] / row['total'] for row in rows)[len(rows) // 2]:.4f}.")
     print(f"Classifier modules named: {', '.join(f'{n} in {count}' for n, count in sorted(heads.items()))}; ", end="")
-    print(f"naming one that is not there: {sum(bool(row['unknown_classifier']) for row in rows)}.\n")
+    wrong = [row["name"] for row in rows if row["unknown_classifier"]]
+    print(f"naming one that is not there: {', '.join(wrong) or 'none'}.\n")
     print("| architecture | parameters | prunable | covered | left alone |\n|---|---|---|---|---|")
     for row in sorted(rows, key=covered):
         if covered(row) < ENOUGH:
@@ -87,9 +88,7 @@ def table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         for kind, names in row["raw"].items():
             found[kind].update(names)
-    print(
-        "\nParameters of two or more dimensions that are no convolution's or linear layer's, and in how many models:\n"
-    )
+    print("\nWhat is neither a convolution's or linear layer's weight nor a plain vector, and in how many models:\n")
     print("| taken for | parameters |\n|---|---|")
     for kind, names in sorted(found.items()):
         print(f"| {kind} | {', '.join(f'{name} {count}' for name, count in names.most_common())} |")
