@@ -76,6 +76,7 @@ def test_the_smallest_trained_weights_go_and_the_rest_returns_to_its_start(scope
 
 
 @pytest.mark.filterwarnings("ignore:.*without an optimizer step")
+@pytest.mark.filterwarnings("ignore:.*layers are pruned to nothing")
 def test_scopes_differ_where_one_layer_is_smaller():
     kept = {}
     for scope in ("global", "layerwise"):

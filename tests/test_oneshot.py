@@ -90,6 +90,18 @@ def test_grasp_by_hand():
     assert run.scores["b.weight"].item() == pytest.approx(264)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 42])
+def test_random_masks_do_not_follow_weights_drawn_under_the_same_seed(seed):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(*(torch.nn.Conv2d(16, 16, 3, bias=False) for _ in range(4)))
+    masks = tt.create_pruner("random", copy.deepcopy(model), sparsity=0.5, seed=seed).ticket.masks
+    for kept in (masks, tt.shuffled_masks(masks, seed)):
+        for name, weight in model.named_parameters():
+            # The mean of 1152 uniform weights: under 5 standard errors from zero.
+            assert abs(weight[kept[name]].mean()) < 5 * weight.std() / kept[name].sum() ** 0.5
+
+
+@pytest.mark.filterwarnings("ignore:.*layers are pruned to nothing")
 def test_grasp_removes_what_the_paper_removes():
     """The highest -w * Hg: of -612 and -792 that is the first."""
     model = TwoLayers([2.0], [3.0])
@@ -122,6 +134,7 @@ def test_synflow_conserves_flow_through_each_layer():
     assert sums[0] == pytest.approx(sums[1], rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*layers are pruned to nothing")
 def test_synflow_cuts_no_layer_off_where_magnitude_does():
     """A chain with one wide layer of small weights (Tanaka et al., section 3: layer collapse)."""
     torch.manual_seed(0)

@@ -26,6 +26,7 @@ from torch.utils.data import (
 
 import timm_tickets as tt
 from timm_tickets.data import loader_of
+from timm_tickets.run import not_finite
 from timm_tickets.subset import Shuffled, labels_of
 
 
@@ -155,6 +156,14 @@ def test_a_run_that_nobody_attached_warns(model):
     next(pruner)
     with pytest.warns(UserWarning, match="round_00 ended without an optimizer step"):
         next(pruner, None)
+
+
+def test_infinities_that_a_model_holds_from_the_start_are_its_own():
+    bounds = torch.tensor([-torch.inf, torch.inf, 0.0])
+    assert not_finite({"w": bounds}, {"w": bounds.clone()}) is None
+    assert not_finite({"w": bounds}, None) == "w"
+    assert not_finite({"w": bounds.neg()}, {"w": bounds}) == "w"
+    assert not_finite({"w": bounds * torch.nan}, {"w": bounds}) == "w"
 
 
 def test_weights_that_are_not_finite_stop_the_search_and_are_not_written(model, tmp_path):

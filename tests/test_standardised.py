@@ -45,6 +45,7 @@ def standardised(model):
     return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, _Masked)}
 
 
+@pytest.mark.filterwarnings("ignore:.*layers are pruned to nothing")
 @pytest.mark.parametrize("name", ["test_nfnet", "resnetv2", "std_same", "scaled_same"])
 def test_what_is_pruned_is_zero_where_it_is_used(name):
     model = build(name)
@@ -84,7 +85,9 @@ def test_the_masked_weight_by_hand():
     assert weight_of(layer).flatten().tolist() == pytest.approx([*expected, 0.0], rel=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:jackpot", "ignore:.*without passing its rewind point")
+@pytest.mark.filterwarnings(
+    "ignore:jackpot", "ignore:.*without passing its rewind point", "ignore:.*layers are pruned to nothing"
+)
 @pytest.mark.parametrize("method", ["imp", "rigl", "edge_popup", "continuous_sparsification", "jackpot"])
 def test_it_stays_so_through_every_kind_of_search_and_training(method):
     model = build("test_nfnet").train()

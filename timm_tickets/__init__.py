@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .hub import push
     from .masks import Masks, intersect, layer_sparsities, prunable_names, shuffled_masks, sparsity
     from .method import Method, OneShot
+    from .prunable import Part, inspect_model
     from .pruner import Pruner
     from .recipe import Recipe, list_recipes, load_recipe
     from .registry import (
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "masks": ("Masks", "intersect", "layer_sparsities", "prunable_names", "shuffled_masks", "sparsity"),
     "method": ("Method", "OneShot"),
+    "prunable": ("Part", "inspect_model"),
     "pruner": ("Pruner",),
     "run": ("End", "Rewind", "Run"),
     "recipe": ("Recipe", "list_recipes", "load_recipe"),
@@ -63,6 +65,7 @@ __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - grouped by module, as above
     "Masks", "intersect", "layer_sparsities", "prunable_names", "shuffled_masks", "sparsity",
     "Method", "OneShot",
+    "Part", "inspect_model",
     "Pruner",
     "End", "Rewind", "Run",
     "Recipe", "list_recipes", "load_recipe",

@@ -230,6 +230,53 @@ def push(
 
 
 @app.command()
+def inspect(
+    arch: Annotated[str, typer.Argument(metavar="ARCH", help="a timm architecture")],
+    include: Annotated[list[str] | None, typer.Option(help="wildcard of the weights that may be pruned")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="wildcard of the weights that are left alone")] = None,
+    classifier: Annotated[bool, typer.Option("--classifier", help="prune the classifier too")] = False,
+    set: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="argument of timm.create_model, e.g. num_classes=10"),
+    ] = None,
+) -> None:
+    """Show layer by layer what would be pruned in an architecture, what would not, and why."""
+    with _errors():
+        from collections import Counter
+
+        from .prunable import build_to_inspect, inspect_model
+
+        parts = inspect_model(build_to_inspect(arch, set or ()), include or ("*",), exclude or (), classifier)
+        whole = sum(part.size for part in parts)
+        console = Console()
+
+        def show(title: str, rows: list[tuple[str, str, str, int]]) -> None:
+            table = Table(box=None, header_style="bold")
+            table.add_column(title, overflow="fold")
+            table.add_column("kind" if title == "prunable" else "why not")
+            for name in ("shape", "weights", "of all"):
+                table.add_column(name, justify="right")
+            for name, kind, shape, size in rows:
+                table.add_row(Text(name), kind, shape, f"{size:,}", f"{size / whole:.2%}")
+            console.print(table)
+
+        prunable = [part for part in parts if not part.why_not]
+        shown = [(part.name, part.kind, "x".join(map(str, part.shape)), part.size) for part in prunable]
+        count = sum(part.size for part in prunable)
+        show("prunable", [*shown, (f"{len(prunable)} layers", "", "", count)])
+        console.print()
+        left, vectors = [], Counter()
+        for part in parts:
+            if part.why_not and part.kind == "vector" and part.why_not != "classifier":
+                vectors[part.why_not] += part.size
+            elif part.why_not:
+                why = part.why_not if part.why_not == "classifier" else f"{part.kind}: {part.why_not}"
+                left.append((part.name, why, "x".join(map(str, part.shape)), part.size))
+        left += [("biases, scales and other vectors", why, "", size) for why, size in vectors.items()]
+        show("left alone", [*left, (f"{len(parts) - len(prunable)} parameters", "", "", whole - count)])
+
+
+@app.command()
 def recipe(
     name: Annotated[str | None, typer.Argument(metavar="RECIPE", help="name of a shipped recipe, or a file")] = None,
     set: Set = None,

@@ -3,8 +3,15 @@
 A gate is attached with torch's parametrize, so that models which read ``layer.weight`` outside its forward see it too.
 """
 
+from typing import Any
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+# Of each module with gates: the order of its parameters, and a hook where it is recurrent.
+_before: WeakKeyDictionary[nn.Module, tuple[list[str], Any]] = WeakKeyDictionary()
 
 
 class Gate(nn.Module):
@@ -75,3 +82,31 @@ class SigmoidGate(Gate):
 
     def value(self, dtype: torch.dtype) -> Tensor:
         return torch.sigmoid(self.beta * self.score) if self.training else self.mask.to(dtype)
+
+
+def attach_(module: nn.Module, leaf: str, gate: Gate) -> None:
+    """Put a gate before a module's weight. Where modules share the weight, each gets the same gate."""
+    if module not in _before:
+        hook = module.register_forward_hook(_forget_flat_weights) if isinstance(module, nn.RNNBase) else None
+        _before[module] = list(module._parameters), hook
+    parametrize.register_parametrization(module, leaf, gate, unsafe=True)
+
+
+@torch.no_grad()
+def remove_(module: Any, leaf: str, value: Tensor) -> None:
+    """Take the gate away and give the weight this value; the parameter is the one from before the gate."""
+    parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+    module._parameters[leaf].copy_(value)
+    if isinstance(module, nn.RNNBase):
+        setattr(module, leaf, module._parameters[leaf])  # into the list that its forward reads
+    if not parametrize.is_parametrized(module):
+        order, hook = _before.pop(module)
+        # Removing put the weight behind the bias, and optimizer states are saved by position.
+        module._parameters = {key: module._parameters[key] for key in order}
+        if hook is not None:
+            hook.remove()
+
+
+def _forget_flat_weights(module: Any, *_: Any) -> None:
+    """A recurrent module keeps the weights it last read; behind gates those have a graph, and cannot be deep-copied."""
+    module._flat_weights = [None if weight is None else weight.detach() for weight in module._flat_weights]

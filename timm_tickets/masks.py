@@ -6,87 +6,26 @@ Scores have the same keys and shapes, floats, higher meaning keep.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
-from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
-from torch import Tensor, nn
+from torch import Tensor
 
+from .prunable import MATRICES as MATRICES
+from .prunable import classifier_names as classifier_names
+from .prunable import norms as norms
+from .prunable import prunable_names as prunable_names
+from .seeds import seed_from
 from .settings import SettingError
-from .wrappers import plain_model
 
 Masks = dict[str, Tensor]
 Scores = dict[str, Tensor]
 Scope = Literal["global", "layerwise"]
 Distribution = Literal["uniform", "erk", "epl"]
 
-MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
-_NORMS = (
-    *(nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
-    *(RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d),
-)
-
-
-def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Module names of a timm model's classifier, from ``pretrained_cfg['classifier']``; empty where there is none."""
-    config = getattr(plain_model(model), "pretrained_cfg", None) or {}
-    found = config.get("classifier")
-    if found is None:
-        return ()
-    return (found,) if isinstance(found, str) else tuple(found)
-
-
-def prunable_names(
-    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), classifier: bool = False
-) -> list[str]:
-    """Names of the weights that may be pruned: every convolution's and linear layer's, but not the classifier's.
-
-    Args:
-        model: A timm model, or any module.
-        include: Wildcards (fnmatch) on parameter names; a weight must match one of them.
-        exclude: Wildcards on parameter names; a weight that matches one of them is left alone.
-        classifier: Whether the classifier may be pruned too, as in papers where every layer takes part.
-
-    Returns:
-        Parameter names in the model's own order. A weight that two layers share is named once.
-
-    Raises:
-        SettingError: Nothing is left to prune, or a wildcard matches no weight (most often a misspelt one).
-    """
-    model = plain_model(model)
-    classifiers = () if classifier else classifier_names(model)
-    weights = {id(m.weight) for m in model.modules() if isinstance(m, MATRICES)}
-    candidates = [
-        name
-        for name, parameter in model.named_parameters()
-        if id(parameter) in weights and not any(name.startswith(f"{c}.") for c in classifiers)
-    ]
-    for setting, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            if candidates and not any(fnmatchcase(name, pattern) for name in candidates):
-                raise SettingError(
-                    f"{setting}: {pattern!r} matches none of the {len(candidates)} prunable weights, "
-                    f"which are named like {candidates[0]!r} and {candidates[-1]!r}; correct or drop the wildcard"
-                )
-    names = [
-        name
-        for name in candidates
-        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
-    ]
-    if not names:
-        raise SettingError(
-            f"no prunable weight in {type(model).__name__}: {len(candidates)} convolution and linear weights outside "
-            f"the classifier, none left by include={tuple(include)} and exclude={tuple(exclude)}; widen these settings"
-        )
-    return names
-
-
-def norms(model: nn.Module) -> list[Any]:
-    """The normalisation layers, which may have a learned scale and shift."""
-    return [module for module in model.modules() if isinstance(module, _NORMS)]
+_SHUFFLE = 0x5F1E  # a stream of its own: a model may have been initialised under the same seed
 
 
 def full_masks(weights: Mapping[str, Tensor]) -> Masks:
@@ -223,6 +162,7 @@ def prune(
     count: int,
     scope: Scope = "global",
     distribution: Distribution = "uniform",
+    spare: Collection[str] = (),
 ) -> Masks:
     """Prune ``count`` more weights, those with the lowest scores among the kept.
 
@@ -233,29 +173,81 @@ def prune(
         scope: ``global`` compares all layers with one another; ``layerwise`` prunes each by itself.
         distribution: Layerwise, ``uniform`` prunes the same fraction of what each layer still keeps; ``erk`` and
             ``epl`` keep what `budgets` gives each layer.
+        spare: Layers that keep at least their best weight, whatever the others then lose; those that have none left
+            stay empty.
 
     Returns:
         New masks, with exactly ``count`` fewer weights kept.
+
+    Raises:
+        SettingError: Fewer weights are to be kept than there are layers to spare.
     """
-    alive: Scores = {}
-    for name, mask in masks.items():
-        score = scores[name].detach()
-        # Half precision is compared in float32: kthvalue lacks it on some devices.
-        score = score.to(mask.device, torch.promote_types(score.dtype, torch.float32))
-        alive[name] = score.masked_fill(~mask, -torch.inf)
+    sizes = {name: int(mask.sum()) for name, mask in masks.items()}
+    keep = sum(sizes.values()) - count
+    spare = [name for name in masks if name in spare and sizes[name]]
+    if keep < len(spare):
+        raise SettingError(
+            f"sparsity: {keep} weights are to be kept, fewer than the {len(spare)} layers that must keep one; lower "
+            "the sparsity, or set collapse=warn to let layers be pruned to nothing"
+        )
     if scope == "layerwise":
-        sizes = {name: int(mask.sum()) for name, mask in masks.items()}
         if distribution == "uniform":
             cuts = fill(count, sizes, sizes)
             keeps = {name: size - cuts[name] for name, size in sizes.items()}
         else:
             # Of a larger count a layer's rounded share may be smaller, so what it still keeps is its cap.
-            shapes = {name: mask.shape for name, mask in masks.items()}
-            keeps = budgets(shapes, kept(masks) - count, distribution, sizes)
-        return {name: top(score, keeps[name]) for name, score in alive.items()}
-    everything = top(torch.cat([score.flatten() for score in alive.values()]), kept(masks) - count)
+            keeps = budgets({name: mask.shape for name, mask in masks.items()}, keep, distribution, sizes)
+        for name in spare:
+            if not keeps[name]:
+                keeps[max(keeps, key=lambda one: keeps[one] - (one in spare))] -= 1
+                keeps[name] = 1
+        return keep_best(masks, scores, keeps)
+    alive = {name: _alive(mask, scores[name]) for name, mask in masks.items()}
+    for name in spare:
+        alive[name] = alive[name].masked_fill(top(alive[name], 1), torch.inf)
+    everything = top(torch.cat([score.flatten() for score in alive.values()]), keep)
     parts = everything.split([score.numel() for score in alive.values()])
     return {name: part.view(score.shape) for (name, score), part in zip(alive.items(), parts, strict=True)}
+
+
+def keep_best(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], keeps: Mapping[str, int]) -> Masks:
+    """Keep in every layer as many of the best as its budget says.
+
+    Args:
+        masks: Bool, the masks to start from; what they prune stays pruned.
+        scores: Float, same keys and shapes, on any device.
+        keeps: How many weights each layer keeps, 0 to what its mask still keeps.
+
+    Raises:
+        SettingError: A layer has fewer weights left than its budget; it is named.
+    """
+    for name, mask in masks.items():
+        if not 0 <= keeps[name] <= (left := int(mask.sum())):
+            raise SettingError(
+                f"budget of {name}: {keeps[name]} weights cannot be kept where {left} of {mask.numel()} are left; give "
+                f"it 0 to {left}, or leave the layer out with exclude"
+            )
+    return {name: top(_alive(mask, scores[name]), keeps[name]) for name, mask in masks.items()}
+
+
+def _alive(mask: Tensor, score: Tensor) -> Tensor:
+    """The scores on the mask's device, -inf where it prunes."""
+    # Half precision is compared in float32: kthvalue lacks it on some devices.
+    score = score.detach().to(mask.device, torch.promote_types(score.dtype, torch.float32))
+    return score.masked_fill(~mask, -torch.inf)
+
+
+def collapsed(masks: Mapping[str, Tensor]) -> list[str]:
+    """Names of the layers that keep nothing."""
+    return [name for name, mask in masks.items() if not mask.any()]
+
+
+def revived(masks: Mapping[str, Tensor], before: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> Masks:
+    """The masks, and in every layer that keeps nothing the best of those it kept before."""
+    out = dict(masks)
+    for name in collapsed(masks):
+        out[name] = before[name] & top(_alive(before[name], scores[name]), 1)
+    return out
 
 
 def exchange(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tensor:
@@ -321,7 +313,7 @@ def check_same(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Non
 
 def shuffled_masks(masks: Mapping[str, Tensor], seed: int) -> Masks:
     """Random masks with the same number of kept weights in every layer: the control a ticket has to beat."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_from(seed, _SHUFFLE))
     return {
         name: mask.flatten()[torch.randperm(mask.numel(), generator=generator)].view(mask.shape)
         for name, mask in masks.items()

@@ -1,13 +1,13 @@
 """Method: what every pruning method can be told, and what it has to say."""
 
 from collections.abc import Generator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as settings
 
 from .draws import MAX_SEED
-from .masks import Distribution, Scope, Scores, keep_count, kept, prune, total
+from .masks import Distribution, Masks, Scope, Scores, keep_count, kept, prune, total
 from .run import End, Run
 from .settings import SettingError
 from .subnet import Subnet
@@ -34,6 +34,11 @@ class Method:
     exclude: Annotated[tuple[str, ...], Field(description="wildcards of the weights that are left alone")] = ()
     classifier: Annotated[bool, Field(description="prune the classifier too")] = False
 
+    collapse: Annotated[
+        Literal["warn", "prevent", "error"],
+        Field(description="a layer pruned to nothing: report it, keep its best weight, or refuse it"),
+    ] = "warn"
+
     def prepare_(self, subnet: Subnet) -> None:
         """Called once, when the pruner is created: refuse a model that does not suit, attach gates, freeze.
 
@@ -47,6 +52,20 @@ class Method:
         On entry the subnet's mask keeps everything and its rewind point is the model as it was given.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it searches")
+
+    def pruned_masks(
+        self,
+        masks: Masks,
+        scores: Scores,
+        count: int,
+        scope: Scope = "global",
+        distribution: Distribution = "uniform",
+    ) -> Masks:
+        """`masks.prune` as this method's `collapse` says: every cut goes through here, where the scores are at hand.
+
+        That a layer is empty is told by the pruner at the end of a round: learned masks come and go within one.
+        """
+        return prune(masks, scores, count, scope, distribution, masks if self.collapse == "prevent" else ())
 
     def described(self) -> dict[str, Any]:
         """The registered name and every setting, as JSON types."""
@@ -74,7 +93,11 @@ class OneShot(Method):
     def prune_(self, subnet: Subnet, scores: Scores) -> None:
         """Prune the lowest scores among what is kept, to the asked sparsity exactly."""
         cut = kept(subnet.mask) - keep_count(total(subnet.mask), self.sparsity)
-        subnet.set_mask_(prune(subnet.mask, scores, cut, self.scope, self.distribution))
+        self.cut_(subnet, scores, cut)
+
+    def cut_(self, subnet: Subnet, scores: Scores, count: int) -> None:
+        """Prune this many more, the lowest scores among what is kept."""
+        subnet.set_mask_(self.pruned_masks(subnet.mask, scores, count, self.scope, self.distribution))
 
     def runs(self, subnet: Subnet) -> int:
         return 0

@@ -8,6 +8,7 @@ Resuming is replay: a pruner with a folder writes down what each run ended with;
 folder feeds these ends to the generator and yields only the runs that are missing.
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from .files import is_writer, read_json, read_state, write_json, write_state
-from .masks import Masks, digest, keep_count, layer_sparsities, prunable_names, sparsity, total
+from .masks import Masks, collapsed, digest, keep_count, layer_sparsities, prunable_names, sparsity, total
 from .method import Method
 from .run import End, Run
 from .settings import SettingError
@@ -64,6 +65,7 @@ class Pruner(Iterator[Run]):
         self.first_state: State = {}
         self._start_epoch = 0.0
         self._looked, self._pretrained = False, None
+        self._collapsed: list[str] = []
         self._failure: BaseException | None = None
         self._waiting: Run | None = None
         self._runs = self._generate()
@@ -179,9 +181,12 @@ class Pruner(Iterator[Run]):
             try:
                 requests = search.send(ends)  # pyright: ignore[reportArgumentType]
             except StopIteration:
-                check_same_everywhere("the ticket's mask", digest(subnet.mask))
+                requests = None
+            self._check_layers()
+            name = "the ticket" if requests is None else f"round {self.rounds_done}"
+            check_same_everywhere(f"the mask of {name}", digest(subnet.mask))
+            if requests is None:
                 return
-            check_same_everywhere(f"the mask of round {self.rounds_done}", digest(subnet.mask))
             base = subnet.state() if len(requests) > 1 else None
             scores = subnet.scores()
             mask = subnet.mask
@@ -216,6 +221,33 @@ class Pruner(Iterator[Run]):
             if ends[0].rewind is not None:
                 self._start_epoch = ends[0].rewind_epoch
             self.rounds_done += 1
+
+    def _check_layers(self) -> None:
+        """Report layers that the search has pruned to nothing, each once; refuse them where `collapse` says so.
+
+        Here, between the rounds and at the end: every method passes by. A mask that is still being learned is not
+        judged: it may empty a layer at one step and fill it at the next.
+
+        Raises:
+            SettingError: A layer is empty, and ``collapse`` is not ``warn``.
+        """
+        if self.subnet.gates:
+            return
+        empty = collapsed(self.subnet.mask)
+        new = [name for name in empty if name not in self._collapsed]
+        self._collapsed += new
+        if not new:
+            return
+        told = f"{len(empty)} of {len(self.subnet.names)} layers are pruned to nothing: {', '.join(empty[:8])}"
+        told += f" and {len(empty) - 8} more" if len(empty) > 8 else ""
+        if self.method.collapse == "warn":
+            hint = "nothing passes through them. collapse=prevent keeps the best weight of each, collapse=error stops"
+            warnings.warn(f"{self.method.name}: {told}; {hint}", stacklevel=4)
+            return
+        raise SettingError(
+            f"collapse: {told}; lower the sparsity, choose scope=layerwise, leave these layers out with exclude, or "
+            "set collapse=prevent or warn"
+        )
 
     def _first_state(self) -> State:
         """The model as given; with a folder, as it was given the first time.
@@ -274,7 +306,9 @@ class Pruner(Iterator[Run]):
         counts = {name: int(layer.sum()) for name, layer in mask.items()}
         facts = {"sparsity": sparsity(mask), "kept": counts, "start_epoch": start_epoch, "notes": self.subnet.notes}
         origin = self.subnet.origin
-        ticket = Ticket.from_state(start, mask, {**self.metadata, **facts, **({"origin": origin} if origin else {})})
+        ticket = Ticket.from_state(
+            self.subnet.masked(start, mask), mask, {**self.metadata, **facts, **({"origin": origin} if origin else {})}
+        )
         ticket.pretrained = self._pretrained_start()
         return ticket
 

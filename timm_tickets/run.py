@@ -270,7 +270,7 @@ class Run:
         self.settle_()
         self.subnet.apply_()
         state = self.subnet.state()
-        if (name := not_finite(state)) is not None:
+        if (name := not_finite(state, self.subnet.start)) is not None:
             raise TrainingError(
                 f"{self.name} ended with values in {name} that are not finite; it is not written down. Lower the "
                 "learning rate or clip gradients, and train it again"
@@ -339,9 +339,16 @@ def _slice_classes(output: Any, target: Tensor, classes: Sequence[int]) -> tuple
     return output, place
 
 
-def not_finite(state: State) -> str | None:
-    """Name of the first tensor with a NaN or an infinity in it."""
-    return next((name for name, value in state.items() if not value.isfinite().all()), None)
+def not_finite(state: State, start: State | None) -> str | None:
+    """Name of the first tensor with a NaN or an infinity in it that was not there at the start.
+
+    Some models hold infinities for good: Gemma 4's clipping bounds before they are calibrated.
+    """
+    for name, value in state.items():
+        bad = ~value.isfinite()
+        if bad.any() and (start is None or (bad & (value != start[name])).any()):
+            return name
+    return None
 
 
 def plain_metrics(metrics: dict[str, Any]) -> dict[str, Any]:

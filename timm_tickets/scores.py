@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from .masks import Masks, Scores
+from .seeds import seed_from
+
+_NOISE = 0x5C02E  # the stream of random scores, told from others of the same seed
 
 
 def magnitude(weights: Mapping[str, Tensor]) -> Scores:
@@ -16,7 +19,9 @@ def magnitude(weights: Mapping[str, Tensor]) -> Scores:
 
 def random(weights: Mapping[str, Tensor], seed: int) -> Scores:
     """Uniform noise in [0, 1), of the weights' shapes, on the CPU: the same for a seed whatever the device."""
-    generator = torch.Generator().manual_seed(seed)
+    # Not the seed itself: a model initialised uniformly under torch.manual_seed(seed) drew the very same numbers, and
+    # the largest weights would be kept instead of random ones.
+    generator = torch.Generator().manual_seed(seed_from(seed, _NOISE))
     return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
 
 

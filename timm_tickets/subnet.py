@@ -11,9 +11,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from .gates import Gate
+from .gates import Gate, attach_, remove_
 from .masks import Masks, Scores, full_masks, sparsity
 from .standardised import masked_
 from .wrappers import SlowHook, StepHook, plain_model, plain_optimizer
@@ -54,9 +53,11 @@ class Subnet:
         self.changes = 0
         self.dense_gradients: dict[str, Tensor] = {}
         self.gates: dict[str, Gate] = {}
-        layers = {name: masked_(self.model.get_submodule(name.rpartition(".")[0])) for name in self.names}
-        self._standardised = {name: layer for name, layer in layers.items() if layer is not None}
-        self._orders: dict[str, list[str]] = {}
+        self._aliases = aliases(self.model, self.names)
+        self._standardised: list[tuple[str, Any]] = []
+        for name in self.names:
+            layers = [masked_(module) for module, _ in self._owners(name)]
+            self._standardised += [(name, layer) for layer in layers if layer is not None]
         self._frozen: list[nn.Parameter] = []
         self._mask = full_masks(self.weights())
         self._held: Masks = {}  # copies on the weights' devices, only while hooks hold the masks
@@ -68,8 +69,21 @@ class Subnet:
 
     def _key(self, name: str) -> str:
         """Where the weight of this timm name is now: behind its gate, if it has one."""
-        layer, _, leaf = name.rpartition(".")
-        return f"{layer}.parametrizations.{leaf}.original" if name in self.gates else name
+        return self._behind_gate(name) if name in self.gates else name
+
+    @staticmethod
+    def _behind_gate(name: str) -> str:
+        layer, dot, leaf = name.rpartition(".")
+        return f"{layer}{dot}parametrizations.{leaf}.original"
+
+    def _owners(self, name: str) -> list[tuple[Any, str]]:
+        """The modules that have this weight, each once, and what they call it."""
+        found: dict[int, tuple[Any, str]] = {}
+        for one in (name, *self._aliases.get(name, ())):
+            layer, _, leaf = one.rpartition(".")
+            module = self.model.get_submodule(layer)
+            found[id(module)] = module, leaf
+        return list(found.values())
 
     def weights(self) -> dict[str, Tensor]:
         """The prunable weights, detached, not copied."""
@@ -94,7 +108,7 @@ class Subnet:
         self._mask = {name: masks[name].detach().to("cpu", torch.bool) for name in self.names}
         for name, gate in self.gates.items():
             gate.mask.copy_(self._mask[name])
-        for name, layer in self._standardised.items():
+        for name, layer in self._standardised:
             layer.prune_mask.copy_(self._mask[name])
         for name, held in self._held.items():
             held.copy_(self._mask[name])
@@ -123,7 +137,8 @@ class Subnet:
         """A copy of the whole state dict under timm's names, contiguous, on the CPU; weights as before their gates."""
         state = self.model.state_dict()
         for name in self.gates:
-            state[name] = state.pop(self._key(name))
+            for one in (name, *self._aliases.get(name, ())):
+                state[one] = state.pop(self._behind_gate(one))
         return {
             name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, value in state.items()
@@ -134,7 +149,17 @@ class Subnet:
         """The state dict of the plain model that `bake_` would leave."""
         state = self.state()
         weights = self.weights()
-        return state | {name: gate.hard(weights[name]).cpu() for name, gate in self.gates.items()}
+        for name, gate in self.gates.items():
+            state |= dict.fromkeys((name, *self._aliases.get(name, ())), gate.hard(weights[name]).cpu())
+        return state
+
+    def masked(self, state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> State:
+        """A state with zeros where these masks prune, under every name that a shared weight has."""
+        out = dict(state)
+        for name, mask in masks.items():
+            for one in (name, *self._aliases.get(name, ())):
+                out[one] = out[one].masked_fill(~mask, 0)
+        return out
 
     def scores(self) -> Scores:
         """The learned scores in the weights' shapes, copies on the CPU."""
@@ -155,10 +180,8 @@ class Subnet:
         """
         for name, weight in self.weights().items():
             gate = make(name, weight).to(weight.device)
-            layer, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(layer)
-            self._orders[name] = list(module._parameters)
-            parametrize.register_parametrization(module, leaf, gate, unsafe=True)
+            for module, leaf in self._owners(name):
+                attach_(module, leaf, gate)
             self.gates[name] = gate
 
     def freeze_(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -173,13 +196,9 @@ class Subnet:
         """Turn gates into plain weights, zero where pruned, and thaw what was frozen: a plain timm model again."""
         mask = self.mask
         for name, gate in list(self.gates.items()):
-            layer, _, leaf = name.rpartition(".")
-            module: Any = self.model.get_submodule(layer)
-            value = gate.hard(module.parametrizations[leaf].original)
-            parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
-            module._parameters[leaf].copy_(value)
-            # Removing put the weight behind the bias, and optimizer states are saved by position.
-            module._parameters = {key: module._parameters[key] for key in self._orders[name]}
+            value = gate.hard(self.parameters()[name])
+            for module, leaf in self._owners(name):
+                remove_(module, leaf, value)
             del self.gates[name]
         self.set_mask_(mask)
         for parameter in self._frozen:
@@ -192,7 +211,8 @@ class Subnet:
         with torch.no_grad():
             for name in self.gates:
                 present[self._key(name)].copy_(state[name])
-        self.model.load_state_dict(present | {name: value for name, value in state.items() if name not in self.gates})
+        gated = {one for name in self.gates for one in (name, *self._aliases.get(name, ()))}
+        self.model.load_state_dict(present | {name: value for name, value in state.items() if name not in gated})
         self.apply_()
 
     def rewind_(self) -> None:
@@ -267,3 +287,15 @@ class Subnet:
         self._held = {}
         self.dense_gradients = {}
         self.tap = False
+
+
+def aliases(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The other names of shared weights, by the first: tied parameters, or a module that stands in several places."""
+    wanted = set(names)
+    first: dict[int, str] = {}
+    found: dict[str, tuple[str, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name and known in wanted:
+            found[known] = (*found.get(known, ()), name)
+    return found

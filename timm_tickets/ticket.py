@@ -17,7 +17,7 @@ from .hub import fetch
 from .masks import Masks, sparsity
 from .settings import TicketError
 from .starts import Pretrained
-from .subnet import State, Subnet, plain_model
+from .subnet import State, Subnet, aliases, plain_model
 from .ticket_header import fingerprint, masked
 
 
@@ -50,6 +50,8 @@ class Ticket:
         """The ticket of these masks over a model's present weights; the model is not changed."""
         inner = plain_model(model)
         state = Subnet(inner, ()).state()
+        for name, others in aliases(inner, masks).items():
+            state |= {one: state[one].masked_fill(~masks[name].cpu(), 0) for one in others}
         return cls.from_state(state, masks, {"model": describe_model(inner), **(metadata or {})})
 
     @classmethod
@@ -154,7 +156,8 @@ class Ticket:
             raise TicketError(
                 f"the ticket does not fit this model: {len(missing)} of its tensors are not in the model "
                 f"({', '.join(missing[:3]) or 'none'}) and {len(extra)} of the model's are not in it "
-                f"({', '.join(extra[:3]) or 'none'}); create the architecture the ticket was found on"
+                f"({', '.join(extra[:3]) or 'none'}); create the architecture the ticket was found on, and apply it "
+                "before reparameterize_model"
             )
         for name, value in wanted.items():
             if state[name].shape != value.shape:

@@ -32,7 +32,7 @@ class Watch:
     def keep(self, state: State) -> None:
         """Check an epoch's end, and remember its state as the last good one."""
         self._check()
-        if (name := not_finite(state)) is not None:
+        if (name := not_finite(state, self.run.subnet.start)) is not None:
             self._stop(f"{name} is not finite after step {self.run.step}")
         self.good = state
 

@@ -7,9 +7,10 @@ from collections.abc import Generator
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 
-from ..masks import Masks, Scope, Scores, intersect, keep_count, kept, prune, total
+from ..masks import Masks, Scope, Scores, intersect, keep_count, kept, revived, total
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Run
@@ -76,7 +77,8 @@ class COLT(Method):
 
     def overlap(self, mask: Masks, scores: list[Scores], cut: int) -> Masks:
         """What all copies keep, each having pruned ``cut`` weights."""
-        return intersect(*(prune(mask, one, cut, self.scope) for one in scores))
+        found = intersect(*(self.pruned_masks(mask, one, cut, self.scope) for one in scores))
+        return revived(found, mask, summed(scores)) if self.collapse == "prevent" else found
 
     def exactly(self, mask: Masks, scores: list[Scores], cut: int, goal: int) -> Masks:
         """The largest common cut whose overlap still keeps ``goal``; the rest goes by smallest summed magnitude."""
@@ -85,5 +87,8 @@ class COLT(Method):
             middle = (low + high) // 2
             low, high = (middle, high) if kept(self.overlap(mask, scores, middle)) >= goal else (low, middle)
         found = self.overlap(mask, scores, low)
-        summed = {name: sum(one[name] for one in scores) for name in mask}
-        return prune(found, summed, kept(found) - goal, self.scope)  # pyright: ignore[reportArgumentType]
+        return self.pruned_masks(found, summed(scores), kept(found) - goal, self.scope)
+
+
+def summed(scores: list[Scores]) -> Scores:
+    return {name: torch.stack([one[name] for one in scores]).sum(dim=0) for name in scores[0]}

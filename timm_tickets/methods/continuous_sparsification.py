@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..gates import SigmoidGate
-from ..masks import Masks, Scores, full_masks, keep_count, kept, prune, total
+from ..masks import Masks, Scores, full_masks, keep_count, kept, revived, total
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Rewind, Run
@@ -109,11 +109,12 @@ class ContinuousSparsification(Method):
     def settle_(self, subnet: Subnet) -> None:
         """The hard mask of the scores as they are now."""
         scores = subnet.scores()
-        subnet.set_mask_({n: s > 0 for n, s in scores.items()} if self.meet == "penalty" else self.top(scores))
+        masks = self.top(scores) if self.meet == "top" else {n: s > 0 for n, s in scores.items()}
+        subnet.set_mask_(revived(masks, full_masks(scores), scores) if self.collapse == "prevent" else masks)
 
     def top(self, scores: Scores) -> Masks:
         full = full_masks(scores)
-        return prune(full, scores, kept(full) - keep_count(total(full), self.sparsity))
+        return self.pruned_masks(full, scores, kept(full) - keep_count(total(full), self.sparsity))
 
     def runs(self, subnet: Subnet) -> int:
         return len(self.parallel) or self.rounds

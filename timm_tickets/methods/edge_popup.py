@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..draws import SCORES, draw, frozen
 from ..gates import Gate
-from ..masks import Masks, Scope, Scores, full_masks, keep_count, kept, norms, prune, total
+from ..masks import Masks, Scope, Scores, full_masks, keep_count, kept, norms, total
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Run
@@ -113,7 +113,7 @@ class EdgePopup(Method):
         """Keep the largest |scores|: exactly the asked number, ties to the first."""
         scores = {name: score.abs() for name, score in subnet.scores().items()}
         full = full_masks(scores)
-        return prune(full, scores, total(full) - keep_count(total(full), self.sparsity), self.scope)
+        return self.pruned_masks(full, scores, total(full) - keep_count(total(full), self.sparsity), self.scope)
 
     def frozen_counts(self, subnet: Subnet) -> dict[str, tuple[int, int]] | None:
         """How many weights of each layer leave the search as pruned and as kept; nothing does where None."""

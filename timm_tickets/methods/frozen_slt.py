@@ -68,7 +68,8 @@ class FrozenSLT(EdgePopup):
         pruned, locked = min(pruned, count - keep), min(locked, keep)  # each rounded by itself
         free = budgets(shapes, count - pruned - locked, self.freezing)
         frozen = {name: sizes[name] - free[name] for name in sizes}
-        gone = fill(pruned, frozen, frozen) if pruned + locked else dict.fromkeys(sizes, 0)
+        most = {n: min(frozen[n], sizes[n] - 1) for n in sizes} if self.collapse == "prevent" else frozen
+        gone = fill(pruned, frozen, most) if pruned + locked else dict.fromkeys(sizes, 0)
         return {name: (gone[name], frozen[name] - gone[name]) for name in sizes}
 
     def cut(self, subnet: Subnet) -> Masks:
@@ -77,5 +78,6 @@ class FrozenSLT(EdgePopup):
         free = {name: masks[name] if gate.free is None else gate.free.cpu() for name, gate in subnet.gates.items()}
         frozen_out = sum(int((~masks[name] & ~free[name]).sum()) for name in masks)
         cut = total(masks) - keep_count(total(masks), self.sparsity) - frozen_out
-        found = prune(free, {name: score.abs() for name, score in scores.items()}, cut, self.scope)
+        bare = [name for name in masks if self.collapse == "prevent" and not (masks[name] & ~free[name]).any()]
+        found = prune(free, {name: score.abs() for name, score in scores.items()}, cut, self.scope, spare=bare)
         return {name: found[name] | (masks[name] & ~free[name]) for name in masks}

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ..masks import keep_count, kept, prune, total
+from ..masks import keep_count, kept, total
 from ..method import OneShot
 from ..registry import register_pruner
 from ..run import End, Run
@@ -50,7 +50,7 @@ class Gradual(OneShot):
         keep = keep_count(total(subnet.mask), self.scheduled(run.progress))
         cut = max(0, kept(subnet.mask) - keep)
         if cut:
-            subnet.set_mask_(prune(subnet.mask, magnitude(subnet.weights()), cut, self.scope, self.distribution))
+            self.cut_(subnet, magnitude(subnet.weights()), cut)
 
     def scheduled(self, progress: float) -> float:
         """Sparsity after this fraction of training (equation 1, from 0)."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ..masks import Scope, keep_count, prune, total
+from ..masks import Scope, keep_count, total
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Rewind, Run
@@ -38,7 +38,7 @@ class IMP(Method):
             (end,) = yield [Run(rewind=self.rewind if round == 0 else None, from_rewind=round > 0)]
             if round == 0:
                 subnet.start = end.rewind
-            subnet.set_mask_(prune(subnet.mask, magnitude(end.weights), remaining - keep, self.scope))
+            subnet.set_mask_(self.pruned_masks(subnet.mask, magnitude(end.weights), remaining - keep, self.scope))
             subnet.rewind_()
             remaining = keep
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..gates import Gate
-from ..masks import classifier_names, full_masks, keep_count, norms, prune, total
+from ..masks import classifier_names, full_masks, keep_count, norms, total
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Run
@@ -72,7 +72,7 @@ class Jackpot(Method):
         weights = subnet.weights_on_cpu()
         full = full_masks(weights)
         # One global magnitude threshold: it decides how many each layer keeps, for good, and the first mask.
-        masks = prune(full, magnitude(weights), total(full) - keep_count(total(full), self.sparsity))
+        masks = self.pruned_masks(full, magnitude(weights), total(full) - keep_count(total(full), self.sparsity))
         subnet.set_mask_(masks)
         # A claim only: a model knows its tag whether or not it was built with pretrained=True. The ticket checks it.
         tag = pretrained_tag(subnet.model)

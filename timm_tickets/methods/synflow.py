@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ..masks import keep_count, kept, prune, total
+from ..masks import keep_count, kept, total
 from ..method import OneShot
 from ..registry import register_pruner
 from ..run import End, Run
@@ -39,8 +39,7 @@ class SynFlow(OneShot):
         for step in range(1, self.iterations + 1):
             keep = max(goal, round(count * (goal / count) ** (step / self.iterations)))
             scores = synflow(subnet.model, subnet.mask, size)
-            cut = kept(subnet.mask) - keep
-            subnet.set_mask_(prune(subnet.mask, scores, cut, self.scope, self.distribution))
+            self.cut_(subnet, scores, kept(subnet.mask) - keep)
         yield from ()
 
 
