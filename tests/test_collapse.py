@@ -10,7 +10,9 @@ from torch import nn
 import timm_tickets as tt
 from timm_tickets import masks as m
 
-pytestmark = pytest.mark.filterwarnings("ignore:jackpot", "ignore:.*without passing its rewind point")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:jackpot", "ignore:.*without passing its rewind point", "ignore:.*no gradient reaches"
+)
 NOTHING = "pruned to nothing"
 
 
