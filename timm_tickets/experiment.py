@@ -6,6 +6,7 @@ The folder holds the resolved recipe, one folder a round (its ticket, its traine
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from rich.console import Console
 from .adapt import recompute_batch_norm_
 from .build import build_model, model_kwargs
 from .data import Data
-from .files import is_writer, read_json, write_json
+from .files import appearing, is_writer, read_json, write_json
 from .masks import Masks, full_masks, prunable_names, shuffled_masks
+from .processes import alone, place, wait_for_others
 from .pruner import write_run
 from .recipe import Recipe, RetrainSettings, load_recipe
 from .registry import create_pruner, create_tweaks
 from .report import RichProgress, plot, print_table, write_summary
 from .run import End, Run, plain_metrics
-from .run_folder import RESULT, check_folder, claim_folder, records
+from .run_folder import RESULT, check_folder, claim_folder, records, working_in
 from .settings import SettingError, unknown
 from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
@@ -61,13 +63,18 @@ def search(
         console: Where progress and tables go; standard output where None.
 
     Raises:
-        SettingError: A wrong recipe, or another recipe's folder.
-        TrainingError: A training's loss was NaN; finished rounds are kept.
+        SettingError: A wrong recipe, another recipe's folder, or one that another command works in.
+        Stopped: SIGTERM came; a checkpoint is written, the same call continues. Not caught, it exits with code 143.
+        TrainingError: A training's loss was NaN, or another process has died; finished rounds are kept.
         OSError: The folder cannot be written; what was written before is kept.
     """
     recipe = load_recipe(recipe, overrides)
     console = console or Console()
-    PartialState()  # joins the other processes, if any: from here on one of them writes
+    with working_in(recipe.folder, partial(console.print, soft_wrap=True)):
+        return _search(recipe, restart, console)
+
+
+def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     folder, final = recipe.folder, recipe.folder / f"{recipe.name}.ticket"
     check_folder(folder, recipe, "search", restart)
     if (done := read_json(folder / RESULT)) is not None:
@@ -90,20 +97,25 @@ def search(
         raise SettingError(
             f"training.model_ema: an average of soft masks is no mask; set it to false for {pruner.method.name}"
         )
-    trainer = Trainer(recipe, model, data)
+    pruner.parallel = recipe.parallel
+    trainers = _Trainers(recipe, model, data)
+    trainers.of(recipe.parallel == "runs")
     claim_folder(folder, recipe, "search")  # only now: a recipe that cannot be built leaves no folder behind
     subnet = pruner.subnet
     extra = 1 if pruner.runs else 2  # the ticket's own training, and a dense one where no run of the search is
     with RichProgress(console, None if pruner.runs is None else pruner.runs + extra) as progress:
         for run in pruner:
             progress.replayed(pruner.replayed, folder)
-            trainer.fit(run, folder / run.name, progress)
+            with alone(run.alone):
+                trainers.of(run.alone).fit(run, folder / run.name, progress)
             progress.end(run)
         progress.replayed(pruner.replayed, folder)
         ticket = pruner.ticket
         if learned:  # its parameters have changed: what was prepared is no longer the model
-            trainer = Trainer(recipe, model, data)
-        experiment = _Experiment(folder, trainer, subnet, progress, ticket.metadata)
+            trainers = _Trainers(recipe, model, data)
+        # Where runs were handed out, one process trains the ticket too: then no number depends on how many there were.
+        trainer = trainers.of(pruner.handed_out)
+        experiment = _Experiment(folder, trainer, subnet, progress, ticket.metadata, alone=pruner.handed_out)
         if recipe.dense and not pruner.trained_dense:
             experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0)
         experiment = replace(experiment, retrain=recipe.retrain)
@@ -151,10 +163,14 @@ def train(
     """
     recipe = load_recipe(recipe, overrides)
     console = console or Console()
-    PartialState()
     given = None if ticket is None else load_ticket(ticket)
     stem = "dense" if ticket is None else Path(ticket).stem
     folder = recipe.output or Path("output") / f"{recipe.name}_train_{stem}"
+    with working_in(folder, partial(console.print, soft_wrap=True)):
+        return _train(recipe, given, folder, restart, console)
+
+
+def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, console: Console) -> Result:
     kind = "training of dense" if given is None else f"training of ticket {given.fingerprint}"
     check_folder(folder, recipe, kind, restart)
     data = Data(recipe.data)
@@ -222,9 +238,21 @@ def transfer(
             raise SettingError(unknown("control", control, CONTROLS))
     recipe = load_recipe(recipe, overrides)
     console = console or Console()
-    PartialState()
     given = load_ticket(ticket)
     folder = recipe.output or Path("output") / f"{recipe.name}_transfer_{Path(ticket).stem}"
+    with working_in(folder, partial(console.print, soft_wrap=True)):
+        return _transfer(recipe, given, folder, controls, recompute_batch_norm, restart, console)
+
+
+def _transfer(
+    recipe: Recipe,
+    given: Ticket,
+    folder: Path,
+    controls: Sequence[str],
+    recompute_batch_norm: bool,
+    restart: bool,
+    console: Console,
+) -> Result:
     kind = f"transfer of ticket {given.fingerprint}" + ", batch norm recomputed" * recompute_batch_norm
     check_folder(folder, recipe, kind, restart)
     data = Data(recipe.data)
@@ -265,6 +293,22 @@ def transfer(
     return Result(folder, moved, rows)
 
 
+class _Trainers:
+    """The trainer that all processes share, and the one that each has for itself; built when first wanted."""
+
+    def __init__(self, recipe: Recipe, model: Any, data: Data):
+        self._made = recipe, model, data
+        self._kind: bool | None = None
+
+    def of(self, by_itself: bool) -> Trainer:
+        """The one of these kinds; only the one used last is kept."""
+        by_itself = by_itself and place()[1] > 1
+        if self._kind is not by_itself:
+            with alone(by_itself):
+                self._kind, self._trainer = by_itself, Trainer(*self._made)
+        return self._trainer
+
+
 @dataclass(frozen=True)
 class _Experiment:
     """Trainings that are not part of a search: a ticket's own and the dense control's."""
@@ -275,8 +319,19 @@ class _Experiment:
     progress: RichProgress
     metadata: dict[str, Any]
     retrain: RetrainSettings = field(default_factory=RetrainSettings)
+    alone: bool = False
 
-    def train(
+    def train(self, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As `_train`; where processes work alone, the first one does it while the others wait."""
+        if not self.alone:
+            return self._train(name, *args, **kwargs)
+        if place()[0] == 0:
+            with alone():
+                self._train(name, *args, **kwargs)
+        wait_for_others()
+        return appearing(self.folder / name / "run.json")["metrics"]
+
+    def _train(
         self,
         name: str,
         masks: Masks,
