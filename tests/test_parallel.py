@@ -12,11 +12,10 @@ import pytest
 import torch
 import torch.distributed
 from accelerate.state import AcceleratorState, PartialState
+from test_faults import leftovers, same
 
 import timm_tickets as tt
 from timm_tickets.processes import alone, any_of, ending_with_others, place, rank, wait_for_others, world_size
-
-from test_faults import leftovers, same
 
 DRIVER = Path(__file__).parent / "killed_search.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -5,7 +5,7 @@ The folder holds the resolved recipe, one folder a round (its ticket, its traine
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,18 @@ from rich.console import Console
 from .adapt import recompute_batch_norm_
 from .build import build_model, model_kwargs
 from .data import Data
-from .files import appearing, is_writer, read_json, write_json
-from .masks import Masks, full_masks, prunable_names, shuffled_masks
-from .processes import alone, place, wait_for_others
-from .pruner import write_run
+from .files import is_writer, read_json, write_json
+from .masks import full_masks, prunable_names, shuffled_masks
+from .processes import alone
 from .recipe import Recipe, RetrainSettings, load_recipe
 from .registry import create_pruner, create_tweaks
 from .report import RichProgress, plot, print_table, write_summary
-from .run import End, Run, plain_metrics
 from .run_folder import RESULT, check_folder, claim_folder, records, working_in
 from .settings import SettingError, unknown
-from .subnet import State, Subnet
+from .subnet import Subnet
 from .ticket import Ticket, describe_model, load_ticket
 from .trainer import Trainer
+from .trainings import Trainers, Trainings
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
             f"training.model_ema: an average of soft masks is no mask; set it to false for {pruner.method.name}"
         )
     pruner.parallel = recipe.parallel
-    trainers = _Trainers(recipe, model, data)
+    trainers = Trainers(recipe, model, data)
     trainers.of(recipe.parallel == "runs")
     claim_folder(folder, recipe, "search")  # only now: a recipe that cannot be built leaves no folder behind
     subnet = pruner.subnet
@@ -112,10 +111,10 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
         progress.replayed(pruner.replayed, folder)
         ticket = pruner.ticket
         if learned:  # its parameters have changed: what was prepared is no longer the model
-            trainers = _Trainers(recipe, model, data)
+            trainers = Trainers(recipe, model, data)
         # Where runs were handed out, one process trains the ticket too: then no number depends on how many there were.
         trainer = trainers.of(pruner.handed_out)
-        experiment = _Experiment(folder, trainer, subnet, progress, ticket.metadata, alone=pruner.handed_out)
+        experiment = Trainings(folder, trainer, subnet, progress, ticket.metadata, alone=pruner.handed_out)
         if recipe.dense and not pruner.trained_dense:
             experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0)
         experiment = replace(experiment, retrain=recipe.retrain)
@@ -187,7 +186,7 @@ def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, co
         claim_folder(folder, recipe, kind)
         subnet = Subnet(model, tuple(given.masks))
         with RichProgress(console, 1) as progress:
-            experiment = _Experiment(folder, trainer, subnet, progress, given.metadata, recipe.retrain)
+            experiment = Trainings(folder, trainer, subnet, progress, given.metadata, recipe.retrain)
             experiment.train("round_00", given.masks, given.values, 0, 0, given.metadata.get("start_epoch", 0.0))
         PartialState().wait_for_everyone()
         done = {"rows": records(folder), "fingerprint": given.fingerprint}
@@ -274,7 +273,7 @@ def _transfer(
     wanted = [name for name in starts if name == "ticket" or name in controls]
     subnet = Subnet(model, tuple(moved.masks))
     with RichProgress(console, len(wanted)) as progress:
-        experiment = _Experiment(folder, trainer, subnet, progress, moved.metadata)
+        experiment = Trainings(folder, trainer, subnet, progress, moved.metadata)
         for name in wanted:
             retrain = RetrainSettings() if name == "dense" else recipe.retrain
             metrics = replace(experiment, retrain=retrain).train(name, *starts[name], index=0)
@@ -291,78 +290,6 @@ def _transfer(
         write_json(folder / RESULT, {"rows": rows, "fingerprint": moved.fingerprint})
         print_table(rows, console)
     return Result(folder, moved, rows)
-
-
-class _Trainers:
-    """The trainer that all processes share, and the one that each has for itself; built when first wanted."""
-
-    def __init__(self, recipe: Recipe, model: Any, data: Data):
-        self._made = recipe, model, data
-        self._kind: bool | None = None
-
-    def of(self, by_itself: bool) -> Trainer:
-        """The one of these kinds; only the one used last is kept."""
-        by_itself = by_itself and place()[1] > 1
-        if self._kind is not by_itself:
-            with alone(by_itself):
-                self._kind, self._trainer = by_itself, Trainer(*self._made)
-        return self._trainer
-
-
-@dataclass(frozen=True)
-class _Experiment:
-    """Trainings that are not part of a search: a ticket's own and the dense control's."""
-
-    folder: Path
-    trainer: Trainer
-    subnet: Subnet
-    progress: RichProgress
-    metadata: dict[str, Any]
-    retrain: RetrainSettings = field(default_factory=RetrainSettings)
-    alone: bool = False
-
-    def train(self, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As `_train`; where processes work alone, the first one does it while the others wait."""
-        if not self.alone:
-            return self._train(name, *args, **kwargs)
-        if place()[0] == 0:
-            with alone():
-                self._train(name, *args, **kwargs)
-        wait_for_others()
-        return appearing(self.folder / name / "run.json")["metrics"]
-
-    def _train(
-        self,
-        name: str,
-        masks: Masks,
-        start: State,
-        index: int,
-        round: int = 0,
-        start_epoch: float = 0.0,
-        train: bool = True,
-    ) -> dict[str, Any]:
-        """Train these masks from this start into the folder of this name, or only score them; skip what is finished."""
-        where = self.folder / name
-        if (record := read_json(where / "run.json")) is not None:
-            self.progress.say(f"{name} is finished; skipped")
-            return record["metrics"]
-        self.subnet.set_mask_(masks)
-        self.subnet.load_(start)
-        epochs = self.retrain.epochs or self.trainer.settings.epochs
-        run = Run(epochs, index=index, round=round, name=name, start_epoch=start_epoch, subnet=self.subnet)
-        if train:
-            if self.retrain.tweaks:
-                run.tweaks = create_tweaks(self.subnet.model, self.retrain.tweaks)
-                run.metrics |= {"tweaks": list(self.retrain.tweaks), "sparsity_tweaked": run.tweaks.sparsity(masks)}
-            self.trainer.fit(run, where, self.progress)
-            end = run.finish_()
-        else:
-            self.trainer.score(run)
-            state = self.subnet.state()
-            end = End(state, masks, baked=state, metrics=plain_metrics(run.metrics))
-        self.progress.end(run)
-        write_run(where, run, end, Ticket.from_state(start, masks, self.metadata))
-        return end.metrics
 
 
 def _origin(recipe: Recipe, data: Data, model: Any) -> dict[str, Any]:

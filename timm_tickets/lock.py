@@ -40,8 +40,8 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold a folder for the length of the block; of several processes of one command, the writing one holds it.
 
     The lock is the kernel's (flock) and on the folder itself, so it ends with the process however that ends. The folder
-    is made for it where it is not there, and then removed if it is still empty at the end. Where the file system has no such lock, the block runs
-    without one, and that is said.
+    is made for it where it is not there, and then removed if it is still empty at the end. Where the file system has no
+    such lock, the block runs without one, and that is said.
 
     Args:
         folder: The folder.
