@@ -108,6 +108,23 @@ def test_a_process_that_dies_ends_the_others_which_say_so(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_machines_on_loopback_find_the_same_ticket(one, tmp_path):
+    """Two torchruns, as on two machines with a shared folder."""
+    port = str(torch.randint(20000, 40000, (1,)).item())
+    started = []
+    for number in range(2):
+        line = command(tmp_path, COLT, 2)
+        launch = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", port]
+        line[line.index("--standalone") : line.index("--standalone") + 1] = launch
+        line[line.index("--nproc_per_node") + 1] = "1"
+        started.append(subprocess.Popen(line, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=280)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    same(tmp_path, one)
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [0, 1])
 @pytest.mark.parametrize("moment", [3, 40, 90])
 def test_killed_by_data_it_continues_to_what_as_many_processes_find(tmp_path, of, moment):

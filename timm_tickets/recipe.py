@@ -166,7 +166,7 @@ class TrainingSettings(_Part):
     torchcompile: str | None = None
     """backend of torch.compile, such as 'inductor'"""
     checkpoint_interval: Annotated[float, Field(ge=0)] = 60.0
-    """least seconds between two checkpoints within a run"""
+    """least seconds between two checkpoints within a run, more where writing takes long; 0 is one for each step"""
 
     @field_validator("opt")
     @classmethod
