@@ -22,13 +22,18 @@ Restart = Annotated[bool, typer.Option("--restart", help="delete the folder's ea
 
 @app.callback()
 def _about() -> None:
-    """Lottery tickets for any timm model."""
+    """Lottery tickets for any timm model.
+
+    Exit codes: 0 done; 2 a wrong setting, a training or a file that failed; 130 stopped by Ctrl-C; 143 stopped by
+    SIGTERM, after a checkpoint. Stopped, the same command continues.
+    """
 
 
 @contextmanager
 def _errors() -> Iterator[None]:
     """Turn what a user can mend into one message on standard error, without a traceback."""
     from .settings import SettingError, TrainingError
+    from .stop import STOPPED, Stopped
     from .ticket import TicketError
 
     try:
@@ -36,6 +41,9 @@ def _errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         raise typer.Exit(130) from None
+    except Stopped:
+        print("stopped by SIGTERM; the same command continues", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
     except (SettingError, TicketError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -1,5 +1,6 @@
 """Data: timm data sets and transforms for the trainer, and the embedded digits."""
 
+import random
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
+from .seeds import seed_from
 from .settings import SettingError, unknown
 from .subset import Shuffled, labels_of
 
@@ -210,15 +212,30 @@ class _Transformed(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        seed_item_(index)
         image, target = self.dataset[index][:2]
         return self.transform(image), target
+
+
+def seed_item_(index: int) -> None:
+    """In a loader's worker, make what augments an item depend on the epoch and the item alone.
+
+    A worker's own seed would make it depend on which items the worker had before, and so on where an epoch was gone on
+    with, and on the number of workers.
+    """
+    worker = torch.utils.data.get_worker_info()
+    if worker is None:
+        return
+    seed = seed_from(worker.seed - worker.id, index)  # the part that all workers of an epoch share
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def loader_of(dataset: Dataset[Any], batch_size: int, workers: int, shuffle: bool = False) -> DataLoader[Any]:
     """A loader for training (shuffled by a seed, whole batches only, as timm does) or for evaluation.
 
-    Workers are started afresh for each epoch: ones that persist would carry random state from epoch to epoch, and a
-    resumed run would see other augmentations than one that was never stopped.
+    Workers are started afresh for each epoch: from their seed, the epoch's, every item's augmentation is drawn.
     """
     return DataLoader(
         dataset,

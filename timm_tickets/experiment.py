@@ -5,7 +5,8 @@ The folder holds the resolved recipe, one folder a round (its ticket, its traine
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,17 @@ from .adapt import recompute_batch_norm_
 from .build import build_model, criterion_of, model_kwargs
 from .data import Data
 from .files import is_writer, read_json, write_json
-from .masks import Masks, full_masks, prunable_names, shuffled_masks
-from .pruner import write_run
+from .masks import full_masks, prunable_names, shuffled_masks
+from .processes import alone
 from .recipe import Recipe, RetrainSettings, load_recipe
 from .registry import create_pruner, create_tweaks, get_method
 from .report import RichProgress, plot, print_table, write_summary
-from .run import End, Run, plain_metrics
-from .run_folder import RESULT, check_folder, claim_folder, records
+from .run_folder import RESULT, check_folder, claim_folder, records, working_in
 from .settings import SettingError, unknown
-from .starts import Pretrained
-from .subnet import State, Subnet
+from .subnet import Subnet
 from .ticket import Ticket, describe_model, load_ticket
 from .trainer import Trainer
+from .trainings import Trainers, Trainings
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,18 @@ def search(
         console: Where progress and tables go; standard output where None.
 
     Raises:
-        SettingError: A wrong recipe, or another recipe's folder.
-        TrainingError: A training's loss was NaN; finished rounds are kept.
+        SettingError: A wrong recipe, another recipe's folder, or one that another command works in.
+        Stopped: SIGTERM came; a checkpoint is written, the same call continues. Not caught, it exits with code 143.
+        TrainingError: A training's loss was NaN, or another process has died; finished rounds are kept.
         OSError: The folder cannot be written; what was written before is kept.
     """
     recipe = load_recipe(recipe, overrides)
     console = console or Console()
-    PartialState()  # joins the other processes, if any: from here on one of them writes
+    with working_in(recipe.folder, partial(console.print, soft_wrap=True)):
+        return _search(recipe, restart, console)
+
+
+def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     folder, final = recipe.folder, recipe.folder / f"{recipe.name}.ticket"
     check_folder(folder, recipe, "search", restart)
     if (done := read_json(folder / RESULT)) is not None:
@@ -92,20 +97,25 @@ def search(
         raise SettingError(
             f"training.model_ema: an average of soft masks is no mask; set it to false for {pruner.method.name}"
         )
-    trainer = Trainer(recipe, model, data)
+    pruner.parallel = recipe.parallel
+    trainers = Trainers(recipe, model, data)
+    trainers.of(recipe.parallel == "runs")
     claim_folder(folder, recipe, "search")  # only now: a recipe that cannot be built leaves no folder behind
     subnet = pruner.subnet
     extra = 1 if pruner.runs else 2  # the ticket's own training, and a dense one where no run of the search is
     with RichProgress(console, None if pruner.runs is None else pruner.runs + extra) as progress:
         for run in pruner:
             progress.replayed(pruner.replayed, folder)
-            trainer.fit(run, folder / run.name, progress)
+            with alone(run.alone):
+                trainers.of(run.alone).fit(run, folder / run.name, progress)
             progress.end(run)
         progress.replayed(pruner.replayed, folder)
         ticket = pruner.ticket
         if learned:  # its parameters have changed: what was prepared is no longer the model
-            trainer = Trainer(recipe, model, data)
-        experiment = _Experiment(folder, trainer, subnet, progress, ticket.metadata)
+            trainers = Trainers(recipe, model, data)
+        # Where runs were handed out, one process trains the ticket too: then no number depends on how many there were.
+        trainer = trainers.of(pruner.handed_out)
+        experiment = Trainings(folder, trainer, subnet, progress, ticket.metadata, alone=pruner.handed_out)
         if recipe.dense and not pruner.trained_dense:
             experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0)
         experiment = replace(experiment, retrain=recipe.retrain, pretrained=ticket.pretrained)
@@ -153,10 +163,14 @@ def train(
     """
     recipe = load_recipe(recipe, overrides)
     console = console or Console()
-    PartialState()
     given = None if ticket is None else load_ticket(ticket)
     stem = "dense" if ticket is None else Path(ticket).stem
     folder = recipe.output or Path("output") / f"{recipe.name}_train_{stem}"
+    with working_in(folder, partial(console.print, soft_wrap=True)):
+        return _train(recipe, given, folder, restart, console)
+
+
+def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, console: Console) -> Result:
     kind = "training of dense" if given is None else f"training of ticket {given.fingerprint}"
     check_folder(folder, recipe, kind, restart)
     data = Data(recipe.data)
@@ -174,9 +188,7 @@ def train(
         claim_folder(folder, recipe, kind)
         subnet = Subnet(model, tuple(given.masks))
         with RichProgress(console, 1) as progress:
-            experiment = _Experiment(
-                folder, trainer, subnet, progress, given.metadata, recipe.retrain, given.pretrained
-            )
+            experiment = Trainings(folder, trainer, subnet, progress, given.metadata, recipe.retrain, given.pretrained)
             experiment.train("round_00", given.masks, given.values, 0, 0, given.metadata.get("start_epoch", 0.0))
         PartialState().wait_for_everyone()
         done = {"rows": records(folder), "fingerprint": given.fingerprint}
@@ -227,9 +239,21 @@ def transfer(
             raise SettingError(unknown("control", control, CONTROLS))
     recipe = load_recipe(recipe, overrides)
     console = console or Console()
-    PartialState()
     given = load_ticket(ticket)
     folder = recipe.output or Path("output") / f"{recipe.name}_transfer_{Path(ticket).stem}"
+    with working_in(folder, partial(console.print, soft_wrap=True)):
+        return _transfer(recipe, given, folder, controls, recompute_batch_norm, restart, console)
+
+
+def _transfer(
+    recipe: Recipe,
+    given: Ticket,
+    folder: Path,
+    controls: Sequence[str],
+    recompute_batch_norm: bool,
+    restart: bool,
+    console: Console,
+) -> Result:
     kind = f"transfer of ticket {given.fingerprint}" + ", batch norm recomputed" * recompute_batch_norm
     check_folder(folder, recipe, kind, restart)
     data = Data(recipe.data)
@@ -257,7 +281,7 @@ def transfer(
     wanted = [name for name in starts if name == "ticket" or name in controls]
     subnet = Subnet(model, tuple(moved.masks))
     with RichProgress(console, len(wanted)) as progress:
-        experiment = _Experiment(folder, trainer, subnet, progress, moved.metadata)
+        experiment = Trainings(folder, trainer, subnet, progress, moved.metadata)
         for name in wanted:
             retrain = RetrainSettings() if name == "dense" else recipe.retrain
             source = moved.pretrained if name == "ticket" else None
@@ -275,53 +299,6 @@ def transfer(
         write_json(folder / RESULT, {"rows": rows, "fingerprint": moved.fingerprint})
         print_table(rows, console)
     return Result(folder, moved, rows)
-
-
-@dataclass(frozen=True)
-class _Experiment:
-    """Trainings that are not part of a search: a ticket's own and the dense control's."""
-
-    folder: Path
-    trainer: Trainer
-    subnet: Subnet
-    progress: RichProgress
-    metadata: dict[str, Any]
-    retrain: RetrainSettings = field(default_factory=RetrainSettings)
-    pretrained: Pretrained | None = None
-
-    def train(
-        self,
-        name: str,
-        masks: Masks,
-        start: State,
-        index: int,
-        round: int = 0,
-        start_epoch: float = 0.0,
-        train: bool = True,
-    ) -> dict[str, Any]:
-        """Train these masks from this start into the folder of this name, or only score them; skip what is finished."""
-        where = self.folder / name
-        if (record := read_json(where / "run.json")) is not None:
-            self.progress.say(f"{name} is finished; skipped")
-            return record["metrics"]
-        self.subnet.set_mask_(masks)
-        self.subnet.load_(start)
-        epochs = self.retrain.epochs or self.trainer.settings.epochs
-        run = Run(epochs, index=index, round=round, name=name, start_epoch=start_epoch, subnet=self.subnet)
-        if train:
-            if self.retrain.tweaks:
-                run.tweaks = create_tweaks(self.subnet.model, self.retrain.tweaks)
-                run.metrics |= {"tweaks": list(self.retrain.tweaks), "sparsity_tweaked": run.tweaks.sparsity(masks)}
-            self.trainer.fit(run, where, self.progress)
-            end = run.finish_()
-        else:
-            self.trainer.score(run)
-            state = self.subnet.state()
-            end = End(state, masks, baked=state, metrics=plain_metrics(run.metrics))
-        self.progress.end(run)
-        ticket = Ticket.from_state(start, masks, self.metadata)
-        write_run(where, run, end, replace(ticket, pretrained=self.pretrained))
-        return end.metrics
 
 
 def _check_tweaks(recipe: Recipe, model: nn.Module) -> None:

@@ -2,27 +2,35 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .processes import rank
+
 _TEMPORARY = ".timm-tickets-tmp"
+# Seconds in which what another machine has written in a shared folder has to be seen.
+_APPEARS = 180
 
 
 def is_writer() -> bool:
-    """Whether this process is the one that writes: rank 0, or the only one."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    """Whether this process is the one that writes: rank 0, or one that works alone."""
+    return rank() == 0
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Give a temporary path; when the block ends well, flush it to disk and rename it to ``path``.
+
+    Args:
+        path: The file to write.
+        keep: Where what stood at ``path`` before is moved; it is overwritten where None.
 
     Raises:
         OSError: The file could not be written (a full disk, no permission). The temporary file is gone and what
@@ -33,6 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _flush(temporary)
+        if keep is not None and path.exists():
+            path.replace(keep)  # killed here, the file before is still whole under its other name
         temporary.replace(path)
         _flush(path.parent)  # the rename itself
     except (OSError, SafetensorError) as error:
@@ -76,6 +86,23 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def appearing(path: Path) -> Any:
+    """The parsed file that another process has written, waited for: NFS remembers for a minute what was not there.
+
+    Raises:
+        OSError: It does not appear.
+    """
+    deadline = time.monotonic() + _APPEARS
+    while (found := read_json(path)) is None:
+        if time.monotonic() > deadline:
+            raise OSError(
+                f"cannot find {path}, which another process has written; give all processes an output folder that they "
+                "share, or set parallel=data"
+            )
+        time.sleep(0.1)
+    return found
 
 
 def write_state(path: Path, state: dict[str, Tensor]) -> None:

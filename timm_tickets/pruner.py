@@ -9,15 +9,17 @@ folder feeds these ends to the generator and yields only the runs that are missi
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from .files import is_writer, read_json, read_state, write_json, write_state
+from .checkpoint import remove_checkpoints
+from .files import appearing, is_writer, read_json, read_state, write_json, write_state
 from .masks import Masks, collapsed, digest, keep_count, layer_sparsities, prunable_names, sparsity, total
 from .method import Method
+from .processes import alone, place, wait_for_others
 from .run import End, Run
 from .settings import SettingError
 from .starts import Pretrained, cached_pretrained
@@ -25,8 +27,7 @@ from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
 from .wrappers import check_same_everywhere
 
-# A trainer's checkpoint within a run; it stays until the run is written down.
-CHECKPOINT = "checkpoint.pt"
+Parallel = Literal["runs", "data", "auto"]
 
 
 class Pruner(Iterator[Run]):
@@ -45,6 +46,11 @@ class Pruner(Iterator[Run]):
         rounds_done: Rounds that have ended.
         trained_dense: Whether a run trained the whole network on everything.
         run: The run that was asked for last and has not ended; None before the first and after the last.
+        parallel: Set it before iterating. Under several processes, ``runs`` asks each of them for its own runs of a
+            round only (`Run.alone`: train them without DDP, within `processes.alone`) and gathers the ends through the
+            folder, which all have to see; ``data`` asks every process for every run, to train it together; ``auto``
+            does the first for rounds of several runs, the second for others.
+        handed_out: Whether runs of a round went to different processes.
     """
 
     def __init__(self, method: Method, model: nn.Module, folder: str | Path | None = None):
@@ -58,6 +64,8 @@ class Pruner(Iterator[Run]):
         self.runs_done = self.rounds_done = 0
         self.trained_dense = False
         self.run: Run | None = None
+        self.parallel: Parallel = "data"
+        self.handed_out = False
         self.metadata: dict[str, Any] = {
             "model": described,
             "pruner": method.described(),
@@ -187,37 +195,7 @@ class Pruner(Iterator[Run]):
             check_same_everywhere(f"the mask of {name}", digest(subnet.mask))
             if requests is None:
                 return
-            base = subnet.state() if len(requests) > 1 else None
-            scores = subnet.scores()
-            mask = subnet.mask
-            ends = []
-            for part, run in enumerate(requests):
-                run.subnet, run.index, run.round, run.part = subnet, self.runs_done, self.rounds_done, part
-                run.name = f"round_{run.round:02d}" + (f"_part_{part}" if base else "")
-                run.epochs = run.epochs or self.method.epochs
-                run.seed = self.method.seed
-                run.start_epoch = self._start_epoch if run.from_rewind else 0.0
-                end = self._read(run)
-                if end is None:
-                    if base is not None:
-                        subnet.set_mask_(mask)
-                        subnet.load_(base)
-                        subnet.load_scores_(scores)
-                    run.begin_()
-                    self.run = run
-                    yield run
-                    self.run = None
-                    end = run.finish_()
-                    check_same_everywhere(f"the mask of {run.name}", digest(end.mask))
-                    self._write(run, end)
-                else:
-                    subnet.set_mask_(end.mask)
-                    subnet.load_(end.state)
-                    subnet.load_scores_(end.scores)
-                    self.replayed.append(run.name)
-                ends.append(end)
-                self.trained_dense |= run.whole and sparsity(end.mask) == 0
-                self.runs_done += 1
+            ends = yield from self._round(requests)
             if ends[0].rewind is not None:
                 self._start_epoch = ends[0].rewind_epoch
             self.rounds_done += 1
@@ -248,6 +226,68 @@ class Pruner(Iterator[Run]):
             f"collapse: {told}; lower the sparsity, choose scope=layerwise, leave these layers out with exclude, or "
             "set collapse=prevent or warn"
         )
+
+    def _round(self, requests: list[Run]) -> Generator[Run, None, list[End]]:
+        """Ask for a round's runs, as far as they are not written down, and give what all of them ended with."""
+        subnet, (rank, processes) = self.subnet, place()
+        hand_out = processes > 1 and (self.parallel == "runs" or (self.parallel == "auto" and len(requests) > 1))
+        if hand_out and self.folder is None:
+            raise SettingError(
+                "folder: runs that are handed out to several processes are gathered through one; create the pruner "
+                "with a folder that all processes see, or set its parallel to 'data'"
+            )
+        self.handed_out |= hand_out
+        base = subnet.state() if len(requests) > 1 else None
+        scores, mask = subnet.scores(), subnet.mask
+        for part, run in enumerate(requests):
+            run.subnet, run.index, run.round, run.part = subnet, self.runs_done + part, self.rounds_done, part
+            run.name = f"round_{run.round:02d}" + (f"_part_{part}" if base else "")
+            run.epochs = run.epochs or self.method.epochs
+            run.seed = self.method.seed
+            run.start_epoch = self._start_epoch if run.from_rewind else 0.0
+            run.alone = hand_out
+        ends: dict[int, End] = {}
+        for run in requests:
+            if hand_out and run.part % processes != rank:
+                continue
+            if (end := self._read(run)) is not None:
+                self._take_(end)
+                self.replayed.append(run.name)
+            else:
+                if base is not None:
+                    subnet.set_mask_(mask)
+                    subnet.load_(base)
+                    subnet.load_scores_(scores)
+                run.begin_()
+                self.run = run
+                yield run
+                self.run = None
+                with alone(hand_out):
+                    end = run.finish_()
+                    check_same_everywhere(f"the mask of {run.name}", digest(end.mask))
+                    self._write(run, end)
+            ends[run.part] = end
+            self._count(run, end)
+        if hand_out:
+            wait_for_others()
+            for run in requests:
+                if run.part not in ends:
+                    assert self.folder is not None
+                    appearing(self.folder / run.name / "run.json")
+                    end = ends[run.part] = self._read(run)  # pyright: ignore[reportArgumentType]
+                    self._count(run, end)  # pyright: ignore[reportArgumentType]
+            self._take_(ends[len(requests) - 1])  # where one process that trains them all would be
+        return [ends[run.part] for run in requests]
+
+    def _count(self, run: Run, end: End) -> None:
+        self.runs_done += 1
+        self.trained_dense |= run.whole and sparsity(end.mask) == 0
+
+    def _take_(self, end: End) -> None:
+        """Bring the model to where a run has ended."""
+        self.subnet.set_mask_(end.mask)
+        self.subnet.load_(end.state)
+        self.subnet.load_scores_(end.scores)
 
     def _first_state(self) -> State:
         """The model as given; with a folder, as it was given the first time.
@@ -355,4 +395,4 @@ def write_run(folder: Path, run: Run, end: End, ticket: Ticket) -> None:
         "metrics": end.metrics,
     }
     write_json(folder / "run.json", record)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    remove_checkpoints(folder)  # a trainer's; they stay until the run is written down

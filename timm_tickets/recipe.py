@@ -173,7 +173,7 @@ class TrainingSettings(_Part):
     torchcompile: str | None = None
     """backend of torch.compile, such as 'inductor'"""
     checkpoint_interval: Annotated[float, Field(ge=0)] = 60.0
-    """least seconds between two checkpoints within a run"""
+    """least seconds between two checkpoints within a run, more where writing takes long; 0 is one for each step"""
 
     @field_validator("opt")
     @classmethod
@@ -221,6 +221,9 @@ class Recipe(_Part):
     source: str | None = None
     """where the settings come from: the paper and its expected number"""
     seed: Natural = 42
+    parallel: Literal["auto", "runs", "data"] = "auto"
+    """what several processes share in a search: 'runs' gives each its own runs of a round (all have to see the run
+    folder), 'data' splits every batch, 'auto' does the first in rounds of several runs and the second in others"""
     dense: bool = True
     """train the dense network too, where no run of the search does: the line that tickets are compared with"""
     model: ModelSettings
@@ -266,10 +269,10 @@ class Recipe(_Part):
     def compared(self) -> dict[str, Any]:
         """The part that decides the result, flat: ``{'training.lr': 0.1, ...}``.
 
-        Where the output goes and how often checkpoints are written do not. The number of workers does: each draws its
-        own augmentations.
+        Where the output goes, how often checkpoints are written and what several processes share do not. Workers do:
+        in them each image draws its own augmentation, without them all draw from one stream.
         """
-        free = {"output", "source", "training.checkpoint_interval"}
+        free = {"output", "source", "training.checkpoint_interval", "parallel"}
         return {key: value for key, value in _flat(self.plain()).items() if key not in free}
 
     @property

@@ -39,6 +39,7 @@ class RichProgress:
 
     def __init__(self, console: Console, trainings: int | None):
         self.console = console
+        self._tells = is_writer()  # a process that works alone later writes, but still only the first one tells
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -47,7 +48,7 @@ class RichProgress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not (console.is_terminal and is_writer()),
+            disable=not (console.is_terminal and self._tells),
         )
         self.trainings = trainings
         self._search = self._bars.add_task("search (epochs)", total=None)
@@ -62,7 +63,7 @@ class RichProgress:
         self._bars.stop()
 
     def say(self, text: str) -> None:
-        if is_writer():
+        if self._tells:
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def replayed(self, names: Sequence[str], folder: Path) -> None:

@@ -76,6 +76,7 @@ class Run:
         round: Number of its round, from 0.
         part: Number of the run within its round, from 0.
         name: Name of its folder.
+        alone: Whether one process trains it by itself, while others may train the other runs of its round.
         start_epoch: How far into the schedule the starting weights are, in epochs: late rewinding goes on from there.
         step: Optimizer steps taken.
         batches: Batches whose loss was taken: more than `step` under gradient accumulation.
@@ -103,6 +104,7 @@ class Run:
     round: int = 0
     part: int = 0
     name: str = "round_00"
+    alone: bool = False
     start_epoch: float = 0.0
     step: int = 0
     batches: int = 0
@@ -299,13 +301,14 @@ class Run:
 
     def progress_state(self) -> dict[str, Any]:
         """What a checkpoint within the run must hold besides model and optimizer: tensors and primitives."""
-        counters = {"step": self.step, "batches": self.batches}
+        counters = {"step": self.step, "batches": self.batches, "pending": self._pending}
         gates = {name: dict(gate.named_buffers()) for name, gate in self.subnet.gates.items()}
         method = {"mask": self.subnet.mask, "gates": gates, "scores": dict(self.scores), "tap": self.subnet.tap}
         return counters | method | {"taken": self._taken}
 
     def load_progress_(self, saved: dict[str, Any]) -> None:
         self.step, self.batches, self._taken = saved["step"], saved["batches"], saved["taken"]
+        self._pending = saved.get("pending", 0)  # checkpoints of version 0.1 have none
         self.scores, self.subnet.tap = saved["scores"], saved["tap"]
         self.subnet.set_mask_(saved["mask"])
         for name, gate in self.subnet.gates.items():

@@ -1,21 +1,43 @@
 """The run folder: whose experiment it holds, whether this one may continue it, and what is cleared from it."""
 
 import re
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
+from .checkpoint import BEFORE, CHECKPOINT, remove_checkpoints
 from .files import is_writer, read_json, remove_temporaries, write_bytes, write_json
-from .pruner import CHECKPOINT
+from .lock import locked
+from .processes import ending_with_others, join_processes
 from .recipe import Recipe, load_recipe
 from .settings import SettingError
+from .stop import stoppable
 
 RESULT = "result.json"
 _RECIPE, _KIND = "recipe.yaml", "experiment.json"
 _MARK = "# timm-tickets: the resolved recipe of this folder's results."
 _RUN_FOLDER = re.compile(r"dense|ticket|random|round_\d+(_part_\d+)?")
+
+
+@contextmanager
+def working_in(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Together with the other processes, hold a run folder; stop at the next step on SIGTERM, and when one has died.
+
+    Args:
+        folder: The run folder.
+        say: Told where the folder cannot be locked.
+
+    Raises:
+        SettingError: Another command works in the folder.
+        Stopped: SIGTERM came; a checkpoint is written.
+        TrainingError: Another process of this command has died.
+    """
+    join_processes()  # from here on one of them writes
+    with stoppable(), ending_with_others(), locked(folder, say):
+        yield
 
 
 def check_folder(folder: Path, recipe: Recipe, kind: str, restart: bool) -> None:
@@ -64,6 +86,8 @@ def claim_folder(folder: Path, recipe: Recipe, kind: str) -> None:
         write_bytes(folder / _RECIPE, f"{_MARK}\n{recipe.to_yaml()}".encode())
         for place in (folder, *(path for path in folder.iterdir() if _RUN_FOLDER.fullmatch(path.name))):
             remove_temporaries(place)
+            if (place / "run.json").exists():  # killed between writing the run down and deleting these
+                remove_checkpoints(place)
     PartialState().wait_for_everyone()
 
 
@@ -71,7 +95,7 @@ def _clear(folder: Path, recipe: Recipe) -> None:
     """Delete what an experiment of this name wrote, and nothing else; the recipe goes last, to be able to try again."""
     for path in folder.iterdir():
         if path.is_dir() and _RUN_FOLDER.fullmatch(path.name) and not path.is_symlink():
-            for name in ("*.ticket", "*.safetensors", "run.json", CHECKPOINT):
+            for name in ("*.ticket", "*.safetensors", "run.json", CHECKPOINT, BEFORE):
                 for file in path.glob(name):
                     file.unlink()
             remove_temporaries(path)

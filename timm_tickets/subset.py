@@ -1,7 +1,7 @@
 """Subsets of data sets and loaders: by class, by part, by number of batches."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -184,14 +184,27 @@ def _cannot_cut(sampler: Any) -> ValueError:
 
 
 class Shuffled(Sampler[int]):
-    """All items in an order that depends on a seed alone; set `seed` before each epoch."""
+    """All items in an order that depends on a seed alone; set `seed` before each epoch.
+
+    Attributes:
+        first: How many items to leave out at the beginning, to go on within an epoch.
+        before: Called with an item's place in the order before it is given, and with the length at the end.
+    """
 
     def __init__(self, dataset: Any, seed: int = 0):
         self.length = len(dataset)
         self.seed = seed
+        self.first = 0
+        self.before: Callable[[int], None] | None = None
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed)).tolist())
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        for place in range(self.first, self.length):
+            if self.before is not None:
+                self.before(place)
+            yield order[place]
+        if self.before is not None:
+            self.before(self.length)

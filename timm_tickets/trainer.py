@@ -1,7 +1,7 @@
 """The trainer: one Accelerate loop over timm's factories. It trains whatever `Run` it is given and knows no method.
 
-Everything random in an epoch is seeded from (recipe seed, run, epoch), so a run continued from a checkpoint at the end
-of an epoch goes on exactly as one that was never stopped.
+Everything random in an epoch is seeded from (recipe seed, run, epoch), and a checkpoint within one holds the random
+states, so a run that is continued goes on exactly as one that was never stopped.
 """
 
 import math
@@ -9,10 +9,10 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from timm.data import Mixup
@@ -25,33 +25,16 @@ from torch import Tensor, nn
 
 from .build import building, criterion_of, mixes
 from .data import Data, loader_of
-from .files import replacing, write_state
-from .pruner import CHECKPOINT
+from .files import write_state
+from .randomness import Epoch, own_generator
 from .recipe import Recipe
 from .run import Run
+from .saving import Progress, Saving, Silent
 from .seeds import seed_from
 from .settings import SettingError
 from .subnet import Subnet
 from .subset import Selection, subset_of
 from .watch import Watch
-
-
-class Progress(Protocol):
-    """What the trainer tells while it works."""
-
-    def begin(self, run: Run, steps: int) -> None: ...
-    def step(self) -> None: ...
-    def epoch(self, epoch: int, metrics: dict[str, float]) -> None: ...
-    def say(self, text: str) -> None: ...
-
-
-class Silent:
-    """Progress that is not shown."""
-
-    def begin(self, run: Run, steps: int) -> None: ...
-    def step(self) -> None: ...
-    def epoch(self, epoch: int, metrics: dict[str, float]) -> None: ...
-    def say(self, text: str) -> None: ...
 
 
 class Trainer:
@@ -130,8 +113,9 @@ class Trainer:
             SettingError: The schedule cannot be built, or leaves no step to train.
         """
         t, accelerator, progress = self.settings, self.accelerator, progress or Silent()
-        began = time.monotonic()
         run.attach(self.optimizer)
+        if (draws := own_generator(self.optimizer)) is not None:
+            draws.generator.manual_seed(draws.seed)  # or a run would depend on those that this process trained before
         base = run.subset(self.train_loader)
         loader = accelerator.prepare_data_loader(base)
         accelerator._dataloaders.clear()  # it keeps every loader it has prepared; runs would pile them up
@@ -143,24 +127,27 @@ class Trainer:
             accelerator.scaler.load_state_dict(self._fresh_scaler)
         ema = self._average(run)
 
-        # Late rewinding goes on from its point of the schedule; a checkpoint from the end of its last epoch.
+        # Late rewinding goes on from its point of the schedule.
         update = round(run.start_epoch * updates)
         if update >= run.epochs * updates:
             raise SettingError(
                 f"{run.name} starts at epoch {run.start_epoch:g} (its rewind point) of {run.epochs}: nothing is left "
                 "to train; set training.epochs higher, or rewind to an earlier point"
             )
-        done = {"epoch": update // updates, "best": {"top1": -1.0}, "val": {}, "seconds": 0.0}
-        skip = update % updates * t.grad_accum_steps
-        checkpoint = None if folder is None else folder / CHECKPOINT
-        if checkpoint is not None and (saved := self._load(checkpoint, run, ema)) is not None:
-            done, skip, update = saved, 0, saved["epoch"] * updates
-            progress.say(f"{run.name} goes on after {done['epoch']} of {run.epochs} epochs")
+        batch = update % updates * t.grad_accum_steps
+        done: dict[str, Any] = {"epoch": update // updates, "batch": batch, "update": update}
+        done |= {"best": {"top1": -1.0}, "val": {}, "seconds": 0.0}
+        epochs = Epoch(loader, base.sampler, base.batch_size, base.num_workers)
+        saving = Saving(self, run, epochs, ema, folder, done)
+        if saving.load_(progress):
+            update = done["update"]
         elif run.tweaks is not None:
             # Nothing here may depend on what this process did before: a continued search is another process.
-            self._begin_epoch(base, seed_from(self.seed, run.index), 0)
+            seed = base.sampler.seed = seed_from(self.seed, run.index)
+            set_seed(seed)
+            self._mix(0)
             run.tweaks.rescale_(run.subnet.mask, _Through(loader, self._mixed), self.criterion)
-            ema = self._average(run)  # of the weights that training starts from
+            ema = saving.ema = self._average(run)  # of the weights that training starts from
         if run.tweaks is not None:
             run.tweaks.at_(run.progress)
         if scheduler is not None:
@@ -168,11 +155,10 @@ class Trainer:
             scheduler.step_update(update)
         progress.begin(run, len(loader))
         watch = Watch(run, accelerator.device, folder)
-        last_save = time.monotonic()
         for epoch in range(done["epoch"], run.epochs):
-            self._begin_epoch(base, seed_from(self.seed, run.index, epoch), epoch)
+            self._mix(epoch)
             self.model.train()
-            for images, target in skip_first_batches(loader, skip) if skip else loader:
+            for images, target in epochs.batches(seed_from(self.seed, run.index, epoch), done["batch"], saving.states):
                 images, target = self._mixed(images, target)
                 with accelerator.accumulate(self.model):
                     loss = run.loss(self.criterion, self.model(images), target)
@@ -183,14 +169,16 @@ class Trainer:
                         dispatch_clip_grad(self.model.parameters(), t.clip_grad, mode=t.clip_mode)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
+                done["batch"] += 1
+                progress.step()
                 if accelerator.sync_gradients:
                     update += 1
                     if scheduler is not None:
                         scheduler.step_update(update)
                     if ema is not None:
                         ema.update(run.subnet.model, step=run.step)
-                progress.step()
-            skip = 0
+                    done["update"] = update
+                    saving.look(update)
             if hasattr(self.optimizer.optimizer, "sync_lookahead"):
                 self.optimizer.optimizer.sync_lookahead()
             run.subnet.apply_()
@@ -206,13 +194,11 @@ class Trainer:
             # What is scored while tweaks are there is another model than the one that is left.
             plain = run.tweaks is None or run.tweaks.gone
             best = {**val, "epoch": epoch} if plain and val["top1"] > done["best"]["top1"] else done["best"]
-            done |= {"epoch": epoch + 1, "best": best, "val": val}
+            done |= {"epoch": epoch + 1, "batch": 0, "best": best, "val": val}
+            saving.states = None
             progress.epoch(epoch, val)
-            now = time.monotonic()
-            if checkpoint is not None and now - last_save >= t.checkpoint_interval:
-                self._save(checkpoint, run, ema, done | {"seconds": done["seconds"] + now - began})
-                last_save = now
-        seconds = done["seconds"] + time.monotonic() - began
+            saving.look()
+        seconds = saving.seconds()
         run.metrics |= self._metrics(done["best"], done["val"], self.evaluate(self.test_loader, run, ema), seconds)
         if ema is not None and folder is not None and accelerator.is_main_process:
             # The metrics are the averaged weights'; the search prunes by the raw ones, in model.safetensors.
@@ -224,10 +210,7 @@ class Trainer:
         t = self.settings
         return ModelEmaV3(run.subnet.model, t.model_ema_decay, use_warmup=t.model_ema_warmup) if t.model_ema else None
 
-    def _begin_epoch(self, loader: Any, seed: int, epoch: int) -> None:
-        """Seed everything random, and set what depends on the epoch."""
-        set_seed(seed)
-        loader.sampler.seed = seed
+    def _mix(self, epoch: int) -> None:
         if self.mixup is not None:
             self.mixup.mixup_enabled = not (0 < self.settings.mixup_off_epoch <= epoch)
 
@@ -286,34 +269,6 @@ class Trainer:
         if len(images) % 2:  # timm's mixup pairs images
             images, target = images[:-1], target[:-1]
         return self.mixup(images, target)
-
-    def _save(self, path: Path, run: Run, ema: ModelEmaV3 | None, done: dict[str, Any]) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        scaler = self.accelerator.scaler
-        saved = {
-            "model": run.subnet.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "run": run.progress_state(),
-            "ema": None if ema is None else ema.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "done": done,
-        }
-        with replacing(path) as temporary:
-            torch.save(saved, temporary)
-
-    def _load(self, path: Path, run: Run, ema: ModelEmaV3 | None) -> dict[str, Any] | None:
-        if not path.exists():
-            return None
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        run.load_progress_(saved["run"])
-        run.subnet.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if ema is not None:
-            ema.load_state_dict(saved["ema"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        return saved["done"]
 
 
 class _Through:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from .processes import world_size
+
 
 def plain_model(model: nn.Module) -> nn.Module:
     """The timm model inside DistributedDataParallel, DataParallel and ``torch.compile`` wrappers."""
@@ -35,12 +37,12 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
 
 def mean_over_processes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The mean of tensors that each process has its own of; themselves where there is one process."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if world_size() == 1:
         return dict(tensors)
     out = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     for name in sorted(out):
         torch.distributed.all_reduce(out[name])
-        out[name] /= torch.distributed.get_world_size()
+        out[name] /= world_size()
     return out
 
 
@@ -54,12 +56,12 @@ def check_same_everywhere(what: str, digest: bytes) -> None:
     Raises:
         RuntimeError: They differ; the message names the ranks that differ from rank 0.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if world_size() == 1:
         return
     # NCCL moves tensors of its own device only.
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
-    found = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    found = [torch.empty_like(mine) for _ in range(world_size())]
     torch.distributed.all_gather(found, mine)
     apart = [rank for rank, other in enumerate(found) if not torch.equal(other, found[0])]
     if apart:

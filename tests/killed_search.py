@@ -1,0 +1,89 @@
+"""A search that is killed at a chosen moment, again and again: the script behind test_faults.py.
+
+    python killed_search.py '{"overrides": [...], "lives": [3, 17, 0], "signal": 9}'
+
+Each life is a process of its own, forked before torch has done any work, that searches until its n-th moment and there
+gets the signal; 0 lets it live. Moments are what a search does outside torch: a loss, an optimizer step, a piece of a
+checkpoint written, a file flushed, renamed or deleted. Prints one line of JSON a life. Under torchrun there is one
+life, of this very process, and `rank` says whose it is.
+"""
+
+import io
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def arm(moment: int, number: int) -> dict[str, int]:
+    """Count moments, and at this one send this process a signal; the count."""
+    import timm_tickets as tt
+    from timm_tickets import checkpoint
+
+    seen = {"moments": 0}
+
+    def watched(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen["moments"] += 1
+            if seen["moments"] == moment:
+                os.kill(os.getpid(), number)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, call)
+
+    for owner, name in (
+        (tt.Run, "loss"),
+        (tt.Run, "_stepped"),
+        (checkpoint._Hashing, "write"),
+        (os, "fsync"),
+        (Path, "replace"),
+        (Path, "unlink"),
+        (Path, "mkdir"),
+    ):
+        watched(owner, name)
+    return seen
+
+
+def live(order: dict[str, Any], moment: int) -> None:
+    from rich.console import Console
+
+    import timm_tickets as tt
+
+    console = Console(file=io.StringIO(), width=200)
+    mine = order.get("rank") in (None, int(os.environ.get("RANK", 0)))
+    seen = arm(moment if mine else 0, order.get("signal", 9))
+    result = tt.search(order.get("recipe", "digits_imp"), order["overrides"], console=console)
+    told = {"fingerprint": result.ticket.fingerprint, "said": console.file.getvalue()}  # type: ignore[attr-defined]
+    print(json.dumps(told | seen), flush=True)
+
+
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    import timm_tickets.experiment  # noqa: F401 - once, for all lives
+
+    if "RANK" in os.environ:
+        return live(order, order["lives"][0])
+    for moment in order["lives"]:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                live(order, moment)
+                code = 0
+            except SystemExit as stopped:
+                code = stopped.code  # type: ignore[assignment]
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)  # type: ignore[arg-type]
+        _, status = os.waitpid(child, 0)
+        print(json.dumps({"ended": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""A search shared by several processes: the same ticket from any number of them, and what happens when one dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+from accelerate.state import AcceleratorState, PartialState
+from test_faults import leftovers, same
+
+import timm_tickets as tt
+from timm_tickets.processes import alone, any_of, ending_with_others, place, rank, wait_for_others, world_size
+
+DRIVER = Path(__file__).parent / "killed_search.py"
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+COLT = [
+    "pruner.name=colt",
+    "pruner.prune_rate=0.6",
+    "pruner.sparsity=0.8",
+    "data.val_fraction=0.7",
+    "dense=false",
+    "training.epochs=2",
+    "training.checkpoint_interval=0",
+]
+IMP = ["pruner.prune_rate=0.6", "pruner.sparsity=0.6", *COLT[3:]]
+
+
+def command(folder, overrides, processes, moment=0, number=signal.SIGKILL, of=None):
+    order = {"overrides": [*overrides, f"output={folder}"], "lives": [moment], "signal": int(number), "rank": of}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(launch if processes > 1 else []), str(DRIVER), json.dumps(order)]
+
+
+def searched(*args, check=True, **kwargs):
+    done = subprocess.run(command(*args, **kwargs), env=ENV, capture_output=True, text=True, timeout=280)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def running(folder):
+    """Processes whose command names this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if str(folder).encode() in words and int(path.parent.name) != os.getpid():
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """COLT with two partitions by one process."""
+    folder = tmp_path_factory.mktemp("one")
+    searched(folder, COLT, 1)
+    return folder
+
+
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])  # the next test ends with two
+def test_colt_by_runs_finds_the_same_ticket_on_any_number_of_processes(one, tmp_path, processes):
+    """Not only the masks: every weight and number in the folder, because each training is one process's."""
+    searched(tmp_path, [*COLT, "parallel=runs"], processes)
+    same(tmp_path, one)
+    assert not leftovers(tmp_path)
+
+
+def test_one_of_two_processes_is_killed_and_the_same_command_continues_to_the_same_ticket(one, tmp_path):
+    done = searched(tmp_path, COLT, 2, moment=70, of=1, check=False)  # `auto` is by runs here
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
+    assert not running(tmp_path)
+    assert not (tmp_path / "result.json").exists()
+    searched(tmp_path, COLT, 2)
+    same(tmp_path, one)
+    assert not leftovers(tmp_path)
+
+
+def test_a_process_that_dies_ends_the_others_which_say_so(tmp_path):
+    """By data, with nobody who would end the others: two processes without torchrun."""
+    folder = tmp_path / "run"
+    port = str(torch.randint(20000, 40000, (1,)).item())
+    started = []
+    for number in range(2):
+        place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        env = ENV | {key: str(value) for key, value in place.items()}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        settings = [word for one in [*IMP, f"output={folder}"] for word in ("--set", one)]
+        line = [sys.executable, "-m", "timm_tickets", "search", "digits_imp", *settings]
+        started.append(subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    first, second = started
+    while not (folder / "round_00" / "checkpoint.pt").exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    second.kill()
+    _, said = first.communicate(timeout=200)
+    second.communicate()
+    assert first.returncode == 2, said
+    assert "process 0 of 2 has lost another one" in said
+    assert "the same command continues" in said
+
+
+@pytest.mark.slow
+def test_two_machines_on_loopback_find_the_same_ticket(one, tmp_path):
+    """Two torchruns, as on two machines with a shared folder."""
+    port = str(torch.randint(20000, 40000, (1,)).item())
+    started = []
+    for number in range(2):
+        line = command(tmp_path, COLT, 2)
+        launch = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", port]
+        line[line.index("--standalone") : line.index("--standalone") + 1] = launch
+        line[line.index("--nproc_per_node") + 1] = "1"
+        started.append(subprocess.Popen(line, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=280)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    same(tmp_path, one)
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", [0, 1])
+@pytest.mark.parametrize("moment", [3, 40, 90])
+def test_killed_by_data_it_continues_to_what_as_many_processes_find(tmp_path, of, moment):
+    searched(tmp_path / "whole", IMP, 2)
+    done = searched(tmp_path / "killed", IMP, 2, moment=moment, of=of, check=False)
+    assert done.returncode != 0 or (tmp_path / "killed" / "result.json").exists()
+    assert not running(tmp_path / "killed")
+    searched(tmp_path / "killed", IMP, 2)
+    same(tmp_path / "killed", tmp_path / "whole")
+    assert not leftovers(tmp_path / "killed")
+
+
+def test_sigterm_to_torchrun_saves_in_both_processes(one, tmp_path):
+    """As a cluster does it: to all of them."""
+    process = subprocess.Popen(
+        command(tmp_path, COLT, 2), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not list(tmp_path.glob("round_00_part_1/checkpoint.pt")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    process.wait()
+    assert not running(tmp_path)
+    assert not (tmp_path / "result.json").exists()
+    assert not list(tmp_path.rglob("*.timm-tickets-tmp"))  # each has ended its saving
+    searched(tmp_path, COLT, 1)  # any number of processes continues
+    same(tmp_path, one)
+
+
+def test_how_a_search_is_shared_does_not_decide_its_result():
+    hashes = {tt.load_recipe("digits_imp", [f"parallel={how}"]).hash for how in ("auto", "runs", "data")}
+    assert hashes == {tt.load_recipe("digits_imp").hash}
+    with pytest.raises(tt.SettingError, match="parallel"):
+        tt.load_recipe("digits_imp", ["parallel=both"])
+
+
+def test_working_alone_hides_the_others_from_everything(monkeypatch):
+    PartialState()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    for state in (PartialState, AcceleratorState):
+        for key, value in {"num_processes": 3, "process_index": 1}.items():
+            monkeypatch.setitem(state._shared_state, key, value)
+    assert (rank(), world_size()) == (1, 3)
+    with alone():
+        assert (rank(), world_size(), place()) == (0, 1, (1, 3))
+        assert PartialState().num_processes == 1
+        assert PartialState().is_main_process
+        assert any_of([True, False]) == [True, False]
+        wait_for_others()
+    with alone(False):
+        assert world_size() == 3
+    assert PartialState().num_processes == 3
+    assert PartialState().process_index == 1
+
+
+def test_runs_are_handed_out_through_a_folder_only(monkeypatch):
+    import timm
+
+    pruner = tt.create_pruner("colt", timm.create_model("test_resnet", num_classes=4), sparsity=0.5, epochs=1)
+    pruner.parallel = "runs"
+    monkeypatch.setattr("timm_tickets.pruner.place", lambda: (0, 2))
+    with pytest.raises(tt.SettingError, match="gathered through one; create the pruner with a folder"):
+        next(pruner)
+
+
+def test_other_errors_are_not_taken_for_a_death():
+    with pytest.raises(RuntimeError, match="shape"), ending_with_others():
+        raise RuntimeError("shape mismatch")
+    with pytest.raises(tt.TrainingError, match="NaN"), ending_with_others():
+        raise tt.TrainingError("NaN")

@@ -1,0 +1,93 @@
+"""Trainings that are not part of a search, a ticket's own and its controls'; and whose trainer carries them out."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .data import Data
+from .files import appearing, read_json
+from .masks import Masks
+from .processes import alone, place, wait_for_others
+from .pruner import write_run
+from .recipe import Recipe, RetrainSettings
+from .registry import create_tweaks
+from .report import RichProgress
+from .run import End, Run, plain_metrics
+from .starts import Pretrained
+from .subnet import State, Subnet
+from .ticket import Ticket
+from .trainer import Trainer
+
+
+class Trainers:
+    """The trainer that all processes share, and the one that each has for itself; built when first wanted."""
+
+    def __init__(self, recipe: Recipe, model: Any, data: Data):
+        self._made = recipe, model, data
+        self._kind: bool | None = None
+
+    def of(self, by_itself: bool) -> Trainer:
+        """The one of these kinds; only the one used last is kept."""
+        by_itself = by_itself and place()[1] > 1
+        if self._kind is not by_itself:
+            with alone(by_itself):
+                self._kind, self._trainer = by_itself, Trainer(*self._made)
+        return self._trainer
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Trainings that are not part of a search: a ticket's own and the dense control's."""
+
+    folder: Path
+    trainer: Trainer
+    subnet: Subnet
+    progress: RichProgress
+    metadata: dict[str, Any]
+    retrain: RetrainSettings = field(default_factory=RetrainSettings)
+    pretrained: Pretrained | None = None
+    alone: bool = False
+
+    def train(self, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As `_train`; where processes work alone, the first one does it while the others wait."""
+        if not self.alone:
+            return self._train(name, *args, **kwargs)
+        if place()[0] == 0:
+            with alone():
+                self._train(name, *args, **kwargs)
+        wait_for_others()
+        return appearing(self.folder / name / "run.json")["metrics"]
+
+    def _train(
+        self,
+        name: str,
+        masks: Masks,
+        start: State,
+        index: int,
+        round: int = 0,
+        start_epoch: float = 0.0,
+        train: bool = True,
+    ) -> dict[str, Any]:
+        """Train these masks from this start into the folder of this name, or only score them; skip what is finished."""
+        where = self.folder / name
+        if (record := read_json(where / "run.json")) is not None:
+            self.progress.say(f"{name} is finished; skipped")
+            return record["metrics"]
+        self.subnet.set_mask_(masks)
+        self.subnet.load_(start)
+        epochs = self.retrain.epochs or self.trainer.settings.epochs
+        run = Run(epochs, index=index, round=round, name=name, start_epoch=start_epoch, subnet=self.subnet)
+        if train:
+            if self.retrain.tweaks:
+                run.tweaks = create_tweaks(self.subnet.model, self.retrain.tweaks)
+                run.metrics |= {"tweaks": list(self.retrain.tweaks), "sparsity_tweaked": run.tweaks.sparsity(masks)}
+            self.trainer.fit(run, where, self.progress)
+            end = run.finish_()
+        else:
+            self.trainer.score(run)
+            state = self.subnet.state()
+            end = End(state, masks, baked=state, metrics=plain_metrics(run.metrics))
+        self.progress.end(run)
+        ticket = Ticket.from_state(start, masks, self.metadata)
+        write_run(where, run, end, replace(ticket, pretrained=self.pretrained))
+        return end.metrics
