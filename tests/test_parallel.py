@@ -137,6 +137,7 @@ def test_killed_by_data_it_continues_to_what_as_many_processes_find(tmp_path, of
     assert not leftovers(tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves_in_both_processes(one, tmp_path):
     """As a cluster does it: to all of them."""
     process = subprocess.Popen(
