@@ -54,7 +54,7 @@ def test_metadata_says_where_it_comes_from(file):
     assert metadata["model"] == {"architecture": "test_resnet", "num_classes": 10, "in_chans": 3}
     assert metadata["pruner"] == {
         **{"name": "random", "sparsity": 0.9, "epochs": 20, "seed": 1, "scope": "global"},
-        **{"include": ["*"], "exclude": [], "classifier": False, "distribution": "uniform"},
+        **{"include": ["*"], "exclude": [], "classifier": False, "distribution": "uniform", "collapse": "warn"},
     }
     assert set(metadata["versions"]) == {"timm-tickets", "timm", "torch"}
     assert sum(metadata["kept"].values()) == round(0.1 * sum(m.numel() for m in tt.load_ticket(file).masks.values()))
