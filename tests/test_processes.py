@@ -76,7 +76,17 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "settings"), METHODS, ids=[name for name, _ in METHODS])
+# The ones whose masks come from gradients, learned scores or parts of the data; the others are slow only in sum.
+ALWAYS = ("colt", "edge_popup", "grasp", "rigl")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        pytest.param(name, settings, id=name, marks=() if name in ALWAYS else pytest.mark.slow)
+        for name, settings in METHODS
+    ],
+)
 def test_two_processes_agree_on_every_mask(tmp_path, name, settings):
     _, printed, _ = ranks(tmp_path, name, settings)
     digests = {line for text in printed for line in text.splitlines() if line.startswith("digest")}
