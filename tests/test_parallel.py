@@ -167,9 +167,8 @@ def test_working_alone_hides_the_others_from_everything(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    for state in (PartialState, AcceleratorState):
-        for key, value in {"num_processes": 3, "process_index": 1}.items():
-            monkeypatch.setitem(state._shared_state, key, value)
+    for state in (PartialState, AcceleratorState):  # copies: whatever is written to them is gone after the test
+        monkeypatch.setattr(state, "_shared_state", {**state._shared_state, "num_processes": 3, "process_index": 1})
     assert (rank(), world_size()) == (1, 3)
     with alone():
         assert (rank(), world_size(), place()) == (0, 1, (1, 3))

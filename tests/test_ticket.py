@@ -617,3 +617,16 @@ def test_a_value_that_repeats_is_kept_to_the_bit(tmp_path):
     loaded = tt.load_ticket(tmp_path / "one.ticket")
     assert loaded.fingerprint == ticket.fingerprint
     assert tt.weigh(tmp_path / "one.ticket").values == 4
+
+
+def test_a_single_value_that_was_expanded_is_kept_and_hashed(tmp_path):
+    """A parameter of one value has whatever stride it was made with; 0 cannot be viewed as bytes."""
+    ticket = tt.Ticket(
+        {"w": torch.tensor([True, False])},
+        {"w": torch.tensor([1.0, 0.0]), "gate": torch.tensor(2.0).expand(1), "constant": torch.zeros(1)},
+    )
+    ticket.save(tmp_path / "one.ticket")
+    loaded = tt.load_ticket(tmp_path / "one.ticket")
+    assert loaded.fingerprint == ticket.fingerprint
+    assert loaded.values["gate"].tolist() == [2.0]
+    assert loaded.values["gate"].stride() == (1,)

@@ -120,9 +120,16 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def update(sha: Any, kind: str, tensors: Any) -> None:
     """Add (name, tensor) pairs to a hash, in the order of their names; pairs may be made one at a time."""
     for name, tensor in tensors:
-        tensor = tensor.detach().contiguous()
         sha.update(f"{kind} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
+        sha.update(as_bytes(tensor).numpy().data)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """All bits of a tensor on the CPU, as uint8 in memory order."""
+    tensor = tensor.detach().contiguous()
+    if tensor.numel() == 1:  # contiguous whatever its stride, and one of 0 cannot be viewed as bytes
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.flatten().view(torch.uint8)
 
 
 def drawn(start: SeedStart, shapes: Sequence[Sequence[int]], kept: Sequence[int]) -> Iterator[Tensor]:

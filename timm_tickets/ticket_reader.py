@@ -253,5 +253,5 @@ def _unpack_values(opened: Opened, masks: Masks, source: Pretrained | None) -> S
         elif source is not None and where == "pretrained":
             values[name] = source.state[name].clone()
         else:
-            values[name] = _repeated(dtype, where).expand(shape).clone()
+            values[name] = _repeated(dtype, where).expand(shape).clone(memory_format=torch.contiguous_format)
     return values

@@ -14,7 +14,19 @@ from .coding import encode
 from .files import replacing
 from .masks import Masks
 from .settings import SettingError, TicketError
-from .starts import Frozen, Origin, Pretrained, PretrainedStart, SeedStart, Start, State, ValuesStart, digest, drawn
+from .starts import (
+    Frozen,
+    Origin,
+    Pretrained,
+    PretrainedStart,
+    SeedStart,
+    Start,
+    State,
+    ValuesStart,
+    as_bytes,
+    digest,
+    drawn,
+)
 from .ticket_header import (
     DTYPES,
     FORMAT,
@@ -187,15 +199,14 @@ def _same(one: Tensor, other: Tensor | None) -> bool:
     """Whether two tensors agree in dtype, shape and every bit."""
     if other is None or one.dtype != other.dtype or one.shape != other.shape:
         return False
-    one, other = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (one, other))
-    return torch.equal(one, other)
+    return torch.equal(*(as_bytes(tensor.cpu()) for tensor in (one, other)))
 
 
 def _constant(value: Tensor) -> str | None:
     """The bytes, in hexadecimal, of the one value that a tensor repeats; None where it holds several."""
     if value.numel() == 0:
         return None
-    rows = value.contiguous().flatten().view(torch.uint8).view(value.numel(), -1)
+    rows = as_bytes(value).view(value.numel(), -1)
     return bytes(rows[0].tolist()).hex() if bool((rows == rows[0]).all()) else None
 
 
