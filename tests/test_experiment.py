@@ -319,6 +319,13 @@ def test_a_pruner_without_runs_gets_a_dense_control(tmp_path):
     assert without.ticket.fingerprint == result.ticket.fingerprint
 
 
+def test_a_dense_run_on_some_of_the_classes_is_not_the_dense_network(tmp_path):
+    overrides = ["pruner.name=colt", "pruner.sparsity=0.2", "training.epochs=1", "dense=false", f"output={tmp_path}"]
+    result = tt.search("digits_imp", overrides, console=Console(file=io.StringIO()))
+    assert result.rows[0]["sparsity"] == 0  # the first part's first run
+    assert "dense" not in result.ticket.metadata
+
+
 def test_training_a_ticket_and_the_dense_network(whole, tmp_path):
     expected, _ = whole
     console = Console(file=io.StringIO(), width=200)

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timm_tickets import masks as m
+from timm_tickets import prunable
 
 
 def test_top_keeps_the_highest_and_among_ties_the_first():
@@ -101,7 +102,7 @@ def test_shuffled_masks_keep_layer_counts_and_depend_on_the_seed():
 
 
 def test_prunable_are_convolutions_and_linears_but_not_the_classifier(model):
-    names = m.prunable_names(model)
+    names = prunable.prunable_names(model)
     assert "conv1.weight" in names or any(name.endswith("conv1.weight") for name in names)
     assert not any(name.startswith("fc.") for name in names)
     parameters = dict(model.named_parameters())
@@ -110,18 +111,18 @@ def test_prunable_are_convolutions_and_linears_but_not_the_classifier(model):
 
 def test_prunable_knows_every_form_of_classifier():
     vit = timm.create_model("test_vit", num_classes=3, img_size=32)
-    assert "blocks.0.attn.qkv.weight" in m.prunable_names(vit)
-    assert "head.weight" not in m.prunable_names(vit)
+    assert "blocks.0.attn.qkv.weight" in prunable.prunable_names(vit)
+    assert "head.weight" not in prunable.prunable_names(vit)
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3)
-    assert m.classifier_names(distilled) == ("head", "head_dist")
-    assert not any(name.startswith("head") for name in m.prunable_names(distilled))
+    assert prunable.classifier_names(distilled) == ("head", "head_dist")
+    assert not any(name.startswith("head") for name in prunable.prunable_names(distilled))
 
 
 def test_include_and_exclude_are_wildcards_and_misspelt_ones_are_refused(model):
-    every = m.prunable_names(model)
-    assert m.prunable_names(model, include=("layer1.*",)) == [n for n in every if n.startswith("layer1.")]
-    assert m.prunable_names(model, exclude=("layer1.*",)) == [n for n in every if not n.startswith("layer1.")]
+    every = prunable.prunable_names(model)
+    assert prunable.prunable_names(model, include=("layer1.*",)) == [n for n in every if n.startswith("layer1.")]
+    assert prunable.prunable_names(model, exclude=("layer1.*",)) == [n for n in every if not n.startswith("layer1.")]
     with pytest.raises(ValueError, match=r"exclude: 'layr1\.\*' matches none"):
-        m.prunable_names(model, exclude=("layr1.*",))
+        prunable.prunable_names(model, exclude=("layr1.*",))
     with pytest.raises(ValueError, match="no prunable weight"):
-        m.prunable_names(model, exclude=("*",))
+        prunable.prunable_names(model, exclude=("*",))

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from timm_tickets.masks import digest
+from timm_tickets.starts import digest
 
 SCRIPT = """
 import sys
@@ -41,7 +41,7 @@ for run in pruner:
 masks = pruner.ticket.masks
 for name, mask in masks.items():
     assert not pruner.subnet.model.get_parameter(name)[~mask].any(), name
-print("digest", tt.masks.digest(masks).hex())
+print("digest", tt.starts.digest(masks))
 dist.destroy_process_group()
 """
 

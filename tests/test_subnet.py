@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from timm_tickets import shuffled_masks
-from timm_tickets.masks import full_masks, prunable_names, prune
+from timm_tickets.masks import full_masks, prune
+from timm_tickets.prunable import prunable_names
 from timm_tickets.scores import random
 from timm_tickets.subnet import Subnet
 from timm_tickets.wrappers import plain_model, plain_optimizer, reset_

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import timm_tickets as tt
 from timm_tickets import trainer as trainer_module
-from timm_tickets.masks import norms
+from timm_tickets.prunable import norms
 from timm_tickets.tweaks.label_smoothing import smoothed_cross_entropy
 from timm_tickets.tweaks.rescaled_init import RescaledInit, scaled
 from timm_tickets.tweaks.skip_injection import keeps_shape

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from .compare import difference, overlap, union
     from .experiment import search, train, transfer
     from .hub import push
-    from .masks import Masks, intersect, layer_sparsities, prunable_names, shuffled_masks, sparsity
+    from .masks import Masks, intersect, layer_sparsities, shuffled_masks, sparsity
     from .method import Method, OneShot
-    from .prunable import Part, inspect_model
+    from .prunable import Part, inspect_model, prunable_names
     from .pruner import Pruner
     from .recipe import Recipe, list_recipes, load_recipe
     from .registry import (
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from .tweak import Tweak, Tweaks
 
 _MODULES = {
-    "masks": ("Masks", "intersect", "layer_sparsities", "prunable_names", "shuffled_masks", "sparsity"),
+    "masks": ("Masks", "intersect", "layer_sparsities", "shuffled_masks", "sparsity"),
     "method": ("Method", "OneShot"),
-    "prunable": ("Part", "inspect_model"),
+    "prunable": ("Part", "inspect_model", "prunable_names"),
     "pruner": ("Pruner",),
     "run": ("End", "Rewind", "Run"),
     "recipe": ("Recipe", "list_recipes", "load_recipe"),

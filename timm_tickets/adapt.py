@@ -13,14 +13,17 @@ What a tensor of another shape may become is decided by what it is, in this orde
 import math
 import warnings
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
-from .masks import Masks, classifier_names, sparsity
+from .masks import Masks, sparsity
+from .prunable import classifier_names
 from .subnet import State, Subnet, plain_model
 from .ticket import Ticket, TicketError, describe_model
 
@@ -111,7 +114,6 @@ def adapted_stem_mask(mask: Tensor, channels: int) -> Tensor:
     return mask.any(1, keepdim=True) if channels == 1 else mask[:, torch.arange(channels) % mask.shape[1]]
 
 
-@torch.no_grad()
 def recompute_batch_norm_(model: nn.Module, images: Iterable[Tensor]) -> None:
     """Replace the running statistics of batch normalisation by the mean over these batches; weights stay.
 
@@ -122,35 +124,18 @@ def recompute_batch_norm_(model: nn.Module, images: Iterable[Tensor]) -> None:
     Raises:
         ValueError: There are no batches.
     """
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    layers = [layer for layer in layers if layer.track_running_stats]
-    if not layers:
-        return
-    momenta, training, seen = [layer.momentum for layer in layers], model.training, 0
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # torch's word for the plain mean over all batches
-    model.train()
-    for batch in images:
-        model(batch)
-        seen += 1
-    model.train(training)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    if not seen:
+    batches = iter(images)
+    first = next(batches, None)
+    if first is None:
         raise ValueError("images: there are no batches to compute the statistics from")
+    update_bn(chain((first,), batches), model)
 
 
 def _other_head(name: str, heads: tuple[str, ...], given: State, own: State) -> bool:
     """Whether this belongs to a classifier of another size: its bias must not stay while its weight goes."""
     mine = tuple(head for head in heads if name.startswith(head))
-    return (
-        any(
-            key.startswith(mine) and (key not in given or given[key].shape != value.shape) for key, value in own.items()
-        )
-        if mine
-        else False
-    )
+    parts = {key: value for key, value in own.items() if key.startswith(mine)}
+    return any(key not in given or given[key].shape != value.shape for key, value in parts.items())
 
 
 def _same_but_inputs(old: Tensor, new: Tensor) -> bool:

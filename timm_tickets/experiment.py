@@ -19,8 +19,9 @@ from .adapt import recompute_batch_norm_
 from .build import build_model, criterion_of, model_kwargs
 from .data import Data
 from .files import is_writer, read_json, write_json
-from .masks import full_masks, prunable_names, shuffled_masks
+from .masks import full_masks, shuffled_masks
 from .processes import alone
+from .prunable import prunable_names
 from .recipe import Recipe, RetrainSettings, load_recipe
 from .registry import create_pruner, create_tweaks, get_method
 from .report import RichProgress, plot, print_table, write_summary
@@ -132,7 +133,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     ticket.metadata["metrics"] = metrics
     PartialState().wait_for_everyone()
     rows = records(folder)
-    if rows[0]["sparsity"] == 0 and rows[0]["part"] == 0:
+    if recipe.dense or pruner.trained_dense:  # a part's dense run, the first of COLT's, is another task
         ticket.metadata["dense"] = rows[0]["metrics"]
     if is_writer():
         ticket.save(final)

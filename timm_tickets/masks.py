@@ -4,19 +4,13 @@ A mask is ``dict[str, BoolTensor]``: a timm parameter name, and for each weight 
 Scores have the same keys and shapes, floats, higher meaning keep.
 """
 
-import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .prunable import MATRICES as MATRICES
-from .prunable import classifier_names as classifier_names
-from .prunable import norms as norms
-from .prunable import prunable_names as prunable_names
 from .seeds import seed_from
 from .settings import SettingError
 
@@ -266,15 +260,6 @@ def exchange(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tensor:
     size = int(mask.sum())
     left = top(drop.float().masked_fill(~mask, -torch.inf), size - min(count, size))
     return left | top(grow.float().masked_fill(left, -torch.inf), size - int(left.sum()))
-
-
-def digest(masks: Mapping[str, Tensor]) -> bytes:
-    """SHA-256 of masks: names, shapes and every bit."""
-    found = hashlib.sha256()
-    for name in sorted(masks):
-        found.update(f"{name} {list(masks[name].shape)}\n".encode())
-        found.update(np.packbits(masks[name].flatten().cpu().numpy()).tobytes())
-    return found.digest()
 
 
 def intersect(*masks: Mapping[str, Tensor]) -> Masks:

@@ -6,6 +6,7 @@ is what is looked up or added (embeddings, tables of positions, tokens) or has f
 scales), and the classifier, so that heads may differ.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,10 +66,7 @@ class Part:
     @property
     def size(self) -> int:
         """Number of its weights."""
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape)
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .gates import Gate, attach_, remove_
 from .masks import Masks, Scores, full_masks, sparsity
 from .standardised import masked_
-from .wrappers import SlowHook, StepHook, plain_model, plain_optimizer
+from .wrappers import after_slow, after_step, plain_model, plain_optimizer
 
 State = dict[str, Tensor]
 
@@ -221,7 +221,7 @@ class Subnet:
             raise RuntimeError("the subnet has no rewind point yet; a pruner sets `start` when its search begins")
         self.load_(self.start)
 
-    def hold_(self, optimizer: Any, after_step: Callable[[], None] | None = None) -> None:
+    def hold_(self, optimizer: Any, then: Callable[[], None] | None = None) -> None:
         """Keep pruned weights exactly zero from here on: their gradients before, their values after every step.
 
         Both are needed to equal a parametrized mask bit for bit: with the gradient alone, momentum and decay move
@@ -229,7 +229,7 @@ class Subnet:
 
         Args:
             optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
-            after_step: Called after each optimizer step, once the masks are applied.
+            then: Called after each optimizer step, once the masks are applied.
 
         Raises:
             ValueError: The optimizer trains another model.
@@ -258,9 +258,9 @@ class Subnet:
 
         hooks.append(plain_optimizer(optimizer).register_step_post_hook(mask_weights))
         # Slow weights remember what a mask that has since moved let through.
-        hooks.append(SlowHook(optimizer, mask_weights))
-        if after_step is not None:
-            hooks.append(StepHook(optimizer, after_step))
+        hooks += after_slow(optimizer, mask_weights)
+        if then is not None:
+            hooks.append(after_step(optimizer, then))
         _hooks[self.model] = hooks
 
     def _mask_gradient(self, name: str, parameter: Tensor) -> None:

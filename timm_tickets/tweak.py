@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from .masks import kept, total
-from .wrappers import StepHook, plain_model
+from .wrappers import after_step, plain_model
 
 Criterion = Callable[[Any, Tensor], Tensor]
 
@@ -101,7 +101,7 @@ class Tweaks:
         self.model, self.tweaks = plain_model(model), tuple(tweaks)
         self._shares = [torch.ones(()) for _ in self.tweaks]
         self._handles: list[list[Any]] = []
-        self._steps: StepHook | None = None
+        self._steps: Any = None
         before = _count(self.model)
         try:
             for tweak, share in zip(self.tweaks, self._shares, strict=True):
@@ -162,7 +162,7 @@ class Tweaks:
 
         if self._steps is not None:
             self._steps.remove()
-        self._steps = StepHook(optimizer, stepped)
+        self._steps = after_step(optimizer, stepped)
         return optimizer
 
     @property

@@ -46,24 +46,21 @@ def mean_over_processes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def check_same_everywhere(what: str, digest: bytes) -> None:
+def check_same_everywhere(what: str, digest: bytes | str) -> None:
     """Stop where the processes hold different things.
 
     Args:
         what: What it is, in the message.
-        digest: 32 bytes that stand for it, such as a SHA-256.
+        digest: What stands for it, such as a SHA-256.
 
     Raises:
         RuntimeError: They differ; the message names the ranks that differ from rank 0.
     """
     if world_size() == 1:
         return
-    # NCCL moves tensors of its own device only.
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
-    found = [torch.empty_like(mine) for _ in range(world_size())]
-    torch.distributed.all_gather(found, mine)
-    apart = [rank for rank, other in enumerate(found) if not torch.equal(other, found[0])]
+    found: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(found, digest)
+    apart = [rank for rank, other in enumerate(found) if other != found[0]]
     if apart:
         raise RuntimeError(
             f"{what}: ranks {apart} hold another one than rank 0, so the search would go on in disagreement; it stops. "
@@ -71,69 +68,60 @@ def check_same_everywhere(what: str, digest: bytes) -> None:
         )
 
 
-# What is to be called after each step of a Lookahead, in order.
-_lookahead_calls: WeakKeyDictionary[Any, list[Callable[[], None]]] = WeakKeyDictionary()
-
-
-class StepHook:
-    """Calls a function after each step of an optimizer, whatever wraps it, until removed.
+def after_step(optimizer: Any, call: Callable[[], None]) -> Any:
+    """Call a function after each step of an optimizer, whatever wraps it; the handle's ``remove`` ends that.
 
     Lookahead moves the weights after the step of the optimizer inside it; there the call comes after that too.
     """
-
-    def __init__(self, optimizer: Any, call: Callable[[], None]):
-        while (inner := getattr(optimizer, "optimizer", None)) is not None:  # Accelerate's
-            optimizer = inner
-        self._lookahead = optimizer if hasattr(optimizer, "_base_optimizer") else None
-        if self._lookahead is None:
-            self._handle = optimizer.register_step_post_hook(lambda *_: call())
-            return
-        self._call, calls = call, _lookahead_calls.setdefault(optimizer, [])
-        calls.append(call)
-        step = type(optimizer).step
-
-        def stepped(closure: Any = None) -> Any:
-            loss = step(optimizer, closure)
-            for one in list(calls):  # a call may remove itself
-                one()
-            return loss
-
-        optimizer.step = stepped
-
-    def remove(self) -> None:
-        if self._lookahead is None:
-            self._handle.remove()
-            return
-        calls = _lookahead_calls.get(self._lookahead, [])
-        if self._call in calls:
-            calls.remove(self._call)
-        if not calls:
-            self._lookahead.__dict__.pop("step", None)
+    optimizer = _unaccelerated(optimizer)
+    if hasattr(optimizer, "_base_optimizer"):
+        return _After(optimizer, "step", call)
+    return optimizer.register_step_post_hook(lambda *_: call())
 
 
-class SlowHook:
-    """Calls a function each time timm's Lookahead has moved the weights to its slow ones, until removed.
+def after_slow(optimizer: Any, call: Callable[[], None]) -> list[Any]:
+    """Call a function each time timm's Lookahead has moved the weights to its slow ones; handles, none for others.
 
     That happens after the step of the optimizer inside it, and in ``sync_lookahead`` without any step.
     """
+    optimizer = _unaccelerated(optimizer)
+    return [_After(optimizer, "update_slow", call)] if hasattr(optimizer, "update_slow") else []
 
-    def __init__(self, optimizer: Any, call: Callable[[], None]):
-        while (inner := getattr(optimizer, "optimizer", None)) is not None:  # Accelerate's
-            optimizer = inner
-        self._lookahead = optimizer if hasattr(optimizer, "update_slow") else None
-        if self._lookahead is None:
+
+def _unaccelerated(optimizer: Any) -> Any:
+    """The optimizer inside Accelerate's wrapper; Lookahead's stays."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer
+
+
+class _After:
+    """Calls a function after a method of one object that has no hooks of its own, until removed."""
+
+    def __init__(self, target: Any, method: str, call: Callable[[], None]):
+        self._target, self._method, self._call = target, method, call
+        calls = getattr(target.__dict__.get(method), "calls", None)
+        if calls is not None:
+            calls.append(call)
             return
-        update = type(optimizer).update_slow
+        calls = [call]
+        original = getattr(type(target), method)
 
-        def updated(group: Any) -> None:
-            update(optimizer, group)
-            call()
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            out = original(target, *args, **kwargs)
+            for one in list(calls):  # a call may remove itself
+                one()
+            return out
 
-        optimizer.update_slow = updated
+        followed.calls = calls  # pyright: ignore[reportFunctionMemberAccess]
+        setattr(target, method, followed)
 
     def remove(self) -> None:
-        if self._lookahead is not None:
-            self._lookahead.__dict__.pop("update_slow", None)
+        calls = getattr(self._target.__dict__.get(self._method), "calls", [])
+        if self._call in calls:
+            calls.remove(self._call)
+        if not calls:
+            self._target.__dict__.pop(self._method, None)
 
 
 # State that an optimizer's constructor made: there to be made again.

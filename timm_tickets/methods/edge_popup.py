@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..draws import SCORES, draw, frozen
 from ..gates import Gate
-from ..masks import Masks, Scope, Scores, full_masks, keep_count, kept, norms, total
+from ..masks import Masks, Scope, Scores, full_masks, keep_count, kept, total
 from ..method import Method
+from ..prunable import norms
 from ..registry import register_pruner
 from ..run import End, Run
 from ..subnet import Subnet

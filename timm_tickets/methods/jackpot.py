@@ -13,8 +13,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..gates import Gate
-from ..masks import classifier_names, full_masks, keep_count, norms, total
+from ..masks import full_masks, keep_count, total
 from ..method import Method
+from ..prunable import classifier_names, norms
 from ..registry import register_pruner
 from ..run import End, Run
 from ..scores import magnitude

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..masks import MATRICES, norms
+from ..prunable import MATRICES, norms
 from ..registry import register_tweak
 from ..settings import SettingError
 from ..tweak import Criterion, Tweak

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..masks import classifier_names
+from ..prunable import classifier_names
 from ..registry import register_tweak
 from ..settings import SettingError
 from ..tweak import Annealed
