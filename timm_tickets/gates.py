@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .sharded import whole
+
 # Of each module with gates: the order of its parameters, and a hook where it is recurrent.
 _before: WeakKeyDictionary[nn.Module, tuple[list[str], Any]] = WeakKeyDictionary()
+
+
+def new_scores(weight: Tensor, size: int | None = None) -> Tensor:
+    """Zeros for a weight's scores, one each or as many as `size` says: as exact as the weight, at least float32."""
+    return torch.zeros(weight.shape if size is None else size, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
 class Gate(nn.Module):
@@ -51,7 +58,7 @@ class Gate(nn.Module):
         through = ranked - ranked.detach()  # zero, with the gradient of the score
         if self.free is not None:
             through = torch.zeros_like(self.mask, dtype=through.dtype).masked_scatter(self.free, through)
-        return self.mask.to(dtype) + through
+        return self.mask.to(dtype) + through.to(dtype)
 
     @torch.no_grad()
     def hard(self, weight: Tensor) -> Tensor:
@@ -60,7 +67,7 @@ class Gate(nn.Module):
 
     def full_score(self) -> Tensor:
         """The scores in the weight's shape; zero where nothing is free."""
-        score = self.score.detach()
+        score = whole(self.score.detach())
         return (
             score
             if self.free is None
@@ -81,7 +88,7 @@ class SigmoidGate(Gate):
         self.register_buffer("beta", torch.ones((), dtype=score.dtype), persistent=False)
 
     def value(self, dtype: torch.dtype) -> Tensor:
-        return torch.sigmoid(self.beta * self.score) if self.training else self.mask.to(dtype)
+        return (torch.sigmoid(self.beta * self.score) if self.training else self.mask).to(dtype)
 
 
 def attach_(module: nn.Module, leaf: str, gate: Gate) -> None:

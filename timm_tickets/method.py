@@ -22,10 +22,12 @@ class Method:
     Attributes:
         name: The registered name.
         ends_trained: Whether the ticket's values are final, found in the search itself: nobody trains it again.
+        reads_gradients: Whether it takes gradients other than by ``backward``.
     """
 
     name: ClassVar[str] = ""
     ends_trained: ClassVar[bool] = False
+    reads_gradients: ClassVar[bool] = False
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights to prune")]
     epochs: Annotated[int, Field(ge=1, description="epochs of one training run")] = 20

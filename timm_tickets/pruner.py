@@ -23,6 +23,7 @@ from .processes import alone, place, wait_for_others, world_size
 from .prunable import prunable_names
 from .run import End, Run
 from .settings import SettingError
+from .sharded import reshard_
 from .starts import Pretrained, cached_pretrained, digest
 from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
@@ -182,6 +183,11 @@ class Pruner(Iterator[Run]):
 
     def _generate(self) -> Iterator[Run]:
         subnet = self.subnet
+        if self.method.reads_gradients and reshard_(subnet.model):
+            raise SettingError(
+                f"pruner: {self.method.name} reads gradients before `backward`, which FSDP2 does not give; search with "
+                "DDP, or in one process, and train the ticket with FSDP2"
+            )
         subnet.start = self.first_state = self._first_state()
         subnet.load_(subnet.start)
         search = self.method.search(subnet)
@@ -210,7 +216,7 @@ class Pruner(Iterator[Run]):
         Raises:
             SettingError: A layer is empty, and ``collapse`` is not ``warn``.
         """
-        if self.subnet.gates:
+        if self.subnet.gates and not self.subnet.sealed:
             return
         empty = collapsed(self.subnet.mask)
         new = [name for name in empty if name not in self._collapsed]

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from .masks import Masks, Scores
 from .settings import TrainingError
+from .sharded import reshard_
 from .subnet import State, Subnet
 from .subset import Selection, is_loader, subset_of
 from .tweak import Tweaks
@@ -171,6 +172,7 @@ class Run:
         """
         self.optimizer = plain_optimizer(optimizer)
         if self.subnet.gates:
+            reshard_(self.subnet.model)
             separate_(self.optimizer, [gate.score for gate in self.subnet.gates.values()], self.weight_decay)
         if reset:
             reset_(self.optimizer)

@@ -79,5 +79,7 @@ def masked_(module: nn.Module) -> "_Masked | None":
     if type(module) in _MASKED:
         module.__class__ = _MASKED[type(module)]
         weight: Any = module.weight
-        module.register_buffer("prune_mask", torch.ones_like(weight, dtype=torch.bool), persistent=False)
+        module.register_buffer(
+            "prune_mask", torch.ones(weight.shape, dtype=torch.bool, device=weight.device), persistent=False
+        )
     return module if isinstance(module, _Masked) else None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .gates import Gate, attach_, remove_
 from .masks import Masks, Scores, full_masks, sparsity
+from .sharded import check_supported, is_split, load_state_, local, part, reshard_, whole
 from .standardised import masked_
 from .wrappers import after_slow, after_step, plain_model, plain_optimizer
 
@@ -40,16 +41,18 @@ class Subnet:
             checks it bit for bit before it leaves a value out.
         dense_gradients: The last step's gradients before they were masked, by name, while `tap` is set.
         tap: Whether to keep them: a method that grows weights sets it for the step before it looks.
+        sealed: Whether the search has ended and its gates stay, as they do in a model that FSDP2 has split.
         changes: How often the mask was set: whoever keeps a copy of the model masks that again when it grows.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
         self.model = plain_model(model)
+        check_supported(self.model)
         self.names = tuple(names)
         self.start: State | None = None
         self.notes: list[dict[str, Any]] = []
         self.origin: dict[str, Any] = {}
-        self.tap = False
+        self.tap = self.sealed = False
         self.changes = 0
         self.dense_gradients: dict[str, Tensor] = {}
         self.gates: dict[str, Gate] = {}
@@ -64,6 +67,7 @@ class Subnet:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The prunable parameters by name, looked up afresh: wrappers such as FSDP2 replace the objects."""
+        reshard_(self.model)
         parameters = dict(self.model.named_parameters())
         return {name: parameters[self._key(name)] for name in self.names}
 
@@ -86,12 +90,12 @@ class Subnet:
         return list(found.values())
 
     def weights(self) -> dict[str, Tensor]:
-        """The prunable weights, detached, not copied."""
+        """The prunable weights, detached, not copied; under FSDP2, this process's parts as DTensors."""
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
 
     def weights_on_cpu(self) -> dict[str, Tensor]:
-        """The prunable weights on the CPU, where scores are compared."""
-        return {name: weight.cpu() for name, weight in self.weights().items()}
+        """The prunable weights, whole, on the CPU, where scores are compared."""
+        return {name: whole(weight).cpu() for name, weight in self.weights().items()}
 
     @property
     def mask(self) -> Masks:
@@ -110,8 +114,9 @@ class Subnet:
             gate.mask.copy_(self._mask[name])
         for name, layer in self._standardised:
             layer.prune_mask.copy_(self._mask[name])
+        parameters = self.parameters() if self._held else {}
         for name, held in self._held.items():
-            held.copy_(self._mask[name])
+            held.copy_(part(self._mask[name], parameters[name]))
         self.changes += 1
         self.apply_()
 
@@ -121,7 +126,7 @@ class Subnet:
         for name, weight in self.weights().items():
             if name in self.gates:
                 continue
-            weight.masked_fill_(~self._mask[name].to(weight.device), 0)
+            local(weight).masked_fill_(~part(self._mask[name], weight), 0)
 
     def mask_(self, other: nn.Module) -> None:
         """Zero in another copy of the model, such as its moving average, what is pruned here now.
@@ -135,12 +140,13 @@ class Subnet:
 
     def state(self) -> State:
         """A copy of the whole state dict under timm's names, contiguous, on the CPU; weights as before their gates."""
+        reshard_(self.model)
         state = self.model.state_dict()
         for name in self.gates:
             for one in (name, *self._aliases.get(name, ())):
                 state[one] = state.pop(self._behind_gate(one))
         return {
-            name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            name: whole(value.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, value in state.items()
             if not name.endswith(".score") or ".parametrizations." not in name
         }
@@ -150,7 +156,7 @@ class Subnet:
         state = self.state()
         weights = self.weights()
         for name, gate in self.gates.items():
-            state |= dict.fromkeys((name, *self._aliases.get(name, ())), gate.hard(weights[name]).cpu())
+            state |= dict.fromkeys((name, *self._aliases.get(name, ())), gate.hard(whole(weights[name])).cpu())
         return state
 
     def masked(self, state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> State:
@@ -168,9 +174,10 @@ class Subnet:
     @torch.no_grad()
     def load_scores_(self, scores: Mapping[str, Tensor]) -> None:
         """Copy scores of the weights' shapes into the gates."""
+        reshard_(self.model)
         for name, gate in self.gates.items():
-            score = scores[name].to(gate.score.device)
-            gate.score.copy_(score if gate.free is None else score[gate.free])
+            score = scores[name].to(gate.mask.device)
+            local(gate.score).copy_(part(score if gate.free is None else score[gate.free], gate.score))
 
     def gate_(self, make: Callable[[str, Tensor], Gate]) -> None:
         """Put a gate before every prunable weight; before `prepare`, ``torch.compile`` and DDP.
@@ -193,8 +200,19 @@ class Subnet:
 
     @torch.no_grad()
     def bake_(self) -> None:
-        """Turn gates into plain weights, zero where pruned, and thaw what was frozen: a plain timm model again."""
+        """Turn gates into plain weights, zero where pruned, and thaw what was frozen: a plain timm model again.
+
+        FSDP2 finds a parameter where it has split it, so there the gates stay, let through what they keep as it is, and
+        nothing is trained behind them any more: `sealed`.
+        """
         mask = self.mask
+        if reshard_(self.model):
+            self.sealed = True
+            for name, gate in self.gates.items():
+                weight = self.parameters()[name]
+                local(weight).copy_(part(gate.hard(whole(weight)), weight))
+                gate.scale.fill_(1)
+            return
         for name, gate in list(self.gates.items()):
             value = gate.hard(self.parameters()[name])
             for module, leaf in self._owners(name):
@@ -207,12 +225,13 @@ class Subnet:
 
     def load_(self, state: Mapping[str, Tensor]) -> None:
         """Copy a state under timm's names into the model, in place, and apply the mask; scores stay as they are."""
+        reshard_(self.model)
         present = self.model.state_dict()
         with torch.no_grad():
             for name in self.gates:
-                present[self._key(name)].copy_(state[name])
+                local(present[self._key(name)]).copy_(part(state[name], present[self._key(name)]))
         gated = {one for name in self.gates for one in (name, *self._aliases.get(name, ()))}
-        self.model.load_state_dict(present | {name: value for name, value in state.items() if name not in gated})
+        load_state_(self.model, present | {name: value for name, value in state.items() if name not in gated})
         self.apply_()
 
     def rewind_(self) -> None:
@@ -233,16 +252,30 @@ class Subnet:
 
         Raises:
             ValueError: The optimizer trains another model.
+            RuntimeError: The model is `sealed`.
         """
+        if self.sealed:
+            raise RuntimeError(
+                "the masks were learned on a model that FSDP2 has split, where their gates stay; create the model "
+                "again, apply the ticket to it, shard it and train that"
+            )
         self.release_()
-        stepped = {id(p) for group in plain_optimizer(optimizer).param_groups for p in group["params"]}
-        if not any(id(p) in stepped for p in self.model.parameters()):
+        check_supported(self.model)  # again: it may have been prepared since
+        parameters = self.parameters()
+        stepped = {id(p): p for group in plain_optimizer(optimizer).param_groups for p in group["params"]}
+        own = {id(p): p for p in self.model.parameters()}
+        strange = [p for key, p in stepped.items() if key not in own]
+        if any(map(is_split, own.values())) and not all(map(is_split, strange)):
+            raise ValueError(
+                "optimizer: it has whole copies of parameters that FSDP2 has split, as they stand in the model after a "
+                "forward pass without a backward one; build it before, or call `model.reshard()` first"
+            )
+        if len(strange) == len(stepped):
             raise ValueError(
                 "optimizer: it has none of this model's parameters, so it would train another model; "
                 "build it from the parameters of the model that the pruner was created with"
             )
-        parameters = self.parameters()
-        self._held = {name: self._mask[name].to(parameter.device, copy=True) for name, parameter in parameters.items()}
+        self._held = {name: part(self._mask[name], parameter).clone() for name, parameter in parameters.items()}
         hooks: list[Any] = [
             parameter.register_post_accumulate_grad_hook(partial(self._mask_gradient, name))
             for name, parameter in parameters.items()
@@ -254,7 +287,7 @@ class Subnet:
             for name, weight in self.weights().items():
                 if name in self.gates:
                     continue
-                weight.mul_(self._held_on(weight.device, name))
+                local(weight).mul_(self._held_on(weight.device, name))
 
         hooks.append(plain_optimizer(optimizer).register_step_post_hook(mask_weights))
         # Slow weights remember what a mask that has since moved let through.
@@ -270,9 +303,9 @@ class Subnet:
                 dense = parameter.grad.detach().clone()
                 # Under accumulation, what was pruned has lost its earlier batches to the mask.
                 if name in self.dense_gradients:
-                    dense += self.dense_gradients[name] * ~self._held_on(dense.device, name)
+                    local(dense).add_(local(self.dense_gradients[name]) * ~self._held_on(dense.device, name))
                 self.dense_gradients[name] = dense
-            parameter.grad.mul_(self._held_on(parameter.grad.device, name))
+            local(parameter.grad).mul_(self._held_on(parameter.grad.device, name))
 
     def _held_on(self, device: torch.device, name: str) -> Tensor:
         held = self._held[name]

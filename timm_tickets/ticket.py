@@ -16,6 +16,7 @@ from . import ticket_reader, ticket_writer
 from .hub import fetch
 from .masks import Masks, sparsity
 from .settings import TicketError
+from .sharded import load_state_
 from .starts import Pretrained
 from .subnet import State, Subnet, aliases, plain_model
 from .ticket_header import fingerprint, masked
@@ -109,7 +110,7 @@ class Ticket:
         inner = plain_model(model)
         self.check_architecture(inner)
         self._check_names(inner.state_dict(), self.values)
-        inner.load_state_dict(self.state())
+        load_state_(inner, self.state())
         Subnet(inner, tuple(self.masks)).set_mask_(self.masks)  # standardised layers hold theirs themselves
         return model
 

@@ -10,6 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from .processes import world_size
+from .sharded import is_split, whole
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -36,14 +37,19 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
 
 
 def mean_over_processes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The mean of tensors that each process has its own of; themselves where there is one process."""
+    """The mean of tensors that each process has its own of; themselves where there is one process.
+
+    What FSDP2 has split it has also averaged: that is gathered.
+    """
     if world_size() == 1:
         return dict(tensors)
-    out = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    for name in sorted(out):
-        torch.distributed.all_reduce(out[name])
-        out[name] /= world_size()
-    return out
+    out: dict[str, Tensor] = {}
+    for name in sorted(tensors):
+        out[name] = whole(tensors[name].detach()).clone()
+        if not is_split(tensors[name]):
+            torch.distributed.all_reduce(out[name])
+            out[name] /= world_size()
+    return {name: out[name] for name in tensors}
 
 
 def check_same_everywhere(what: str, digest: bytes | str) -> None:

@@ -11,11 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..gates import SigmoidGate
+from ..gates import SigmoidGate, new_scores
 from ..masks import Masks, Scores, full_masks, keep_count, kept, revived, total
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Rewind, Run
+from ..sharded import whole
 from ..subnet import Subnet
 
 
@@ -42,7 +43,7 @@ class ContinuousSparsification(Method):
 
     def prepare_(self, subnet: Subnet) -> None:
         full = full_masks(subnet.weights())
-        subnet.gate_(lambda name, weight: SigmoidGate(torch.zeros(weight.shape), full[name]))
+        subnet.gate_(lambda name, weight: SigmoidGate(new_scores(weight), full[name]))
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         self.set_(subnet, self.s0)
@@ -100,7 +101,8 @@ class ContinuousSparsification(Method):
     def penalised(self, run: Run, loss: Tensor) -> Tensor:
         """Plus the penalty times the sum of the soft mask, c left out (equation 8)."""
         gates = run.subnet.gates.values()
-        return loss + self.penalty * sum(torch.sigmoid(gate.beta * gate.score).sum() for gate in gates)  # pyright: ignore
+        soft = (whole(torch.sigmoid(gate.beta * gate.score).sum()) for gate in gates)  # pyright: ignore
+        return loss + self.penalty * sum(soft)
 
     def reset(self, score: Tensor) -> Tensor:
         """min(beta s, s0) with the final beta: the suppressed stay suppressed, the others return to s0."""

@@ -12,12 +12,13 @@ from pydantic import Field
 from torch import Tensor
 
 from ..draws import SCORES, draw, frozen
-from ..gates import Gate
+from ..gates import Gate, new_scores
 from ..masks import Masks, Scope, Scores, full_masks, keep_count, kept, total
 from ..method import Method
 from ..prunable import norms
 from ..registry import register_pruner
 from ..run import End, Run
+from ..sharded import local, part
 from ..subnet import Subnet
 
 
@@ -56,10 +57,10 @@ class EdgePopup(Method):
 
         def make(name: str, weight: Tensor) -> Gate:
             if pattern is None:
-                return Gate(torch.zeros(weight.shape), torch.ones(weight.shape, dtype=torch.bool), by_magnitude=True)
+                return Gate(new_scores(weight), torch.ones(weight.shape, dtype=torch.bool), by_magnitude=True)
             pruned, locked = pattern[name]
             free = ~(pruned | locked)
-            return Gate(torch.zeros(int(free.sum())), ~pruned, by_magnitude=True, free=free)
+            return Gate(new_scores(weight, int(free.sum())), ~pruned, by_magnitude=True, free=free)
 
         subnet.freeze_(subnet.parameters().values())
         if not self.norm_affine:
@@ -81,7 +82,8 @@ class EdgePopup(Method):
         scores: Scores = {}
         for number, (name, weight) in enumerate(subnet.weights().items()):
             if self.weights != "given":
-                weight.copy_(torch.from_numpy(draw(self.weights, weight.shape, self.seed, number)))
+                drawn = torch.from_numpy(draw(self.weights, weight.shape, self.seed, number))
+                local(weight).copy_(part(drawn, weight))
             scores[name] = torch.from_numpy(draw("kaiming_normal", weight.shape, self.seed, number, SCORES))
         counts = self.frozen_counts(subnet)
         subnet.origin = {

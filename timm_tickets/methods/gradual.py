@@ -50,7 +50,7 @@ class Gradual(OneShot):
         keep = keep_count(total(subnet.mask), self.scheduled(run.progress))
         cut = max(0, kept(subnet.mask) - keep)
         if cut:
-            self.cut_(subnet, magnitude(subnet.weights()), cut)
+            self.cut_(subnet, magnitude(subnet.weights_on_cpu()), cut)
 
     def scheduled(self, progress: float) -> float:
         """Sparsity after this fraction of training (equation 1, from 0)."""

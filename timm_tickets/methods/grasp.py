@@ -4,7 +4,7 @@ Source: Wang et al. 2020, 2002.07376.
 """
 
 from collections.abc import Generator
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -29,6 +29,7 @@ class GraSP(OneShot):
     divides them by 200, the paper does not say so).
     """
 
+    reads_gradients: ClassVar[bool] = True
     batches: Annotated[int, Field(ge=1, description="batches to read gradients from")] = 1
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..gates import Gate
+from ..gates import Gate, new_scores
 from ..masks import full_masks, keep_count, total
 from ..method import Method
 from ..prunable import classifier_names, norms
@@ -67,7 +67,7 @@ class Jackpot(Method):
         subnet.freeze_(p for name, p in subnet.model.named_parameters() if not name.startswith(heads))
         subnet.freeze_(subnet.parameters().values())
         full = full_masks(subnet.weights())
-        subnet.gate_(lambda name, weight: Gate(torch.ones(weight.shape), full[name], by_magnitude=False))
+        subnet.gate_(lambda name, weight: Gate(new_scores(weight), full[name], by_magnitude=False))
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         weights = subnet.weights_on_cpu()

@@ -22,5 +22,5 @@ class Magnitude(OneShot):
     """
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        self.prune_(subnet, magnitude(subnet.weights()))
+        self.prune_(subnet, magnitude(subnet.weights_on_cpu()))
         yield from ()

@@ -14,6 +14,7 @@ from ..registry import register_pruner
 from ..run import End, Run
 from ..scores import magnitude, random
 from ..seeds import seed_from
+from ..sharded import local, part
 from ..subnet import Subnet
 
 
@@ -53,10 +54,10 @@ class SET(OneShot):
         # A weight that begins anew has no past: its momentum is from before it was pruned.
         assert run.optimizer is not None
         for name, parameter in subnet.parameters().items():
-            grown = (new[name] & ~old[name]).to(parameter.device)
+            grown = part(new[name] & ~old[name], parameter)
             for value in run.optimizer.state[parameter].values():
                 if getattr(value, "shape", None) == parameter.shape:
-                    value.masked_fill_(grown, 0)
+                    local(value).masked_fill_(grown, 0)
 
     def runs(self, subnet: Subnet) -> int:
         return 1

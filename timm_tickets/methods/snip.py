@@ -5,7 +5,7 @@ Source: Lee et al. 2018, 1810.02340.
 
 import warnings
 from collections.abc import Callable, Generator
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -28,6 +28,7 @@ class SNIP(OneShot):
     Departures: the gradients of several batches are added before the product with the weight; the paper has one batch.
     """
 
+    reads_gradients: ClassVar[bool] = True
     batches: Annotated[int, Field(ge=1, description="batches to read gradients from")] = 1
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:

@@ -4,7 +4,7 @@ Source: Tanaka et al. 2020, 2006.05467.
 """
 
 from collections.abc import Generator
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -27,6 +27,7 @@ class SynFlow(OneShot):
     Cost: `iterations` forward and backward passes of one image of ones; no training and no data.
     """
 
+    reads_gradients: ClassVar[bool] = True
     iterations: Annotated[int, Field(ge=1, description="steps of the exponential schedule")] = 100
     input_size: Annotated[
         tuple[int, int, int] | None, Field(description="channels, height, width; the model's own where not given")

@@ -1,0 +1,108 @@
+"""FSDP2: searches on models that are split over gloo processes find what one process finds; what cannot is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_tickets as tt
+
+DRIVER = Path(__file__).parent / "split_searches.py"
+ORDERS = [
+    ("imp", {"sparsity": 0.8, "prune_rate": 0.6}),
+    ("colt", {"sparsity": 0.6, "prune_rate": 0.4}),
+    ("continuous_sparsification", {"sparsity": 0.8, "rounds": 2, "rewind": "2it", "penalty": 1e-4}),
+    ("frozen_slt", {"sparsity": 0.6}),
+    ("edge_popup", {"sparsity": 0.5}),
+    ("jackpot", {"sparsity": 0.5}),
+    ("gradual", {"sparsity": 0.8, "interval": 2}),
+    ("set", {"sparsity": 0.8, "interval": 2}),
+    ("rigl", {"sparsity": 0.8, "interval": 2}),
+    ("magnitude", {"sparsity": 0.8}),
+    ("random", {"sparsity": 0.8}),
+]
+REFUSED = ["snip", "grasp", "synflow"]
+
+
+def searched(folder, processes, orders):
+    """What each process told of each search, by pruner; the tickets are in the folder."""
+    folder.mkdir()
+    told = [
+        {"pruner": name, "settings": with_, "file": str(folder / name), **more}
+        for name, with_, *mores in orders
+        for more in (mores or [{}])
+    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launch += ["--log-dir", str(folder / "logs"), "--redirects", "3"]
+    line = [sys.executable, *(launch if processes > 1 else []), str(DRIVER), json.dumps(told)]
+    done = subprocess.run(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280)
+    logs = [path.read_text() for path in sorted(folder.rglob("std*.log"))]
+    assert done.returncode == 0, "\n".join([done.stderr[-2000:], *logs])
+    lines = [line for text in (done.stdout, *logs) for line in text.splitlines() if line.startswith("{")]
+    found = {}
+    for one in map(json.loads, lines):
+        found.setdefault(one["pruner"], []).append(one)
+    assert {len(ranks) for ranks in found.values()} == {processes}
+    return found
+
+
+def agrees(rank, expected):
+    """What a process of several told of a search is what one process told."""
+    for key in ("digest", "runs", "sparsity"):
+        assert rank[key] == expected[key], rank
+    assert rank["zeros"], rank
+    assert rank["kept_zero"], rank
+    assert max(rank["logits"], rank["left"]) < 1e-12, rank
+    assert not expected["stale"]
+    assert "call `model.reshard()` first" in rank["stale"]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "process"
+    return searched(folder, 1, ORDERS), folder
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_every_pruner_finds_the_masks_of_one_process_on_a_split_model(one, tmp_path, processes):
+    """Masks bit for bit, values as near as sums in another order are: 1e-9 of the largest, in double precision."""
+    expected, there = one
+    found = searched(tmp_path / "split", processes, [*ORDERS, *((name, {"sparsity": 0.8}) for name in REFUSED)])
+    for name, _ in ORDERS:
+        for rank in found[name]:
+            agrees(rank, expected[name][0])
+        mine, theirs = (tt.load_ticket(folder / name) for folder in (tmp_path / "split", there))
+        for key, value in theirs.values.items():
+            torch.testing.assert_close(mine.values[key], value, rtol=0, atol=1e-9 * max(1, float(value.abs().max())))
+    for name in REFUSED:
+        assert all("which FSDP2 does not give; search with DDP" in rank["refused"] for rank in found[name])
+
+
+def test_standardised_layers_on_a_split_model(tmp_path):
+    order = [("imp", {"sparsity": 0.6, "prune_rate": 0.6}, {"model": "test_nfnet"})]
+    (expected,) = searched(tmp_path / "one", 1, order)["imp"]
+    for rank in searched(tmp_path / "two", 2, order)["imp"]:
+        agrees(rank, expected)
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Named as FSDP1's wrapper, whose like cannot be built without a process group."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+
+def test_what_takes_parameters_apart_is_refused_when_the_pruner_is_created():
+    model = timm.create_model("test_resnet", num_classes=4)
+    with pytest.raises(tt.SettingError, match=r"FSDP1 joins weights into flat parameters.*use DDP, or FSDP2"):
+        tt.create_pruner("imp", FullyShardedDataParallel(model), sparsity=0.5)
+    next(model.parameters()).ds_id = 0  # as DeepSpeed's ZeRO-3 marks what it has partitioned
+    with pytest.raises(tt.SettingError, match=r"DeepSpeed.*use DDP, or FSDP2"):
+        tt.create_pruner("imp", model, sparsity=0.5)

@@ -1,0 +1,103 @@
+"""FSDP2: whole tensors of what is split over the processes, and each process's parts of whole tensors.
+
+A model that ``fully_shard`` has split holds DTensors under the names it had before. Masks are cut from whole scores, so
+every process gathers them and cuts the same, exactly as one process would; it then holds its own part of every mask.
+Everything here but `part` of a tensor that is not split is a collective: all processes have to call it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed
+from torch import Tensor, nn
+
+from .settings import SettingError
+
+
+def is_split(tensor: Any) -> bool:
+    """Whether this process holds only a part of the tensor."""
+    return hasattr(tensor, "full_tensor")  # importing DTensor to ask would cost every user a second
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, on its device; gradients flow through. Itself where it is not split."""
+    return tensor.full_tensor() if is_split(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, sharing its memory; itself where it is not split."""
+    return tensor.to_local() if is_split(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def split_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor split as another one is, on its device; on that device alone where the other is not split."""
+    if not is_split(like):
+        return tensor.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    found: Any = like
+    return distribute_tensor(tensor.to(found.device), found.device_mesh, found.placements)
+
+
+def part(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, as `like` is split; all of it, on that device, where it is not."""
+    return local(split_as(tensor, like))
+
+
+def reshard_(model: nn.Module) -> bool:
+    """Let the model hold its parts again: a forward pass without a backward one leaves whole copies in their place.
+
+    Returns:
+        Whether FSDP2 has split the model.
+    """
+    if not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    found = False
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+            found = True
+    return found
+
+
+def load_state_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict of whole tensors, as ``load_state_dict`` does."""
+    reshard_(model)
+    own = model.state_dict()
+    model.load_state_dict({n: split_as(v, own[n]) if is_split(own.get(n)) else v for n, v in state.items()})
+
+
+def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """The whole state of an optimizer over a split model, on the CPU of the first process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(get_optimizer_state_dict(model, optimizer, options=options))
+
+
+def load_optimizer_state_(model: nn.Module, optimizer: Any, state: Mapping[str, Any]) -> None:
+    """Give an optimizer over a split model a whole state, which every process has read."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    set_optimizer_state_dict(model, optimizer, dict(state), options=StateDictOptions(full_state_dict=True))
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuse a model whose weights cannot be reached by their names and shapes.
+
+    Raises:
+        SettingError: DeepSpeed's ZeRO-3 or FSDP1 has taken its parameters apart, or DeepSpeed or Megatron trains it.
+    """
+    instead = (
+        "use DDP, or FSDP2 (torch's fully_shard; `fsdp_version: 2` in Accelerate's configuration), which keeps every "
+        "weight under its name; or train the search without and only its ticket's final training with it"
+    )
+    names = {kind.__module__.split(".")[0] for kind in type(model).__mro__}
+    if "deepspeed" in names or any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise SettingError(
+            f"model: DeepSpeed holds its weights in flat partitions, where no mask can be kept; {instead}"
+        )
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise SettingError(f"model: FSDP1 joins weights into flat parameters, where no mask can be kept; {instead}")
