@@ -4,8 +4,9 @@
 
 Each life is a process of its own, forked before torch has done any work, that searches until its n-th moment and there
 gets the signal; 0 lets it live. Moments are what a search does outside torch: a loss, an optimizer step, a piece of a
-checkpoint written, a file flushed, renamed or deleted. Prints one line of JSON a life. Under torchrun there is one
-life, of this very process, and `rank` says whose it is.
+checkpoint written, a file flushed, renamed or deleted. Prints one line of JSON a life, with the sizes of the batches
+that this process trained on. Under torchrun there is one
+life, of this very process, and `rank` says whose it is; with `split` FSDP2 splits the model.
 """
 
 import io
@@ -52,17 +53,46 @@ def arm(moment: int, number: int) -> dict[str, int]:
     return seen
 
 
+def split_models() -> None:
+    """Have Accelerate split models by FSDP2 on CPUs too, where it would not by itself."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    from timm_tickets import trainer
+
+    class Splitting(Accelerator):
+        def __init__(self, **kwargs: Any):
+            super().__init__(**kwargs)
+            plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+            for state in (PartialState, AcceleratorState):
+                state._shared_state["distributed_type"] = DistributedType.FSDP
+            AcceleratorState._shared_state["fsdp_plugin"] = plugin
+
+    trainer.Accelerator = Splitting  # type: ignore[misc]
+
+
 def live(order: dict[str, Any], moment: int) -> None:
     from rich.console import Console
 
     import timm_tickets as tt
 
+    if order.get("split"):
+        split_models()
     console = Console(file=io.StringIO(), width=200)
     mine = order.get("rank") in (None, int(os.environ.get("RANK", 0)))
     seen = arm(moment if mine else 0, order.get("signal", 9))
+    batches: set[int] = set()
+    loss = tt.Run.loss
+
+    def counted(run: Any, criterion: Any, output: Any, target: Any) -> Any:
+        batches.add(len(target))
+        return loss(run, criterion, output, target)
+
+    tt.Run.loss = counted  # type: ignore[method-assign]
     result = tt.search(order.get("recipe", "digits_imp"), order["overrides"], console=console)
     told = {"fingerprint": result.ticket.fingerprint, "said": console.file.getvalue()}  # type: ignore[attr-defined]
-    print(json.dumps(told | seen), flush=True)
+    print(json.dumps(told | seen | {"batches": sorted(batches)}), flush=True)
 
 
 def main() -> None:

@@ -124,6 +124,13 @@ def test_two_machines_on_loopback_find_the_same_ticket(one, tmp_path):
     assert not leftovers(tmp_path)
 
 
+def test_by_data_each_process_trains_on_its_part_of_every_batch(tmp_path):
+    done = searched(tmp_path, [*IMP, "training.batch_size=64"], 2)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["batches"] for one in told] == [[32], [32]]
+    assert len({one["fingerprint"] for one in told}) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("of", [0, 1])
 @pytest.mark.parametrize("moment", [3, 40, 90])

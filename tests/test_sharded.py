@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from test_faults import leftovers, same
 from torch import nn
 
 import timm_tickets as tt
@@ -106,3 +107,54 @@ def test_what_takes_parameters_apart_is_refused_when_the_pruner_is_created():
     next(model.parameters()).ds_id = 0  # as DeepSpeed's ZeRO-3 marks what it has partitioned
     with pytest.raises(tt.SettingError, match=r"DeepSpeed.*use DDP, or FSDP2"):
         tt.create_pruner("imp", model, sparsity=0.5)
+
+
+VIT = ["model.model=test_vit", "training.epochs=2", "training.checkpoint_interval=0", "data.val_fraction=0.7"]
+IMP = [*VIT, "pruner.prune_rate=0.6", "pruner.sparsity=0.6"]
+LEARNED = [*VIT, "pruner.name=frozen_slt", "pruner.sparsity=0.6", "dense=false"]
+
+
+def by_recipe(folder, overrides, split, moment=0, of=None, check=True):
+    """A recipe's search on two processes through Accelerate, its model split or not; killed at a moment of one."""
+    order = {"overrides": [*overrides, f"output={folder}"], "lives": [moment], "rank": of, "split": split}
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    line += [str(DRIVER.with_name("killed_search.py")), json.dumps(order)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=280)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def agreement(folder, other):
+    """Fraction of the masks' bits that two searches' tickets share."""
+    mine, theirs = (tt.load_ticket(next(one.glob("*.ticket"))).masks for one in (folder, other))
+    equal = sum(int((mine[name] == theirs[name]).sum()) for name in theirs)
+    return equal / sum(mask.numel() for mask in theirs.values())
+
+
+@pytest.mark.parametrize("overrides", [IMP, pytest.param(LEARNED, marks=pytest.mark.slow)], ids=["imp", "frozen_slt"])
+def test_a_recipe_whose_model_accelerate_splits(tmp_path, overrides):
+    """In single precision sums in another order move weights, and so the bits near the threshold."""
+    by_recipe(tmp_path / "split", overrides, split=True)
+    by_recipe(tmp_path / "ddp", overrides, split=False)
+    assert agreement(tmp_path / "split", tmp_path / "ddp") > 0.99
+    rows = [json.loads((tmp_path / one / "result.json").read_text())["rows"] for one in ("split", "ddp")]
+    assert [row["sparsity"] for row in rows[0]] == [row["sparsity"] for row in rows[1]]
+    assert rows[0][-1]["metrics"]["test_loss"] == pytest.approx(rows[1][-1]["metrics"]["test_loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("moment", [70, pytest.param(25, marks=pytest.mark.slow)])
+def test_a_killed_search_on_a_split_model_continues_to_the_same_ticket(tmp_path, moment):
+    by_recipe(tmp_path / "whole", IMP, split=True)
+    done = by_recipe(tmp_path / "killed", IMP, split=True, moment=moment, of=1, check=False)
+    assert done.returncode != 0
+    assert not (tmp_path / "killed" / "result.json").exists()
+    by_recipe(tmp_path / "killed", IMP, split=True)
+    same(tmp_path / "killed", tmp_path / "whole")
+    assert not leftovers(tmp_path / "killed")
+
+
+def test_what_fsdp2_cannot_train_is_refused_before_anything_is_trained(tmp_path):
+    for setting, told in (("training.model_ema=true", "training.model_ema: no average"), ("parallel=runs", "")):
+        done = by_recipe(tmp_path, [*IMP, setting], split=True, check=not told)
+        assert told in done.stderr

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
@@ -20,7 +19,7 @@ from .build import build_model, criterion_of, model_kwargs
 from .data import Data
 from .files import is_writer, read_json, write_json
 from .masks import full_masks, shuffled_masks
-from .processes import alone
+from .processes import alone, wait_for_others
 from .prunable import prunable_names
 from .recipe import Recipe, RetrainSettings, load_recipe
 from .registry import create_pruner, create_tweaks, get_method
@@ -98,9 +97,10 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
         raise SettingError(
             f"training.model_ema: an average of soft masks is no mask; set it to false for {pruner.method.name}"
         )
-    pruner.parallel = recipe.parallel
     trainers = Trainers(recipe, model, data)
-    trainers.of(recipe.parallel == "runs")
+    splits = trainers.of(recipe.parallel == "runs").splits
+    # A model that is split over the processes is trained by all of them.
+    pruner.parallel = "data" if splits and recipe.parallel == "auto" else recipe.parallel
     claim_folder(folder, recipe, "search")  # only now: a recipe that cannot be built leaves no folder behind
     subnet = pruner.subnet
     extra = 1 if pruner.runs else 2  # the ticket's own training, and a dense one where no run of the search is
@@ -113,6 +113,9 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
         progress.replayed(pruner.replayed, folder)
         ticket = pruner.ticket
         if learned:  # its parameters have changed: what was prepared is no longer the model
+            if subnet.sealed:
+                model = build_model(recipe, data.num_classes)
+                subnet = Subnet(model, subnet.names)
             trainers = Trainers(recipe, model, data)
         # Where runs were handed out, one process trains the ticket too: then no number depends on how many there were.
         trainer = trainers.of(pruner.handed_out)
@@ -131,7 +134,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
             train=not pruner.method.ends_trained,
         )
     ticket.metadata["metrics"] = metrics
-    PartialState().wait_for_everyone()
+    wait_for_others()
     rows = records(folder)
     if recipe.dense or pruner.trained_dense:  # a part's dense run, the first of COLT's, is another task
         ticket.metadata["dense"] = rows[0]["metrics"]
@@ -191,7 +194,7 @@ def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, co
         with RichProgress(console, 1) as progress:
             experiment = Trainings(folder, trainer, subnet, progress, given.metadata, recipe.retrain, given.pretrained)
             experiment.train("round_00", given.masks, given.values, 0, 0, given.metadata.get("start_epoch", 0.0))
-        PartialState().wait_for_everyone()
+        wait_for_others()
         done = {"rows": records(folder), "fingerprint": given.fingerprint}
         if is_writer():
             write_summary(done["rows"], folder / "summary.csv")
@@ -289,7 +292,7 @@ def _transfer(
             metrics = replace(experiment, retrain=retrain, pretrained=source).train(name, *starts[name], index=0)
             if name != "random":
                 moved.metadata["metrics" if name == "ticket" else "dense"] = metrics
-    PartialState().wait_for_everyone()
+    wait_for_others()
     rows = records(folder)
     if "native" in controls:
         searched = search(native, [f"output={folder / 'native'}", "dense=false"], console=console)

@@ -1,5 +1,6 @@
 """Processes: which one this is among several, working alone for a while, waiting for the others, and their death."""
 
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -25,9 +26,14 @@ _alone = False
 _waiting: Any = None
 
 
-def join_processes() -> None:
-    """Join the other processes that the same command has started, if any."""
-    PartialState(timeout=PATIENCE)
+def join_processes() -> PartialState:
+    """Join the other processes that the same command has started, if any: Accelerate's state of them.
+
+    Whoever asks Accelerate first decides. Asked without `cpu`, on a machine without accelerators, it joins the others
+    and says all the same that there is one process, so that each would train by itself on everything.
+    """
+    asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "on", "y", "t")
+    return PartialState(cpu=asked or not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
 def rank() -> int:
@@ -60,7 +66,7 @@ def alone(really: bool = True) -> Iterator[None]:
     if not really or world_size() == 1:
         yield
         return
-    PartialState()  # or the first to want it would make it in the block, of one process
+    join_processes()  # or the first to want it would make it in the block, of one process
     # Accelerate has no public way to this; its two states are dicts that all their instances share.
     states: tuple[dict[str, Any], ...] = (PartialState._shared_state, AcceleratorState._shared_state)
     changed = {"distributed_type": DistributedType.NO, "num_processes": 1, "process_index": 0}

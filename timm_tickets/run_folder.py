@@ -6,12 +6,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from .checkpoint import BEFORE, CHECKPOINT, remove_checkpoints
 from .files import is_writer, read_json, remove_temporaries, write_bytes, write_json
 from .lock import locked
-from .processes import ending_with_others, join_processes
+from .processes import ending_with_others, join_processes, wait_for_others
 from .recipe import Recipe, load_recipe
 from .settings import SettingError
 from .stop import stoppable
@@ -60,7 +58,7 @@ def check_folder(folder: Path, recipe: Recipe, kind: str, restart: bool) -> None
     if restart:
         if is_writer():
             _clear(folder, recipe)
-        PartialState().wait_for_everyone()
+        wait_for_others()
         return
     try:
         old = load_recipe(stored).compared()  # resolved again: settings newer than the folder have their defaults
@@ -88,7 +86,7 @@ def claim_folder(folder: Path, recipe: Recipe, kind: str) -> None:
             remove_temporaries(place)
             if (place / "run.json").exists():  # killed between writing the run down and deleting these
                 remove_checkpoints(place)
-    PartialState().wait_for_everyone()
+    wait_for_others()
 
 
 def _clear(folder: Path, recipe: Recipe) -> None:

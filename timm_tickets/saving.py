@@ -12,7 +12,9 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .processes import any_of, rank, world_size
 from .randomness import Epoch, own_generator
 from .run import Run
+from .sharded import load_optimizer_state_, load_state_, optimizer_state, reshard_, whole
 from .stop import Stopped, stop_asked
+from .wrappers import plain_optimizer
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -103,11 +105,19 @@ class Saving:
         # Each process loads its own images, and so draws for itself.
         states = [self.epochs.states()] if self.done["batch"] else None
         states = gather_object(states) if world_size() > 1 and states is not None else states
+        model, optimizer = self.run.subnet.model, trainer.optimizer
+        if trainer.splits:  # every process has to give its part
+            reshard_(model)
+            state = {name: whole(value).cpu() for name, value in model.state_dict().items()}
+            steps = optimizer_state(model, plain_optimizer(optimizer))
+        else:
+            state, steps = model.state_dict(), optimizer.state_dict()
         if rank() != 0:
             return
         saved = {
-            "model": self.run.subnet.model.state_dict(),
-            "optimizer": trainer.optimizer.state_dict(),
+            "model": state,
+            "optimizer": steps,
+            "split": trainer.splits,
             "run": self.run.progress_state(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -124,10 +134,16 @@ class Saving:
             progress.say(text)
         if saved is None:
             return False
-        trainer = self.trainer
+        trainer, model = self.trainer, self.run.subnet.model
+        if saved.get("split", False) != trainer.splits:  # checkpoints of version 0.1 do not say
+            progress.say(f"{self.run.name} was begun {'with' if saved['split'] else 'without'} FSDP2; it begins again")
+            return False
         self.run.load_progress_(saved["run"])
-        self.run.subnet.model.load_state_dict(saved["model"])
-        trainer.optimizer.load_state_dict(saved["optimizer"])
+        load_state_(model, saved["model"])
+        if trainer.splits:
+            load_optimizer_state_(model, plain_optimizer(trainer.optimizer), saved["optimizer"])
+        else:
+            trainer.optimizer.load_state_dict(saved["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
         if trainer.accelerator.scaler is not None:

@@ -7,7 +7,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate import PartialState
 from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from torch import Tensor
 from torch.utils.data import (
@@ -21,6 +20,8 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
 )
+
+from .processes import join_processes
 
 _read_labels: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
 
@@ -139,7 +140,7 @@ def subset_of(data: Any, selection: Selection) -> Any:
     )
     if not isinstance(data, DataLoaderShard):
         return loader
-    state = PartialState()
+    state = join_processes()
     return prepare_data_loader(
         loader,
         device=data.device,

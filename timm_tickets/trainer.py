@@ -7,6 +7,7 @@ states, so a run that is continued goes on exactly as one that was never stopped
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from .build import building, criterion_of, mixes
 from .data import Data, loader_of
 from .files import write_state
+from .processes import world_size
 from .randomness import Epoch, own_generator
 from .recipe import Recipe
 from .run import Run
@@ -61,6 +63,7 @@ class Trainer:
         )
         if precision == "fp16" and self.accelerator.scaler is None:
             raise SettingError("training.amp_dtype: float16 needs a GPU; set bfloat16, or training.amp=false")
+        _check_engine(self.accelerator, recipe)
         if self.accelerator.device.type == "cuda":
             _be_deterministic()
         if t.channels_last:
@@ -95,6 +98,11 @@ class Trainer:
                 num_classes=data.num_classes,
             )
         self.criterion = criterion_of(t)
+
+    @property
+    def splits(self) -> bool:
+        """Whether FSDP2 has split the model over the processes."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
 
     def fit(self, run: Run, folder: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
         """Train a run to its end, validate after every epoch, score the test set once.
@@ -269,6 +277,39 @@ class Trainer:
         if len(images) % 2:  # timm's mixup pairs images
             images, target = images[:-1], target[:-1]
         return self.mixup(images, target)
+
+
+def _check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Refuse, before anything is trained, what `accelerate launch` was told and cannot be done.
+
+    Raises:
+        SettingError: DeepSpeed, Megatron or FSDP1; or a part of the recipe that FSDP2 cannot do.
+    """
+    if accelerator.num_processes != world_size():
+        raise SettingError(
+            f"accelerate: it counts {accelerator.num_processes} processes where {world_size()} work together, so each "
+            "would train on everything; let `timm_tickets.processes.join_processes()` be the first to ask Accelerate"
+        )
+    kind, asked = accelerator.distributed_type, os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise SettingError(
+            f"accelerate: {kind.value} takes weights apart, where no mask can be kept; launch with DDP (`--multi_gpu`) "
+            "or FSDP2 (`--use_fsdp --fsdp_version 2`)"
+        )
+    if asked and kind != DistributedType.FSDP and accelerator.num_processes > 1:
+        told = "accelerate: FSDP was asked for and is not there on CPUs; every process holds the whole model"
+        warnings.warn(told, stacklevel=4)
+    if kind != DistributedType.FSDP:
+        return
+    if recipe.training.model_ema:
+        raise SettingError("training.model_ema: no average is kept of weights that FSDP2 has split; set it to false")
+    if recipe.retrain.tweaks:
+        raise SettingError("retrain.tweaks: not with FSDP2; train the ticket with DDP, or leave them out")
+    # It would leave all but the first process without the buffers; here every process builds the same model anyway.
+    plugin: Any = accelerator.state.fsdp_plugin
+    plugin.cpu_ram_efficient_loading = False
 
 
 class _Through:
