@@ -64,6 +64,8 @@ def split_models() -> None:
     class Splitting(Accelerator):
         def __init__(self, **kwargs: Any):
             super().__init__(**kwargs)
+            if self.num_processes == 1:
+                return
             plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
             for state in (PartialState, AcceleratorState):
                 state._shared_state["distributed_type"] = DistributedType.FSDP

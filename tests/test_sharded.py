@@ -143,10 +143,10 @@ def test_a_recipe_whose_model_accelerate_splits(tmp_path, overrides):
     assert rows[0][-1]["metrics"]["test_loss"] == pytest.approx(rows[1][-1]["metrics"]["test_loss"], rel=0.05)
 
 
-@pytest.mark.parametrize("moment", [70, pytest.param(25, marks=pytest.mark.slow)])
-def test_a_killed_search_on_a_split_model_continues_to_the_same_ticket(tmp_path, moment):
+@pytest.mark.parametrize(("moment", "of"), [(20, 1), pytest.param(70, 0, marks=pytest.mark.slow)])
+def test_a_killed_search_on_a_split_model_continues_to_the_same_ticket(tmp_path, moment, of):
     by_recipe(tmp_path / "whole", IMP, split=True)
-    done = by_recipe(tmp_path / "killed", IMP, split=True, moment=moment, of=1, check=False)
+    done = by_recipe(tmp_path / "killed", IMP, split=True, moment=moment, of=of, check=False)
     assert done.returncode != 0
     assert not (tmp_path / "killed" / "result.json").exists()
     by_recipe(tmp_path / "killed", IMP, split=True)
@@ -155,6 +155,6 @@ def test_a_killed_search_on_a_split_model_continues_to_the_same_ticket(tmp_path,
 
 
 def test_what_fsdp2_cannot_train_is_refused_before_anything_is_trained(tmp_path):
-    for setting, told in (("training.model_ema=true", "training.model_ema: no average"), ("parallel=runs", "")):
-        done = by_recipe(tmp_path, [*IMP, setting], split=True, check=not told)
-        assert told in done.stderr
+    done = by_recipe(tmp_path, [*IMP, "training.model_ema=true"], split=True, check=False)
+    assert "training.model_ema: no average is kept of weights that FSDP2 has split" in done.stderr
+    assert not (tmp_path / "recipe.yaml").exists()
