@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 from .settings import TrainingError
 from .stop import Stopped, stop_asked
@@ -27,7 +27,9 @@ _waiting: Any = None
 
 def join_processes() -> None:
     """Join the other processes that the same command has started, if any."""
-    PartialState(timeout=PATIENCE)
+    # Not told that it is to use CPUs, Accelerate finds no backend and takes each process for the only one.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    PartialState(cpu, timeout=PATIENCE)
 
 
 def rank() -> int:
