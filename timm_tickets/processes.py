@@ -1,6 +1,5 @@
 """Processes: which one this is among several, working alone for a while, waiting for the others, and their death."""
 
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ import torch
 import torch.distributed
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 from .settings import TrainingError
 from .stop import Stopped, stop_asked
@@ -32,7 +31,7 @@ def join_processes() -> PartialState:
     Whoever asks Accelerate first decides. Asked without `cpu`, on a machine without accelerators, it joins the others
     and says all the same that there is one process, so that each would train by itself on everything.
     """
-    asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "on", "y", "t")
+    asked = parse_flag_from_env("ACCELERATE_USE_CPU")
     return PartialState(cpu=asked or not torch.accelerator.is_available(), timeout=PATIENCE)
 
 

@@ -18,7 +18,7 @@ from .sharded import reshard_
 from .subnet import State, Subnet
 from .subset import Selection, is_loader, subset_of
 from .tweak import Tweaks
-from .wrappers import mean_over_processes, plain_optimizer, reset_, separate_
+from .wrappers import mean_over_processes, plain_optimizer, reset_, separate_, share_buffers_
 
 Rewind = Annotated[
     str,
@@ -229,6 +229,7 @@ class Run:
         self._anneal()
         if self._taken is None and self.rewind is not None and self._reached(self.rewind):
             reached = 0.0 if self.batches_per_epoch is None else self.position
+            share_buffers_(self.subnet.model)
             self._taken = self.subnet.state(), reached
 
     def _anneal(self) -> None:
@@ -263,6 +264,7 @@ class Run:
         self.subnet.release_()
         if self.tweaks is not None:
             self.tweaks.remove_()
+        share_buffers_(self.subnet.model)  # not in `end`: a checkpoint may be one process's alone
         return self.end()
 
     def end(self) -> End:

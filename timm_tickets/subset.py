@@ -58,7 +58,7 @@ class Selection:
     Attributes:
         classes: Only these classes.
         part: ``(i, n)``: the i-th of n parts of all items, drawn by the seed.
-        batches: Only so many batches of a loader, drawn by the seed.
+        batches: Only so many batches of a loader, all processes' together, drawn by the seed.
         seed: Of what is drawn.
     """
 
@@ -122,10 +122,11 @@ def subset_of(data: Any, selection: Selection) -> Any:
     if type(batches) is not BatchSampler:
         raise _cannot_cut(batches)
     items = data.dataset
-    part: Any = Subset(items, selection.indices(items, batches.batch_size))
+    together = _drawn_together(shard, batches.sampler)
+    part: Any = Subset(items, selection.indices(items, batches.batch_size * together))
     loader = DataLoader(
         part,
-        batch_size=min(batches.batch_size, max(1, len(part))),
+        batch_size=min(batches.batch_size, max(1, len(part) // together)),
         sampler=_sampler_for(part, batches.sampler),
         drop_last=batches.drop_last,
         num_workers=data.num_workers,
@@ -156,6 +157,13 @@ def subset_of(data: Any, selection: Selection) -> Any:
 def is_loader(data: Any) -> bool:
     """Whether this yields batches, and is not a data set to be indexed."""
     return not hasattr(data, "__getitem__") and hasattr(data, "__iter__")
+
+
+def _drawn_together(shard: Any, sampler: Any) -> int:
+    """How many of this loader's batches make one of the training: processes that each draw a whole one of their own."""
+    if isinstance(sampler, DistributedSampler):
+        return sampler.num_replicas
+    return 1 if getattr(shard, "split_batches", True) else shard.num_processes
 
 
 def _sampler_for(part: Any, sampler: Any) -> Sampler[int]:

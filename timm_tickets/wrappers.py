@@ -52,6 +52,22 @@ def mean_over_processes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: out[name] for name in tensors}
 
 
+@torch.no_grad()
+def share_buffers_(model: nn.Module) -> None:
+    """Give every process the first one's saved buffers: batch statistics are each process's own since the last batch.
+
+    DDP does the same, but only before a forward pass. Every process has to call this.
+    """
+    if world_size() == 1:
+        return
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            value = buffer.contiguous()
+            torch.distributed.broadcast(value, 0)
+            buffer.copy_(value)
+
+
 def check_same_everywhere(what: str, digest: bytes | str) -> None:
     """Stop where the processes hold different things.
 

@@ -15,6 +15,7 @@ from ..registry import register_pruner
 from ..run import End, Run
 from ..scores import grasp
 from ..subnet import Subnet
+from ..wrappers import mean_over_processes
 from .snip import reading_run, warn_of_blind_layers
 
 
@@ -43,10 +44,15 @@ class GraSP(OneShot):
 
 
 def _add_products(run: Run, loss: Tensor) -> Tensor:
-    """Add H g of this batch: the gradient of ``g . g`` with one of the two held fixed."""
+    """Add H g of this batch: the gradient of ``g . g`` with one of the two held fixed.
+
+    The fixed one is that of all processes' images: the mean of each process's own H g, of its own g, would not be the
+    H g of the whole batch.
+    """
     weights = run.subnet.parameters()
     gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-    product = torch.stack([(g.detach() * g).sum() for g in gradients]).sum()
+    fixed = mean_over_processes({name: g.detach() for name, g in zip(weights, gradients, strict=True)})
+    product = torch.stack([(fixed[name] * g).sum() for name, g in zip(weights, gradients, strict=True)]).sum()
     for name, one in zip(weights, torch.autograd.grad(product, list(weights.values()), retain_graph=True), strict=True):
         run.scores[name] = run.scores.get(name, 0) + one
     return loss
