@@ -84,17 +84,17 @@ def live(order: dict[str, Any], moment: int) -> None:
     console = Console(file=io.StringIO(), width=200)
     mine = order.get("rank") in (None, int(os.environ.get("RANK", 0)))
     seen = arm(moment if mine else 0, order.get("signal", 9))
-    batches: set[int] = set()
+    batches: list[int] = []
     loss = tt.Run.loss
 
     def counted(run: Any, criterion: Any, output: Any, target: Any) -> Any:
-        batches.add(len(target))
+        batches.append(len(target))
         return loss(run, criterion, output, target)
 
     tt.Run.loss = counted  # type: ignore[method-assign]
     result = tt.search(order.get("recipe", "digits_imp"), order["overrides"], console=console)
     told = {"fingerprint": result.ticket.fingerprint, "said": console.file.getvalue()}  # type: ignore[attr-defined]
-    print(json.dumps(told | seen | {"batches": sorted(batches)}), flush=True)
+    print(json.dumps(told | seen | {"batches": sorted(set(batches)), "losses": len(batches)}), flush=True)
 
 
 def main() -> None:

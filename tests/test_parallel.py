@@ -31,8 +31,14 @@ COLT = [
 IMP = ["pruner.prune_rate=0.6", "pruner.sparsity=0.6", *COLT[3:]]
 
 
-def command(folder, overrides, processes, moment=0, number=signal.SIGKILL, of=None):
-    order = {"overrides": [*overrides, f"output={folder}"], "lives": [moment], "signal": int(number), "rank": of}
+def command(folder, overrides, processes, moment=0, number=signal.SIGKILL, of=None, recipe="digits_imp"):
+    order = {
+        "recipe": recipe,
+        "overrides": [*overrides, f"output={folder}"],
+        "lives": [moment],
+        "signal": int(number),
+        "rank": of,
+    }
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [sys.executable, *(launch if processes > 1 else []), str(DRIVER), json.dumps(order)]
 
@@ -70,6 +76,17 @@ def test_colt_by_runs_finds_the_same_ticket_on_any_number_of_processes(one, tmp_
     searched(tmp_path, [*COLT, "parallel=runs"], processes)
     same(tmp_path, one)
     assert not leftovers(tmp_path)
+
+
+def test_a_control_and_the_ticket_are_trained_side_by_side(tmp_path):
+    """A method without runs has two trainings, of the dense network and of the ticket: each process does one."""
+    settings = ["pruner.sparsity=0.8", "data.val_fraction=0.7", "training.epochs=2"]
+    for processes in (1, 2):
+        done = searched(tmp_path / str(processes), settings, processes, recipe="digits_magnitude")
+    same(tmp_path / "2", tmp_path / "1")
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    steps = [json.loads((tmp_path / "2" / name / "run.json").read_text())["steps"] for name in ("round_00", "dense")]
+    assert [one["losses"] for one in told] == steps
 
 
 def test_one_of_two_processes_is_killed_and_the_same_command_continues_to_the_same_ticket(one, tmp_path):

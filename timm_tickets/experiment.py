@@ -19,7 +19,7 @@ from .build import build_model, criterion_of, model_kwargs
 from .data import Data
 from .files import is_writer, read_json, write_json
 from .masks import full_masks, shuffled_masks
-from .processes import alone, wait_for_others
+from .processes import alone
 from .prunable import prunable_names
 from .recipe import Recipe, RetrainSettings, load_recipe
 from .registry import create_pruner, create_tweaks, get_method
@@ -118,14 +118,15 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
                 subnet = Subnet(model, subnet.names)
             trainers = Trainers(recipe, model, data)
         # Where runs were handed out, one process trains the ticket too: then no number depends on how many there were.
-        trainer = trainers.of(pruner.handed_out)
-        experiment = Trainings(folder, trainer, subnet, progress, ticket.metadata, alone=pruner.handed_out)
-        if recipe.dense and not pruner.trained_dense:
-            experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0)
+        dense = recipe.dense and not pruner.trained_dense
+        by_itself = pruner.handed_out or (dense and pruner.parallel != "data")
+        experiment = Trainings(folder, trainers.of(by_itself), subnet, progress, ticket.metadata, alone=by_itself)
+        if dense:
+            experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0, by=1)
         experiment = replace(experiment, retrain=recipe.retrain, pretrained=ticket.pretrained)
         last = pruner.rounds_done
-        metrics = experiment.train(
-            f"round_{last:02d}",
+        experiment.train(
+            name := f"round_{last:02d}",
             ticket.masks,
             ticket.values,
             pruner.runs_done,
@@ -133,8 +134,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
             ticket.metadata["start_epoch"],
             train=not pruner.method.ends_trained,
         )
-    ticket.metadata["metrics"] = metrics
-    wait_for_others()
+        (ticket.metadata["metrics"],) = experiment.ended(name)
     rows = records(folder)
     if recipe.dense or pruner.trained_dense:  # a part's dense run, the first of COLT's, is another task
         ticket.metadata["dense"] = rows[0]["metrics"]
@@ -194,7 +194,7 @@ def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, co
         with RichProgress(console, 1) as progress:
             experiment = Trainings(folder, trainer, subnet, progress, given.metadata, recipe.retrain, given.pretrained)
             experiment.train("round_00", given.masks, given.values, 0, 0, given.metadata.get("start_epoch", 0.0))
-        wait_for_others()
+            experiment.ended("round_00")
         done = {"rows": records(folder), "fingerprint": given.fingerprint}
         if is_writer():
             write_summary(done["rows"], folder / "summary.csv")
@@ -270,7 +270,9 @@ def _transfer(
         check_folder(folder / "native", native, "search", restart)
     fresh = Subnet(model, ()).state()
     moved = given.transfer_(model)
-    trainer = Trainer(recipe, model, data)
+    trainers = Trainers(recipe, model, data)
+    by_itself = not trainers.of(recipe.parallel == "runs").splits and recipe.parallel != "data"
+    trainer = trainers.of(by_itself)
     claim_folder(folder, recipe, kind)
     if recompute_batch_norm:
         device = trainer.accelerator.device
@@ -285,14 +287,14 @@ def _transfer(
     wanted = [name for name in starts if name == "ticket" or name in controls]
     subnet = Subnet(model, tuple(moved.masks))
     with RichProgress(console, len(wanted)) as progress:
-        experiment = Trainings(folder, trainer, subnet, progress, moved.metadata)
-        for name in wanted:
+        experiment = Trainings(folder, trainer, subnet, progress, moved.metadata, alone=by_itself)
+        for number, name in enumerate(wanted):
             retrain = RetrainSettings() if name == "dense" else recipe.retrain
             source = moved.pretrained if name == "ticket" else None
-            metrics = replace(experiment, retrain=retrain, pretrained=source).train(name, *starts[name], index=0)
+            replace(experiment, retrain=retrain, pretrained=source).train(name, *starts[name], index=0, by=number)
+        for name, metrics in zip(wanted, experiment.ended(*wanted), strict=True):
             if name != "random":
                 moved.metadata["metrics" if name == "ticket" else "dense"] = metrics
-    wait_for_others()
     rows = records(folder)
     if "native" in controls:
         searched = search(native, [f"output={folder / 'native'}", "dense=false"], console=console)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .data import Data
-from .files import appearing, read_json
+from .files import appearing
 from .masks import Masks
 from .processes import alone, place, wait_for_others
 from .pruner import write_run
@@ -37,7 +37,7 @@ class Trainers:
 
 @dataclass(frozen=True)
 class Trainings:
-    """Trainings that are not part of a search: a ticket's own and the dense control's."""
+    """Trainings that are not part of a search: a ticket's own and those of its controls, independent of one another."""
 
     folder: Path
     trainer: Trainer
@@ -48,15 +48,18 @@ class Trainings:
     pretrained: Pretrained | None = None
     alone: bool = False
 
-    def train(self, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As `_train`; where processes work alone, the first one does it while the others wait."""
+    def train(self, name: str, *args: Any, by: int = 0, **kwargs: Any) -> None:
+        """As `_train`; where processes work alone, the one of this number does it, and `ended` waits for it."""
         if not self.alone:
-            return self._train(name, *args, **kwargs)
-        if place()[0] == 0:
+            self._train(name, *args, **kwargs)
+        elif place()[0] == by % place()[1]:
             with alone():
                 self._train(name, *args, **kwargs)
+
+    def ended(self, *names: str) -> list[dict[str, Any]]:
+        """The metrics of these trainings, once every process has ended its own."""
         wait_for_others()
-        return appearing(self.folder / name / "run.json")["metrics"]
+        return [appearing(self.folder / name / "run.json")["metrics"] for name in names]
 
     def _train(
         self,
@@ -67,12 +70,12 @@ class Trainings:
         round: int = 0,
         start_epoch: float = 0.0,
         train: bool = True,
-    ) -> dict[str, Any]:
+    ) -> None:
         """Train these masks from this start into the folder of this name, or only score them; skip what is finished."""
         where = self.folder / name
-        if (record := read_json(where / "run.json")) is not None:
+        if (where / "run.json").exists():
             self.progress.say(f"{name} is finished; skipped")
-            return record["metrics"]
+            return
         self.subnet.set_mask_(masks)
         self.subnet.load_(start)
         epochs = self.retrain.epochs or self.trainer.settings.epochs
@@ -90,4 +93,3 @@ class Trainings:
         self.progress.end(run)
         ticket = Ticket.from_state(start, masks, self.metadata)
         write_run(where, run, end, replace(ticket, pretrained=self.pretrained))
-        return end.metrics
