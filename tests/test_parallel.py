@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from test_faults import leftovers, same
 
@@ -184,6 +185,13 @@ def test_how_a_search_is_shared_does_not_decide_its_result():
     assert hashes == {tt.load_recipe("digits_imp").hash}
     with pytest.raises(tt.SettingError, match="parallel"):
         tt.load_recipe("digits_imp", ["parallel=both"])
+
+
+def test_sync_bn_is_refused_where_torch_would(monkeypatch, tmp_path):
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "device", torch.device("cpu"))
+    with pytest.raises(tt.SettingError, match="sync_bn: torch's SyncBatchNorm refuses CPUs"):
+        tt.search("digits_imp", ["training.sync_bn=true", f"output={tmp_path}"])
 
 
 def test_working_alone_hides_the_others_from_everything(monkeypatch):

@@ -69,6 +69,11 @@ class Trainer:
         if t.channels_last:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if t.sync_bn and self.accelerator.num_processes > 1:
+            if self.accelerator.device.type == "cpu":
+                raise SettingError(
+                    "training.sync_bn: torch's SyncBatchNorm refuses CPUs; set it to false, or parallel=runs so that "
+                    "each process trains runs of its own"
+                )
             model = convert_sync_batchnorm(model)
         with building("data"):
             train_set, val_set, test_set = data.train_set(model), data.val_set(model), data.test_set(model)
