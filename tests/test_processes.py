@@ -57,7 +57,7 @@ for row in order["rows"]:
     model = timm.create_model(row["model"], num_classes=4)
     pruner = tt.create_pruner(row["name"], model, **{"sparsity": 0.8, "epochs": 1} | row["settings"])
     subnet = pruner.subnet
-    if count > 1:
+    if count > 1 and row["ddp"]:
         model = DistributedDataParallel(model)
     loader = loader_of(row["loader"])
     for run in pruner:
@@ -100,6 +100,7 @@ class Row:
             batches of its own (``shard``) or a part of every batch (``split``).
         accumulate: Batches to a step.
         sync: Whether gradients are averaged with every batch, or not before the step's last one (``no_sync``).
+        ddp: Whether DDP, which evens out what ranks drew, wraps the model before the search.
         model: By default one whose gradient is a mean over images: no batch normalisation.
     """
 
@@ -109,11 +110,13 @@ class Row:
     loader: str = "sampler"
     accumulate: int = 1
     sync: bool = True
+    ddp: bool = True
     model: str = "test_efficientnet_gn"
 
     @property
     def key(self) -> str:
         named = {self.loader: self.loader != "sampler", "accumulate": self.accumulate > 1, "no_sync": not self.sync}
+        named["ddp_later"] = not self.ddp
         named[self.model] = self.model != "test_efficientnet_gn"
         return "-".join([self.name, *map(str, self.settings.values()), *(name for name, said in named.items() if said)])
 
@@ -136,6 +139,7 @@ METHODS = [
     Row("grasp", {"batches": 2}),
     Row("synflow", {"iterations": 3, "input_size": (3, 32, 32)}),
     Row("magnitude"),
+    Row("magnitude", ddp=False),
     Row("random"),
     Row("gradual", {"interval": 1}, trained=True),
     Row("set", {"interval": 1}, trained=True),

@@ -27,7 +27,7 @@ from .sharded import reshard_
 from .starts import Pretrained, cached_pretrained, digest
 from .subnet import State, Subnet
 from .ticket import Ticket, describe_model, load_ticket
-from .wrappers import check_same_everywhere
+from .wrappers import check_same_everywhere, share_
 
 Parallel = Literal["runs", "data", "auto"]
 
@@ -183,7 +183,10 @@ class Pruner(Iterator[Run]):
 
     def _generate(self) -> Iterator[Run]:
         subnet = self.subnet
-        if self.method.reads_gradients and reshard_(subnet.model):
+        split = reshard_(subnet.model)
+        if not split:  # timm's train.py seeds each process by its number, and DDP evens that out only afterwards
+            share_(subnet.model.state_dict().values())
+        if self.method.reads_gradients and split:
             raise SettingError(
                 f"pruner: {self.method.name} reads gradients before `backward`, which FSDP2 does not give; search with "
                 "DDP, or in one process, and train the ticket with FSDP2"

@@ -1,6 +1,6 @@
 """What lies inside the wrappers of DDP, torch.compile, Accelerate and Lookahead."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -53,19 +53,24 @@ def mean_over_processes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def share_(tensors: Iterable[Tensor]) -> None:
+    """Give every process the first one's values of these tensors, in place. Every process has to call this."""
+    if world_size() == 1:
+        return
+    nccl = torch.distributed.get_backend() == "nccl"  # it moves nothing that is on a CPU
+    for tensor in tensors:
+        value = tensor.detach().to("cuda" if nccl else tensor.device).contiguous()
+        torch.distributed.broadcast(value, 0)
+        tensor.copy_(value)
+
+
 def share_buffers_(model: nn.Module) -> None:
     """Give every process the first one's saved buffers: batch statistics are each process's own since the last batch.
 
     DDP does the same, but only before a forward pass. Every process has to call this.
     """
-    if world_size() == 1:
-        return
     saved = model.state_dict().keys()
-    for name, buffer in model.named_buffers():
-        if name in saved:
-            value = buffer.contiguous()
-            torch.distributed.broadcast(value, 0)
-            buffer.copy_(value)
+    share_(buffer for name, buffer in model.named_buffers() if name in saved)
 
 
 def check_same_everywhere(what: str, digest: bytes | str) -> None:
