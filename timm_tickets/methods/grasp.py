@@ -15,7 +15,7 @@ from ..registry import register_pruner
 from ..run import End, Run
 from ..scores import grasp
 from ..subnet import Subnet
-from .snip import reading_run, warn_of_blind_layers
+from .snip import gathered, reading_run, warn_of_blind_layers
 
 
 @register_pruner("grasp")
@@ -35,7 +35,8 @@ class GraSP(OneShot):
         (end,) = yield [reading_run(self.batches, _add_products)]
         subnet.rewind_()
         warn_of_blind_layers(self.name, end.scores)
-        self.prune_(subnet, grasp(subnet.weights_on_cpu(), end.scores))
+        assert subnet.start is not None  # where the weights are now, on the CPU already
+        self.prune_(subnet, grasp(subnet.start, end.scores))
 
     def runs(self, subnet: Subnet) -> int:
         return 1
@@ -47,5 +48,5 @@ def _add_products(run: Run, loss: Tensor) -> Tensor:
     gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
     product = torch.stack([(g.detach() * g).sum() for g in gradients]).sum()
     for name, one in zip(weights, torch.autograd.grad(product, list(weights.values()), retain_graph=True), strict=True):
-        run.scores[name] = run.scores.get(name, 0) + one
+        run.scores[name] = run.scores.get(name, 0) + gathered(one)
     return loss
