@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..masks import Masks, Scope, intersect, keep_count, kept, revived, total
+from ..masks import Masks, Scope, keep_count, kept, revived, total
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Run
@@ -79,7 +79,11 @@ class COLT(Method):
 
     def overlap(self, mask: Masks, scores: Sequence[Mapping[str, Tensor]], cut: int) -> Masks:
         """What all copies keep, each having pruned ``cut`` weights."""
-        found = intersect(*(self.pruned_masks(mask, one, cut, self.scope) for one in scores))
+        first, *others = scores
+        found = self.pruned_masks(mask, first, cut, self.scope)
+        for one in others:
+            for name, other in self.pruned_masks(mask, one, cut, self.scope).items():
+                found[name] &= other
         return revived(found, mask, summed(scores)) if self.collapse == "prevent" else found
 
     def exactly(self, mask: Masks, scores: Sequence[Mapping[str, Tensor]], cut: int, goal: int) -> Masks:
