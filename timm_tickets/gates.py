@@ -50,7 +50,7 @@ class Gate(nn.Module):
         self.register_buffer("scale", torch.ones((), dtype=score.dtype), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.scale * self.value(weight.dtype)
+        return _Product.apply(weight, self.scale, self.value(weight.dtype))
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """What the weight is multiplied with, but for the scale."""
@@ -72,6 +72,26 @@ class Gate(nn.Module):
             score
             if self.free is None
             else torch.zeros_like(self.mask, dtype=score.dtype).masked_scatter(self.free, score)
+        )
+
+
+class _Product(torch.autograd.Function):
+    """``weight * scale * value``, whose backward makes ``weight * scale`` again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale, value if weight.requires_grad else None)
+        return weight * scale * value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (gradient,) = gradients
+        weight, scale, value = ctx.saved_tensors
+        by_weight, _, by_value = ctx.needs_input_grad
+        return (
+            gradient * value * scale if by_weight else None,
+            None,
+            gradient * (weight * scale) if by_value else None,
         )
 
 

@@ -5,7 +5,8 @@ Scores have the same keys and shapes, floats, higher meaning keep.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -20,6 +21,8 @@ Scope = Literal["global", "layerwise"]
 Distribution = Literal["uniform", "erk", "epl"]
 
 _SHUFFLE = 0x5F1E  # a stream of its own: a model may have been initialised under the same seed
+_CHUNK = 1 << 20  # scores that are counted at once
+_DIGITS = 1 << 16
 
 
 def full_masks(weights: Mapping[str, Tensor]) -> Masks:
@@ -85,18 +88,72 @@ def top(scores: Tensor, count: int) -> Tensor:
     [False, True, True, True, False]
     """
     flat = scores.detach().flatten()
-    if not 0 <= count <= flat.numel():
-        raise ValueError(f"count: {count} cannot be kept of {flat.numel()} scores")
+    _check_count(count, flat.numel())
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    # kthvalue would place NaN above every number and so keep it without a word.
-    if flat.isnan().any():
-        raise ValueError("scores: NaN among them; the weights they come from are probably NaN too")
+    _check_numbers(flat)
     threshold = flat.kthvalue(flat.numel() - count + 1).values
     mask = flat > threshold
-    ties = (flat == threshold).nonzero().flatten()
-    mask[ties[: count - int(mask.sum())]] = True
-    return mask.view(scores.shape)
+    return _with_ties(mask, flat == threshold, count - int(mask.sum())).view(scores.shape)
+
+
+def lowest_kept(
+    read: Callable[[], Iterable[Tensor]], count: int, dtype: torch.dtype = torch.float32
+) -> tuple[float, int]:
+    """The lowest of the ``count`` highest values of several tensors together, and how many of those are equal to it.
+
+    The tensors are never held together: every reading counts 16 bits of the values that begin as the one looked for.
+    Selecting from all scores in one row would take 20 bytes a weight, more than training does.
+
+    Args:
+        read: Gives the tensors, one after the other and the same ones at every call.
+        count: 1 to the number of values.
+        dtype: What they are compared in: float32 or float64.
+
+    >>> lowest_kept(lambda: [torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0, 2.0])], 3)
+    (2.0, 2)
+    """
+    left, first = count, -_DIGITS // 2
+    for shift in range(8 * dtype.itemsize - 16, -1, -16):
+        found = torch.zeros(_DIGITS, dtype=torch.int64)
+        for values in read():
+            _check_numbers(values)
+            for chunk in values.detach().flatten().split(_CHUNK):
+                digits = (_ordered(chunk.to(dtype)) >> shift) - first
+                found += digits[(digits >= 0) & (digits < _DIGITS)].bincount(minlength=_DIGITS).cpu()
+        reached = found.flip(0).cumsum(0)
+        above = int((reached < left).sum())
+        left -= int(reached[above - 1]) if above else 0
+        first = (first + _DIGITS - 1 - above) * (_DIGITS if shift else 1)
+    bits = torch.tensor([first], dtype=torch.int32 if dtype == torch.float32 else torch.int64)
+    return float(_flipped(bits).view(dtype)), left
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """Integers of the same size in the order of the values, the same one for both zeros."""
+    return _flipped((values + 0).view(torch.int32 if values.dtype == torch.float32 else torch.int64))
+
+
+def _flipped(bits: Tensor) -> Tensor:
+    """The bits of floats as integers of their order, and back: below zero, a larger magnitude is less."""
+    return bits ^ ((bits >> (8 * bits.dtype.itemsize - 1)) & torch.iinfo(bits.dtype).max)
+
+
+def _check_count(count: int, size: int) -> None:
+    if not 0 <= count <= size:
+        raise ValueError(f"count: {count} cannot be kept of {size} scores")
+
+
+def _check_numbers(scores: Tensor) -> None:
+    # Every comparison would place NaN somewhere, kthvalue above all numbers, and so keep it without a word.
+    if scores.isnan().any():
+        raise ValueError("scores: NaN among them; the weights they come from are probably NaN too")
+
+
+def _with_ties(above: Tensor, equal: Tensor, count: int) -> Tensor:
+    """What is above a threshold, and the first so many of those that are equal to it, in memory order."""
+    above.view(-1)[equal.flatten().nonzero().flatten()[:count]] = True
+    return above
 
 
 def fill(count: int, shares: Mapping[str, int], caps: Mapping[str, int]) -> dict[str, int]:
@@ -196,12 +253,23 @@ def prune(
                 keeps[max(keeps, key=lambda one: keeps[one] - (one in spare))] -= 1
                 keeps[name] = 1
         return keep_best(masks, scores, keeps)
-    alive = {name: _alive(mask, scores[name]) for name, mask in masks.items()}
-    for name in spare:
-        alive[name] = alive[name].masked_fill(top(alive[name], 1), torch.inf)
-    everything = top(torch.cat([score.flatten() for score in alive.values()]), keep)
-    parts = everything.split([score.numel() for score in alive.values()])
-    return {name: part.view(score.shape) for (name, score), part in zip(alive.items(), parts, strict=True)}
+
+    def alive(name: str) -> Tensor:
+        score = _alive(masks[name], scores[name])
+        return score.masked_fill(top(score, 1), torch.inf) if name in spare else score
+
+    _check_count(keep, total(masks))
+    if keep == 0:
+        return {name: torch.zeros_like(mask) for name, mask in masks.items()}
+    dtype = reduce(torch.promote_types, (scores[name].dtype for name in masks), torch.float32)
+    threshold, ties = lowest_kept(lambda: map(alive, masks), keep, dtype)
+    out: Masks = {}
+    for name in masks:
+        score = alive(name)
+        equal = score == threshold
+        out[name] = _with_ties(score > threshold, equal, ties)
+        ties -= min(ties, int(equal.sum()))
+    return out
 
 
 def keep_best(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], keeps: Mapping[str, int]) -> Masks:

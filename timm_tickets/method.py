@@ -1,13 +1,14 @@
 """Method: what every pruning method can be told, and what it has to say."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as settings
+from torch import Tensor
 
 from .draws import MAX_SEED
-from .masks import Distribution, Masks, Scope, Scores, keep_count, kept, prune, total
+from .masks import Distribution, Masks, Scope, keep_count, kept, prune, total
 from .run import End, Run
 from .settings import SettingError
 from .subnet import Subnet
@@ -58,7 +59,7 @@ class Method:
     def pruned_masks(
         self,
         masks: Masks,
-        scores: Scores,
+        scores: Mapping[str, Tensor],
         count: int,
         scope: Scope = "global",
         distribution: Distribution = "uniform",
@@ -92,12 +93,12 @@ class OneShot(Method):
                 "scores decide that; set scope=layerwise, or leave distribution out"
             )
 
-    def prune_(self, subnet: Subnet, scores: Scores) -> None:
+    def prune_(self, subnet: Subnet, scores: Mapping[str, Tensor]) -> None:
         """Prune the lowest scores among what is kept, to the asked sparsity exactly."""
         cut = kept(subnet.mask) - keep_count(total(subnet.mask), self.sparsity)
         self.cut_(subnet, scores, cut)
 
-    def cut_(self, subnet: Subnet, scores: Scores, count: int) -> None:
+    def cut_(self, subnet: Subnet, scores: Mapping[str, Tensor], count: int) -> None:
         """Prune this many more, the lowest scores among what is kept."""
         subnet.set_mask_(self.pruned_masks(subnet.mask, scores, count, self.scope, self.distribution))
 

@@ -25,7 +25,7 @@ from .run import End, Run
 from .settings import SettingError
 from .sharded import reshard_
 from .starts import Pretrained, cached_pretrained, digest
-from .subnet import State, Subnet
+from .subnet import State, Subnet, sharing
 from .ticket import Ticket, describe_model, load_ticket
 from .wrappers import check_same_everywhere, share_
 
@@ -205,6 +205,7 @@ class Pruner(Iterator[Run]):
             _check_same(name, subnet.mask)
             if requests is None:
                 return
+            ends = None  # they are models: none stays while others are trained
             ends = yield from self._round(requests)
             if ends[0].rewind is not None:
                 self._start_epoch = ends[0].rewind_epoch
@@ -247,8 +248,11 @@ class Pruner(Iterator[Run]):
                 "with a folder that all processes see, or set its parallel to 'data'"
             )
         self.handed_out |= hand_out
-        base = subnet.state() if len(requests) > 1 else None
-        scores, mask = subnet.scores(), subnet.mask
+        mask, base, scores = subnet.mask, None, {}
+        if len(requests) > 1:  # each begins where the first does
+            assert subnet.start is not None
+            shown = subnet.masked(subnet.start, {} if subnet.gates else mask)
+            base, scores = sharing(subnet.state(), subnet.start, shown), subnet.scores()
         for part, run in enumerate(requests):
             run.subnet, run.index, run.round, run.part = subnet, self.runs_done + part, self.rounds_done, part
             run.name = f"round_{run.round:02d}" + (f"_part_{part}" if base else "")
@@ -347,10 +351,14 @@ class Pruner(Iterator[Run]):
     def _write(self, run: Run, end: End) -> None:
         if self.folder is None:
             return
+        if self.subnet.gates:
+            end.baked = self.subnet.baked_state()
         start = self.subnet.start if end.rewind is None else end.rewind
         assert start is not None
         ticket = self._ticket(end.mask, start, end.rewind_epoch or self._start_epoch)
         write_run(self.folder / run.name, run, end, ticket)
+        if self.subnet.gates:
+            end.baked = {}
 
     def _ticket(self, mask: Masks, start: State, start_epoch: float) -> Ticket:
         counts = {name: int(layer.sum()) for name, layer in mask.items()}

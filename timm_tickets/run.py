@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .masks import Masks, Scores
 from .settings import TrainingError
 from .sharded import reshard_
-from .subnet import State, Subnet
+from .subnet import State, Subnet, sharing
 from .subset import Selection, is_loader, subset_of
 from .tweak import Tweaks
 from .wrappers import mean_over_processes, plain_optimizer, reset_, separate_, share_buffers_
@@ -37,7 +37,8 @@ class End:
         state: The state dict at the end, pruned weights zero; behind gates, weights as before them.
         mask: The mask at the end.
         scores: What the method gathered in the run, or learned.
-        baked: The state dict of the plain sparse model: `state` where there are no gates.
+        baked: The state dict of the plain sparse model: `state` where there are no gates; behind gates it is made
+            when the run is written down.
         rewind: The state at the run's rewind point, where it was asked to take one.
         rewind_epoch: How far into training that point lies, in epochs; 0 where it was never reached.
         metrics: Whatever the trainer measured.
@@ -248,7 +249,7 @@ class Run:
             self.setup(self.subnet)
         self.subnet.apply_()
         if self.rewind is not None and rewind_parts(self.rewind)[0] == 0:
-            self._taken = self.subnet.state(), 0.0
+            self._taken = sharing(self.subnet.state(), self.subnet.start or {}), 0.0
 
     def settle_(self) -> None:
         """Bring the mask up to date with learned scores; before scoring a model in the middle of a run."""
@@ -265,7 +266,10 @@ class Run:
         if self.tweaks is not None:
             self.tweaks.remove_()
         share_buffers_(self.subnet.model)  # not in `end`: a checkpoint may be one process's alone
-        return self.end()
+        end = self.end()
+        # Whoever holds the run on need not hold a model's worth of momentum, scores and rewind point with it.
+        self.optimizer, self._taken, self.scores = None, None, {}
+        return end
 
     def end(self) -> End:
         """What the run would end with now; it may go on.
@@ -290,7 +294,7 @@ class Run:
         gathered = mean_over_processes(self.scores)
         scores = {name: score.detach().cpu().contiguous() for name, score in gathered.items()}
         end = End(state, self.subnet.mask, scores | self.subnet.scores(), metrics=plain_metrics(self.metrics))
-        end.baked = self.subnet.baked_state() if self.subnet.gates else state
+        end.baked = {} if self.subnet.gates else state
         if self.rewind is not None:
             if self._taken is None or self._taken[1] >= self.epochs:
                 hint = " (use `run.subset(loader)` so that epochs can be counted)" * (self.batches_per_epoch is None)

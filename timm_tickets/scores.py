@@ -1,7 +1,7 @@
 """Scores: one float for each weight, higher meaning keep. Pure functions; the masks are cut from them in masks.py."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,32 @@ from .seeds import seed_from
 _NOISE = 0x5C02E  # the stream of random scores, told from others of the same seed
 
 
-def magnitude(weights: Mapping[str, Tensor]) -> Scores:
-    """The absolute value of each weight (Han et al. 2015, 1506.02626)."""
-    return {name: weight.detach().abs() for name, weight in weights.items()}
+class Lazy(Mapping[str, Tensor]):
+    """Tensors that are made when they are read: a cut reads a layer at a time, and all at once are a model's size.
+
+    Args:
+        names: Their names.
+        make: Given a name, makes the tensor; every time the same one.
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]):
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def magnitude(weights: Mapping[str, Tensor]) -> Lazy:
+    """The absolute value of each weight (Han et al. 2015, 1506.02626), as it is when it is read."""
+    return Lazy(weights, lambda name: weights[name].detach().abs())
 
 
 def random(weights: Mapping[str, Tensor], seed: int) -> Scores:
@@ -25,21 +48,21 @@ def random(weights: Mapping[str, Tensor], seed: int) -> Scores:
     return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
 
 
-def snip(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Scores:
+def snip(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Lazy:
     """Connection sensitivity ``|w * g|`` (Lee et al. 2018, 1810.02340, equation 5, without its normalisation)."""
-    return {name: (weight * gradients[name]).detach().abs() for name, weight in weights.items()}
+    return Lazy(gradients, lambda name: (weights[name] * gradients[name]).detach().abs())
 
 
-def grasp(weights: Mapping[str, Tensor], products: Mapping[str, Tensor]) -> Scores:
+def grasp(weights: Mapping[str, Tensor], products: Mapping[str, Tensor]) -> Lazy:
     """What removing a weight would take from the gradient's norm: ``w * Hg``.
 
     Wang et al. 2020, 2002.07376, equation 8, score ``-w * Hg`` and remove the highest; here higher means keep.
 
     Args:
         weights: The weights.
-        products: The Hessian times the gradient, same keys and shapes.
+        products: The Hessian times the gradient, by name, of the weights' shapes.
     """
-    return {name: (weight * products[name]).detach() for name, weight in weights.items()}
+    return Lazy(products, lambda name: (weights[name] * products[name]).detach())
 
 
 def synflow(model: nn.Module, masks: Masks, input_size: Sequence[int]) -> Scores:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from .gates import Gate, attach_, remove_
 from .masks import Masks, Scores, full_masks, sparsity
+from .scores import Lazy
 from .sharded import check_supported, is_split, load_state_, local, part, reshard_, whole
 from .standardised import masked_
+from .starts import as_bytes
 from .wrappers import after_slow, after_step, plain_model, plain_optimizer
 
 State = dict[str, Tensor]
@@ -159,13 +161,10 @@ class Subnet:
             state |= dict.fromkeys((name, *self._aliases.get(name, ())), gate.hard(whole(weights[name])).cpu())
         return state
 
-    def masked(self, state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> State:
+    def masked(self, state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Lazy:
         """A state with zeros where these masks prune, under every name that a shared weight has."""
-        out = dict(state)
-        for name, mask in masks.items():
-            for one in (name, *self._aliases.get(name, ())):
-                out[one] = out[one].masked_fill(~mask, 0)
-        return out
+        mask = {one: mask for name, mask in masks.items() for one in (name, *self._aliases.get(name, ()))}
+        return Lazy(state, lambda name: state[name].masked_fill(~mask[name], 0) if name in mask else state[name])
 
     def scores(self) -> Scores:
         """The learned scores in the weights' shapes, copies on the CPU."""
@@ -320,6 +319,21 @@ class Subnet:
         self._held = {}
         self.dense_gradients = {}
         self.tap = False
+
+
+def sharing(state: State, known: Mapping[str, Tensor], shown: Mapping[str, Tensor] | None = None) -> State:
+    """The state with known tensors in place of those that equal them bit for bit: a second copy is a model's size.
+
+    Args:
+        state: A state dict.
+        known: One that is held anyway.
+        shown: What stands in ``state`` where ``known`` was loaded, if that is not the same: masked.
+    """
+    same = known if shown is None else shown
+    return {
+        name: known[name] if name in same and torch.equal(as_bytes(value), as_bytes(same[name])) else value
+        for name, value in state.items()
+    }
 
 
 def aliases(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:

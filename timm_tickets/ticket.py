@@ -61,9 +61,9 @@ class Ticket:
     ) -> "Ticket":
         """The ticket of these masks over a state dict on the CPU."""
         masks = {name: mask.to("cpu", copy=True) for name, mask in masks.items()}
-        ticket = cls(masks, dict(state), {**metadata, "versions": _versions()})
-        ticket.values = {name: value.clone() for name, value in ticket.state().items()}
-        return ticket
+        # A layer at a time: a masked state and its clone would be two more models beside the ticket.
+        values = {name: masked(name, value, masks) if name in masks else value.clone() for name, value in state.items()}
+        return cls(masks, values, {**metadata, "versions": _versions()})
 
     def state(self) -> State:
         """The state dict that the ticket gives a model: `values`, exactly zero where pruned."""

@@ -3,18 +3,19 @@
 Source: Hossain et al. 2022, 2212.12770 (IEEE TAI 2025).
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from ..masks import Masks, Scope, Scores, intersect, keep_count, kept, revived, total
+from ..masks import Masks, Scope, keep_count, kept, revived, total
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Run
-from ..scores import magnitude
+from ..scores import Lazy, magnitude
 from ..settings import SettingError
 from ..subnet import Subnet
 
@@ -66,6 +67,7 @@ class COLT(Method):
             subnet.rewind_()
             if kept(found) == goal:
                 return
+            del ends, scores  # models, which need not wait for the next ones
 
     def round(self, subnet: Subnet) -> list[Run]:
         """One run a partition: contiguous blocks of classes, sizes differing by one at most, or parts of the images."""
@@ -75,12 +77,16 @@ class COLT(Method):
         classes = np.array_split(np.arange(count), self.partitions)
         return [Run(classes=part.tolist()) for part in classes]
 
-    def overlap(self, mask: Masks, scores: list[Scores], cut: int) -> Masks:
+    def overlap(self, mask: Masks, scores: Sequence[Mapping[str, Tensor]], cut: int) -> Masks:
         """What all copies keep, each having pruned ``cut`` weights."""
-        found = intersect(*(self.pruned_masks(mask, one, cut, self.scope) for one in scores))
+        first, *others = scores
+        found = self.pruned_masks(mask, first, cut, self.scope)
+        for one in others:
+            for name, other in self.pruned_masks(mask, one, cut, self.scope).items():
+                found[name] &= other
         return revived(found, mask, summed(scores)) if self.collapse == "prevent" else found
 
-    def exactly(self, mask: Masks, scores: list[Scores], cut: int, goal: int) -> Masks:
+    def exactly(self, mask: Masks, scores: Sequence[Mapping[str, Tensor]], cut: int, goal: int) -> Masks:
         """The largest common cut whose overlap still keeps ``goal``; the rest goes by smallest summed magnitude."""
         low, high = 0, cut  # the overlap shrinks as the cut grows; at high it is too small
         while high - low > 1:
@@ -90,5 +96,5 @@ class COLT(Method):
         return self.pruned_masks(found, summed(scores), kept(found) - goal, self.scope)
 
 
-def summed(scores: list[Scores]) -> Scores:
-    return {name: torch.stack([one[name] for one in scores]).sum(dim=0) for name in scores[0]}
+def summed(scores: Sequence[Mapping[str, Tensor]]) -> Lazy:
+    return Lazy(scores[0], lambda name: torch.stack([one[name] for one in scores]).sum(dim=0))

@@ -63,6 +63,7 @@ class ContinuousSparsification(Method):
                 rewind = end.rewind or rewind
                 if round + 1 < self.rounds:
                     subnet.load_scores_({n: self.reset(score) for n, score in end.scores.items()})
+                del end  # a model, which need not wait for the next one
         assert rewind is not None
         subnet.load_(rewind)
         self.settle_(subnet)

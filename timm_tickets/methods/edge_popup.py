@@ -18,6 +18,7 @@ from ..method import Method
 from ..prunable import norms
 from ..registry import register_pruner
 from ..run import End, Run
+from ..scores import magnitude
 from ..sharded import local, part
 from ..subnet import Subnet
 
@@ -114,7 +115,7 @@ class EdgePopup(Method):
 
     def cut(self, subnet: Subnet) -> Masks:
         """Keep the largest |scores|: exactly the asked number, ties to the first."""
-        scores = {name: score.abs() for name, score in subnet.scores().items()}
+        scores = magnitude(subnet.scores())
         full = full_masks(scores)
         return self.pruned_masks(full, scores, total(full) - keep_count(total(full), self.sparsity), self.scope)
 

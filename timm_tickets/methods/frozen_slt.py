@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ..masks import Distribution, Masks, Scope, budgets, fill, keep_count, prune, total
 from ..registry import register_pruner
+from ..scores import magnitude
 from ..settings import SettingError
 from ..subnet import Subnet
 from .edge_popup import EdgePopup
@@ -79,5 +80,5 @@ class FrozenSLT(EdgePopup):
         frozen_out = sum(int((~masks[name] & ~free[name]).sum()) for name in masks)
         cut = total(masks) - keep_count(total(masks), self.sparsity) - frozen_out
         bare = [name for name in masks if self.collapse == "prevent" and not (masks[name] & ~free[name]).any()]
-        found = prune(free, {name: score.abs() for name, score in scores.items()}, cut, self.scope, spare=bare)
+        found = prune(free, magnitude(scores), cut, self.scope, spare=bare)
         return {name: found[name] | (masks[name] & ~free[name]) for name in masks}

@@ -16,7 +16,7 @@ from ..run import End, Run
 from ..scores import grasp
 from ..subnet import Subnet
 from ..wrappers import mean_over_processes
-from .snip import reading_run, warn_of_blind_layers
+from .snip import gathered, reading_run, warn_of_blind_layers
 
 
 @register_pruner("grasp")
@@ -37,7 +37,8 @@ class GraSP(OneShot):
         (end,) = yield [reading_run(self.batches, _add_products)]
         subnet.rewind_()
         warn_of_blind_layers(self.name, end.scores)
-        self.prune_(subnet, grasp(subnet.weights_on_cpu(), end.scores))
+        assert subnet.start is not None  # where the weights are now, on the CPU already
+        self.prune_(subnet, grasp(subnet.start, end.scores))
 
     def runs(self, subnet: Subnet) -> int:
         return 1
@@ -54,5 +55,5 @@ def _add_products(run: Run, loss: Tensor) -> Tensor:
     fixed = mean_over_processes({name: g.detach() for name, g in zip(weights, gradients, strict=True)})
     product = torch.stack([(fixed[name] * g).sum() for name, g in zip(weights, gradients, strict=True)]).sum()
     for name, one in zip(weights, torch.autograd.grad(product, list(weights.values()), retain_graph=True), strict=True):
-        run.scores[name] = run.scores.get(name, 0) + one
+        run.scores[name] = run.scores.get(name, 0) + gathered(one)
     return loss

@@ -41,6 +41,7 @@ class IMP(Method):
             subnet.set_mask_(self.pruned_masks(subnet.mask, magnitude(end.weights), remaining - keep, self.scope))
             subnet.rewind_()
             remaining = keep
+            del end  # a model, which need not wait for the next one
 
     def kept_counts(self, subnet: Subnet) -> list[int]:
         """Weights kept after each round; the last is what the asked sparsity keeps."""

@@ -18,7 +18,7 @@ from ..method import Method
 from ..prunable import classifier_names, norms
 from ..registry import register_pruner
 from ..run import End, Run
-from ..scores import magnitude
+from ..scores import Lazy, magnitude
 from ..starts import is_pretrained, pretrained_tag
 from ..subnet import Subnet
 
@@ -70,7 +70,9 @@ class Jackpot(Method):
         subnet.gate_(lambda name, weight: Gate(new_scores(weight), full[name], by_magnitude=False))
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        weights = subnet.weights_on_cpu()
+        start = subnet.start
+        assert start is not None  # where the weights are now, on the CPU already
+        weights = {name: start[name] for name in subnet.names}
         full = full_masks(weights)
         # One global magnitude threshold: it decides how many each layer keeps, for good, and the first mask.
         masks = self.pruned_masks(full, magnitude(weights), total(full) - keep_count(total(full), self.sparsity))
@@ -78,7 +80,7 @@ class Jackpot(Method):
         # A claim only: a model knows its tag whether or not it was built with pretrained=True. The ticket checks it.
         tag = pretrained_tag(subnet.model)
         subnet.origin = {"start": "pretrained", "tag": tag} if tag else {}
-        subnet.load_scores_({n: torch.ones(w.shape).masked_fill(~masks[n], self.low_score) for n, w in weights.items()})
+        subnet.load_scores_(Lazy(masks, lambda n: torch.ones(masks[n].shape).masked_fill(~masks[n], self.low_score)))
         yield [Run(after_step=self.step_, weight_decay=self.weight_decay)]
         subnet.bake_()
         subnet.start = subnet.state()

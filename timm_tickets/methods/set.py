@@ -3,12 +3,13 @@
 Source: Mocanu et al. 2018, 1707.04780.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
-from ..masks import Distribution, Scores, exchange
+from ..masks import Distribution, exchange
 from ..method import OneShot
 from ..registry import register_pruner
 from ..run import End, Run
@@ -45,7 +46,7 @@ class SET(OneShot):
         if run.step % self.interval == 0 and run.progress < self.until:
             self.exchange_(run, random(run.subnet.weights(), seed_from(self.seed, run.step)), self.drop_rate)
 
-    def exchange_(self, run: Run, grow: Scores, rate: float) -> None:
+    def exchange_(self, run: Run, grow: Mapping[str, Tensor], rate: float) -> None:
         """In every layer drop this fraction of the kept weights, the smallest, and grow as many of the best."""
         subnet, old = run.subnet, run.subnet.mask
         drop = magnitude(subnet.weights_on_cpu())

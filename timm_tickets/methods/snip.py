@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..masks import Scores
 from ..method import OneShot
+from ..processes import world_size
 from ..registry import register_pruner
 from ..run import End, Run
 from ..scores import snip
@@ -35,7 +36,8 @@ class SNIP(OneShot):
         (end,) = yield [reading_run(self.batches, _add_gradients)]
         subnet.rewind_()
         warn_of_blind_layers(self.name, end.scores)
-        self.prune_(subnet, snip(subnet.weights_on_cpu(), end.scores))
+        assert subnet.start is not None  # where the weights are now, on the CPU already
+        self.prune_(subnet, snip(subnet.start, end.scores))
 
     def runs(self, subnet: Subnet) -> int:
         return 1
@@ -70,8 +72,13 @@ def _add_gradients(run: Run, loss: Tensor) -> Tensor:
     for name, gradient in zip(
         weights, torch.autograd.grad(loss, list(weights.values()), retain_graph=True), strict=True
     ):
-        run.scores[name] = run.scores.get(name, 0) + gradient
+        run.scores[name] = run.scores.get(name, 0) + gathered(gradient)
     return loss
+
+
+def gathered(reading: Tensor) -> Tensor:
+    """On the CPU, where scores are compared; several processes' on their devices, where they are averaged."""
+    return reading if world_size() > 1 else reading.cpu()
 
 
 def _restore(run: Run) -> None:
