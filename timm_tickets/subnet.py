@@ -241,7 +241,11 @@ class Subnet:
                 "build it from the parameters of the model that the pruner was created with"
             )
         parameters = self.parameters()
-        self._held = {name: self._mask[name].to(parameter.device, copy=True) for name, parameter in parameters.items()}
+        self._held = {
+            name: self._mask[name].to(parameter.device, copy=True)
+            for name, parameter in parameters.items()
+            if name not in self.gates  # which have their own
+        }
         hooks: list[Any] = [
             parameter.register_post_accumulate_grad_hook(partial(self._mask_gradient, name))
             for name, parameter in parameters.items()
