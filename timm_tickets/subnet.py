@@ -274,7 +274,11 @@ class Subnet:
                 "optimizer: it has none of this model's parameters, so it would train another model; "
                 "build it from the parameters of the model that the pruner was created with"
             )
-        self._held = {name: part(self._mask[name], parameter).clone() for name, parameter in parameters.items()}
+        self._held = {
+            name: part(self._mask[name], parameter).clone()
+            for name, parameter in parameters.items()
+            if name not in self.gates  # which have their own
+        }
         hooks: list[Any] = [
             parameter.register_post_accumulate_grad_hook(partial(self._mask_gradient, name))
             for name, parameter in parameters.items()

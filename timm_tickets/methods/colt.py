@@ -62,6 +62,7 @@ class COLT(Method):
                 {"kept_by_all": kept(found) / before, "by_chance": chance, "pruned_by_each": cut / before}
             )
             if kept(found) < goal:
+                del found  # too small, and looked for anew
                 found = self.exactly(subnet.mask, scores, cut, goal)
             subnet.set_mask_(found)
             subnet.rewind_()

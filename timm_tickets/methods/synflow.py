@@ -39,8 +39,8 @@ class SynFlow(OneShot):
         goal = keep_count(count, self.sparsity)
         for step in range(1, self.iterations + 1):
             keep = max(goal, round(count * (goal / count) ** (step / self.iterations)))
-            scores = synflow(subnet.model, subnet.mask, size)
-            self.cut_(subnet, scores, kept(subnet.mask) - keep)
+            # Without a name: scores of one step would be held while the next ones are made.
+            self.cut_(subnet, synflow(subnet.model, subnet.mask, size), kept(subnet.mask) - keep)
         yield from ()
 
 
