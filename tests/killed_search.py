@@ -92,9 +92,17 @@ def live(order: dict[str, Any], moment: int) -> None:
         return loss(run, criterion, output, target)
 
     tt.Run.loss = counted  # type: ignore[method-assign]
+    from accelerate.state import PartialState
+
+    def splits() -> bool:
+        return PartialState().distributed_type == "FSDP"
+
     result = tt.search(order.get("recipe", "digits_imp"), order["overrides"], console=console)
     told = {"fingerprint": result.ticket.fingerprint, "said": console.file.getvalue()}  # type: ignore[attr-defined]
-    print(json.dumps(told | seen | {"batches": sorted(set(batches)), "losses": len(batches)}), flush=True)
+    print(
+        json.dumps(told | seen | {"batches": sorted(set(batches)), "losses": len(batches), "splits": splits()}),
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -104,6 +104,11 @@ def test_a_learned_mask_is_reported_once_a_search():
     assert [NOTHING in str(one.message) for one in caught] == [True]
 
 
+def test_freezing_that_leaves_a_layer_nothing_is_refused():
+    with pytest.raises(tt.SettingError, match=r"pruner\.frozen: .* can where every layer keeps one; lower frozen"):
+        next(tt.create_pruner("frozen_slt", fresh(), sparsity=0.99998, frozen=0.999999, collapse="prevent"))
+
+
 def test_a_soft_mask_that_falls_wholly_below_zero_keeps_the_best():
     model = fresh()
     settings = {"meet": "penalty", "rounds": 1, "rewind": "0ep", "s0": -0.1, "epochs": 1}

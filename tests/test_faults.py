@@ -59,6 +59,7 @@ def same(folder, other):
     rows = [json.loads((one / "result.json").read_text())["rows"] for one in (folder, other)]
     for left, right in zip(*rows, strict=True):
         assert {**left["metrics"], "seconds": 0} == {**right["metrics"], "seconds": 0}
+        assert left["steps"] == right["steps"]
         one, two = (timm.models.load_state_dict(f / left["name"] / "model.safetensors") for f in (folder, other))
         assert all(torch.equal(one[name], two[name]) for name in two)
 

@@ -111,17 +111,26 @@ def test_what_takes_parameters_apart_is_refused_when_the_pruner_is_created():
 
 VIT = ["model.model=test_vit", "training.epochs=2", "training.checkpoint_interval=0", "data.val_fraction=0.7"]
 IMP = [*VIT, "pruner.prune_rate=0.6", "pruner.sparsity=0.6"]
+GRADUAL = [*VIT, "pruner.interval=1", "pruner.sparsity=0.6"]
 LEARNED = [*VIT, "pruner.name=frozen_slt", "pruner.sparsity=0.6", "dense=false"]
 
 
-def by_recipe(folder, overrides, split, moment=0, of=None, check=True):
+def by_recipe(folder, overrides, split, moment=0, of=None, check=True, recipe="digits_imp"):
     """A recipe's search on two processes through Accelerate, its model split or not; killed at a moment of one."""
-    order = {"overrides": [*overrides, f"output={folder}"], "lives": [moment], "rank": of, "split": split}
+    order = {
+        "recipe": recipe,
+        "overrides": [*overrides, f"output={folder}"],
+        "lives": [moment],
+        "rank": of,
+        "split": split,
+    }
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     line += [str(DRIVER.with_name("killed_search.py")), json.dumps(order)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=280)
     assert not check or done.returncode == 0, done.stderr[-3000:]
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(one["splits"] == split for one in told)
     return done
 
 
@@ -143,15 +152,36 @@ def test_a_recipe_whose_model_accelerate_splits(tmp_path, overrides):
     assert rows[0][-1]["metrics"]["test_loss"] == pytest.approx(rows[1][-1]["metrics"]["test_loss"], rel=0.05)
 
 
-@pytest.mark.parametrize(("moment", "of"), [(20, 1), pytest.param(70, 0, marks=pytest.mark.slow)])
-def test_a_killed_search_on_a_split_model_continues_to_the_same_ticket(tmp_path, moment, of):
-    by_recipe(tmp_path / "whole", IMP, split=True)
-    done = by_recipe(tmp_path / "killed", IMP, split=True, moment=moment, of=of, check=False)
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "moment", "of"),
+    [
+        pytest.param("digits_imp", IMP, 20, 1, marks=pytest.mark.slow),
+        pytest.param("digits_imp", IMP, 70, 0, marks=pytest.mark.slow),
+        # It cuts at every step, and a step too many would show.
+        ("digits_gradual", GRADUAL, 20, 1),
+        # Its optimizer has no state, and there is none to load.
+        pytest.param(
+            "digits_gradual", [*GRADUAL, "training.opt=momentum", "training.momentum=0"], 20, 1, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_killed_search_on_a_split_model_continues_to_the_same_ticket(tmp_path, recipe, overrides, moment, of):
+    by_recipe(tmp_path / "whole", overrides, split=True, recipe=recipe)
+    done = by_recipe(tmp_path / "killed", overrides, split=True, moment=moment, of=of, check=False, recipe=recipe)
     assert done.returncode != 0
     assert not (tmp_path / "killed" / "result.json").exists()
-    by_recipe(tmp_path / "killed", IMP, split=True)
+    by_recipe(tmp_path / "killed", overrides, split=True, recipe=recipe)
     same(tmp_path / "killed", tmp_path / "whole")
     assert not leftovers(tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_numbers_are_of_one_model_where_processes_have_statistics_of_their_own(tmp_path):
+    """A ticket that ends trained is scored again as it is saved: the same weights and statistics, the same numbers."""
+    overrides = [*GRADUAL, "model.model=test_resnet", "dense=false"]
+    by_recipe(tmp_path, overrides, split=True, recipe="digits_gradual")
+    first, last = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert first["metrics"]["test_loss"] == last["metrics"]["test_loss"]
 
 
 def test_what_fsdp2_cannot_train_is_refused_before_anything_is_trained(tmp_path):

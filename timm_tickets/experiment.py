@@ -19,8 +19,9 @@ from .build import build_model, criterion_of, model_kwargs
 from .data import Data
 from .files import is_writer, read_json, write_json
 from .masks import full_masks, shuffled_masks
-from .processes import alone
+from .processes import alone, place
 from .prunable import prunable_names
+from .pruner import Parallel, refuse_split
 from .recipe import Recipe, RetrainSettings, load_recipe
 from .registry import create_pruner, create_tweaks, get_method
 from .report import RichProgress, plot, print_table, write_summary
@@ -99,8 +100,11 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
         )
     trainers = Trainers(recipe, model, data)
     splits = trainers.of(recipe.parallel == "runs").splits
-    # A model that is split over the processes is trained by all of them.
-    pruner.parallel = "data" if splits and recipe.parallel == "auto" else recipe.parallel
+    if splits:
+        refuse_split(pruner.method)
+    # What spans the processes, a split model or synchronised statistics, is trained by all of them.
+    spans = splits or recipe.training.sync_bn
+    pruner.parallel = "data" if spans and recipe.parallel == "auto" else recipe.parallel
     claim_folder(folder, recipe, "search")  # only now: a recipe that cannot be built leaves no folder behind
     subnet = pruner.subnet
     extra = 1 if pruner.runs else 2  # the ticket's own training, and a dense one where no run of the search is
@@ -119,7 +123,8 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
             trainers = Trainers(recipe, model, data)
         # Where runs were handed out, one process trains the ticket too: then no number depends on how many there were.
         dense = recipe.dense and not pruner.trained_dense
-        by_itself = pruner.handed_out or (dense and pruner.parallel != "data")
+        side_by_side = dense and not pruner.method.ends_trained and _hands_out(pruner.parallel, 2)
+        by_itself = pruner.handed_out or side_by_side
         experiment = Trainings(folder, trainers.of(by_itself), subnet, progress, ticket.metadata, alone=by_itself)
         if dense:
             experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0, by=1)
@@ -134,10 +139,10 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
             ticket.metadata["start_epoch"],
             train=not pruner.method.ends_trained,
         )
-        (ticket.metadata["metrics"],) = experiment.ended(name)
+        *found, ticket.metadata["metrics"] = experiment.ended(*(["dense"] if dense else []), name)
     rows = records(folder)
-    if recipe.dense or pruner.trained_dense:  # a part's dense run, the first of COLT's, is another task
-        ticket.metadata["dense"] = rows[0]["metrics"]
+    if found or pruner.trained_dense:  # a part's dense run, the first of COLT's, is another task
+        ticket.metadata["dense"] = found[0] if found else rows[0]["metrics"]
     if is_writer():
         ticket.save(final)
         write_summary(rows, folder / "summary.csv")
@@ -271,7 +276,9 @@ def _transfer(
     fresh = Subnet(model, ()).state()
     moved = given.transfer_(model)
     trainers = Trainers(recipe, model, data)
-    by_itself = not trainers.of(recipe.parallel == "runs").splits and recipe.parallel != "data"
+    spans = trainers.of(recipe.parallel == "runs").splits or recipe.training.sync_bn
+    count = 1 + len({"dense", "random"}.intersection(controls))
+    by_itself = _hands_out("data" if spans and recipe.parallel == "auto" else recipe.parallel, count)
     trainer = trainers.of(by_itself)
     claim_folder(folder, recipe, kind)
     if recompute_batch_norm:
@@ -305,6 +312,11 @@ def _transfer(
         write_json(folder / RESULT, {"rows": rows, "fingerprint": moved.fingerprint})
         print_table(rows, console)
     return Result(folder, moved, rows)
+
+
+def _hands_out(parallel: Parallel, count: int) -> bool:
+    """Whether each process trains its own of so many independent trainings, instead of all of them each together."""
+    return parallel == "runs" or (parallel == "auto" and count >= place()[1] > 1)
 
 
 def _check_tweaks(recipe: Recipe, model: nn.Module) -> None:

@@ -186,11 +186,8 @@ class Pruner(Iterator[Run]):
         split = reshard_(subnet.model)
         if not split:  # timm's train.py seeds each process by its number, and DDP evens that out only afterwards
             share_(subnet.model.state_dict().values())
-        if self.method.reads_gradients and split:
-            raise SettingError(
-                f"pruner: {self.method.name} reads gradients before `backward`, which FSDP2 does not give; search with "
-                "DDP, or in one process, and train the ticket with FSDP2"
-            )
+        else:
+            refuse_split(self.method)
         subnet.start = self.first_state = self._first_state()
         subnet.load_(subnet.start)
         search = self.method.search(subnet)
@@ -378,6 +375,19 @@ class Pruner(Iterator[Run]):
             shapes = {name: value.shape for name, value in self.first_state.items()}
             self._pretrained = cached_pretrained(tag, shapes)
         return self._pretrained
+
+
+def refuse_split(method: Method) -> None:
+    """Refuse a search on a model that FSDP2 has split, where the method cannot do with it.
+
+    Raises:
+        SettingError: It cannot.
+    """
+    if method.reads_gradients:
+        raise SettingError(
+            f"pruner: {method.name} reads gradients before `backward`, which FSDP2 does not give; search with DDP, or "
+            "in one process, and train the ticket with FSDP2"
+        )
 
 
 def _check_same(name: str, masks: Masks) -> None:

@@ -12,9 +12,8 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .processes import any_of, rank, world_size
 from .randomness import Epoch, own_generator
 from .run import Run
-from .sharded import load_optimizer_state_, load_state_, optimizer_state, reshard_, whole
+from .sharded import load_optimizer_state_, load_state_, optimizer_state, whole
 from .stop import Stopped, stop_asked
-from .wrappers import plain_optimizer
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -106,18 +105,15 @@ class Saving:
         states = [self.epochs.states()] if self.done["batch"] else None
         states = gather_object(states) if world_size() > 1 and states is not None else states
         model, optimizer = self.run.subnet.model, trainer.optimizer
+        state = model.state_dict()
         if trainer.splits:  # every process has to give its part
-            reshard_(model)
-            state = {name: whole(value).cpu() for name, value in model.state_dict().items()}
-            steps = optimizer_state(model, plain_optimizer(optimizer))
-        else:
-            state, steps = model.state_dict(), optimizer.state_dict()
+            state = {name: whole(value).cpu() for name, value in state.items()}
+        steps = optimizer_state(optimizer)
         if rank() != 0:
             return
         saved = {
             "model": state,
             "optimizer": steps,
-            "split": trainer.splits,
             "run": self.run.progress_state(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -135,15 +131,9 @@ class Saving:
         if saved is None:
             return False
         trainer, model = self.trainer, self.run.subnet.model
-        if saved.get("split", False) != trainer.splits:  # checkpoints of version 0.1 do not say
-            progress.say(f"{self.run.name} was begun {'with' if saved['split'] else 'without'} FSDP2; it begins again")
-            return False
         self.run.load_progress_(saved["run"])
         load_state_(model, saved["model"])
-        if trainer.splits:
-            load_optimizer_state_(model, plain_optimizer(trainer.optimizer), saved["optimizer"])
-        else:
-            trainer.optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer_state_(trainer.optimizer, saved["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
         if trainer.accelerator.scaler is not None:

@@ -2,10 +2,11 @@
 
 A model that ``fully_shard`` has split holds DTensors under the names it had before. Masks are cut from whole scores, so
 every process gathers them and cuts the same, exactly as one process would; it then holds its own part of every mask.
-Everything here but `part` of a tensor that is not split is a collective: all processes have to call it.
+What makes whole tensors is a collective: all processes have to call it.
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch.distributed
@@ -36,7 +37,9 @@ def split_as(tensor: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     found: Any = like
-    return distribute_tensor(tensor.to(found.device), found.device_mesh, found.placements)
+    # Every process has all of it; torch 2.6 cannot be told, and sends the parts from the first one.
+    told = {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
+    return distribute_tensor(tensor.to(found.device), found.device_mesh, found.placements, **told)
 
 
 def part(tensor: Tensor, like: Tensor) -> Tensor:
@@ -54,12 +57,10 @@ def reshard_(model: nn.Module) -> bool:
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    found = False
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-            found = True
-    return found
+    return any(map(is_split, model.parameters()))
 
 
 def load_state_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -69,19 +70,33 @@ def load_state_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict({n: split_as(v, own[n]) if is_split(own.get(n)) else v for n, v in state.items()})
 
 
-def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """The whole state of an optimizer over a split model, on the CPU of the first process."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+def optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """The state dict of an optimizer, whole: what is split is gathered on the CPU.
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return dict(get_optimizer_state_dict(model, optimizer, options=options))
+    Torch's own ``get_optimizer_state_dict`` would take a step with gradients of zero where there is no state yet, and
+    with it all that a search does after a step.
+    """
+    state = optimizer.state_dict()
+    slots = {i: {key: _gathered(value) for key, value in slot.items()} for i, slot in state["state"].items()}
+    return {**state, "state": slots}
 
 
-def load_optimizer_state_(model: nn.Module, optimizer: Any, state: Mapping[str, Any]) -> None:
-    """Give an optimizer over a split model a whole state, which every process has read."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+def load_optimizer_state_(optimizer: Any, state: Mapping[str, Any]) -> None:
+    """Load a whole state dict: what belongs to a split parameter, and has its shape, is split like it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    slots = {
+        i: {key: split_as(v, parameters[i]) if _belongs(v, parameters[i]) else v for key, v in slot.items()}
+        for i, slot in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": slots})
 
-    set_optimizer_state_dict(model, optimizer, dict(state), options=StateDictOptions(full_state_dict=True))
+
+def _gathered(value: Any) -> Any:
+    return whole(value).cpu() if is_split(value) else value
+
+
+def _belongs(value: Any, parameter: Tensor) -> bool:
+    return is_split(parameter) and getattr(value, "shape", None) == parameter.shape
 
 
 def check_supported(model: nn.Module) -> None:

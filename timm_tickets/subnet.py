@@ -168,6 +168,7 @@ class Subnet:
 
     def scores(self) -> Scores:
         """The learned scores in the weights' shapes, copies on the CPU."""
+        reshard_(self.model)
         return {name: gate.full_score().to("cpu", copy=True) for name, gate in self.gates.items()}
 
     @torch.no_grad()
@@ -264,7 +265,8 @@ class Subnet:
         stepped = {id(p): p for group in plain_optimizer(optimizer).param_groups for p in group["params"]}
         own = {id(p): p for p in self.model.parameters()}
         strange = [p for key, p in stepped.items() if key not in own]
-        if any(map(is_split, own.values())) and not all(map(is_split, strange)):
+        missing = {p.shape for key, p in own.items() if key not in stepped and is_split(p)}
+        if any(p.shape in missing and not is_split(p) for p in strange):
             raise ValueError(
                 "optimizer: it has whole copies of parameters that FSDP2 has split, as they stand in the model after a "
                 "forward pass without a backward one; build it before, or call `model.reshard()` first"
@@ -287,9 +289,12 @@ class Subnet:
 
         @torch.no_grad()
         def mask_weights(*_: Any) -> None:
-            for name, weight in self.weights().items():
+            # After a step FSDP2's parameters are parts already, and to make sure would walk through the whole model.
+            parameters = dict(self.model.named_parameters())
+            for name in self.names:
                 if name in self.gates:
                     continue
+                weight = parameters[name].detach()
                 local(weight).mul_(self._held_on(weight.device, name))
 
         hooks.append(plain_optimizer(optimizer).register_step_post_hook(mask_weights))

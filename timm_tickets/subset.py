@@ -163,6 +163,8 @@ def _drawn_together(shard: Any, sampler: Any) -> int:
     """How many of this loader's batches make one of the training: processes that each draw a whole one of their own."""
     if isinstance(sampler, DistributedSampler):
         return sampler.num_replicas
+    while hasattr(shard, "batch_sampler") and not hasattr(shard, "num_processes"):  # Accelerate's, that skips some
+        shard = shard.batch_sampler
     return 1 if getattr(shard, "split_batches", True) else shard.num_processes
 
 

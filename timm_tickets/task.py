@@ -13,6 +13,7 @@ from .masks import Masks, kept
 from .pruner import Pruner
 from .run import Run
 from .settings import SettingError
+from .sharded import reshard_
 from .subnet import Subnet
 from .ticket import Ticket, load_ticket
 
@@ -96,6 +97,10 @@ class TicketTask(ClassificationTask):
         Raises:
             SettingError: A pruner's run on a loader without length.
         """
+        if reshard_(self.subnet.model):
+            raise SettingError(
+                "TicketTask: FSDP2 has split the model, and timm's checkpoints are one process's; use DDP"
+            )
         self._attached = True
         if self.run is None:
             self.subnet.hold_(optimizer)

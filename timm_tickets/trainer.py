@@ -37,6 +37,7 @@ from .settings import SettingError
 from .subnet import Subnet
 from .subset import Selection, subset_of
 from .watch import Watch
+from .wrappers import share_buffers_
 
 
 class Trainer:
@@ -255,6 +256,8 @@ class Trainer:
             model = ema.module
             # The average started dense; what is pruned now must not show in what is scored.
             run.subnet.mask_(model)
+        if self.splits:  # DDP does it before each forward pass, FSDP2 never
+            share_buffers_(run.subnet.model)
         model.eval()
         sums = torch.zeros(3, device=self.accelerator.device, dtype=torch.float64)
         for images, target in subset_of(loader, Selection(run.classes)):
@@ -308,12 +311,20 @@ def _check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
         warnings.warn(told, stacklevel=4)
     if kind != DistributedType.FSDP:
         return
+    plugin: Any = accelerator.state.fsdp_plugin
+    from torch.distributed.fsdp import CPUOffloadPolicy  # a second, which only those who want it pay
+
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise SettingError(
+            "accelerate: FSDP2's CPU offload is not supported; launch with `--fsdp_offload_params false`"
+        )
+    if recipe.training.torchcompile:
+        raise SettingError("training.torchcompile: FSDP2 has to split a model before it is compiled; leave it out")
     if recipe.training.model_ema:
         raise SettingError("training.model_ema: no average is kept of weights that FSDP2 has split; set it to false")
     if recipe.retrain.tweaks:
         raise SettingError("retrain.tweaks: not with FSDP2; train the ticket with DDP, or leave them out")
     # It would leave all but the first process without the buffers; here every process builds the same model anyway.
-    plugin: Any = accelerator.state.fsdp_plugin
     plugin.cpu_ram_efficient_loading = False
 
 

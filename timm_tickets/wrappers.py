@@ -45,10 +45,12 @@ def mean_over_processes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)
     out: dict[str, Tensor] = {}
     for name in sorted(tensors):
-        out[name] = whole(tensors[name].detach()).clone()
-        if not is_split(tensors[name]):
-            torch.distributed.all_reduce(out[name])
-            out[name] /= world_size()
+        if is_split(tensors[name]):
+            out[name] = whole(tensors[name].detach()).cpu()
+            continue
+        out[name] = tensors[name].detach().clone()
+        torch.distributed.all_reduce(out[name])
+        out[name] /= world_size()
     return {name: out[name] for name in tensors}
 
 

@@ -70,6 +70,11 @@ class FrozenSLT(EdgePopup):
         free = budgets(shapes, count - pruned - locked, self.freezing)
         frozen = {name: sizes[name] - free[name] for name in sizes}
         most = {n: min(frozen[n], sizes[n] - 1) for n in sizes} if self.collapse == "prevent" else frozen
+        if pruned > (most_gone := sum(most.values())):
+            raise SettingError(
+                f"pruner.frozen: {pruned} weights are to leave as pruned, {most_gone} can where every layer keeps one; "
+                "lower frozen or the sparsity, or set collapse=warn"
+            )
         gone = fill(pruned, frozen, most) if pruned + locked else dict.fromkeys(sizes, 0)
         return {name: (gone[name], frozen[name] - gone[name]) for name in sizes}
 
