@@ -6,25 +6,26 @@ from hypothesis import strategies as st
 
 from timm_tickets import masks as m
 from timm_tickets import prunable
+from timm_tickets.threshold import top
 
 
 def test_top_keeps_the_highest_and_among_ties_the_first():
     scores = torch.tensor([[0.5, 2.0, 0.5], [0.5, 1.0, 0.5]])
-    assert m.top(scores, 4).tolist() == [[True, True, True], [False, True, False]]
-    assert m.top(scores, 0).sum() == 0
-    assert m.top(scores, 6).all()
+    assert top(scores, 4).tolist() == [[True, True, True], [False, True, False]]
+    assert top(scores, 0).sum() == 0
+    assert top(scores, 6).all()
 
 
 def test_top_refuses_nan_instead_of_keeping_it():
     with pytest.raises(ValueError, match="NaN"):
-        m.top(torch.tensor([1.0, float("nan")]), 1)
+        top(torch.tensor([1.0, float("nan")]), 1)
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.data())
 def test_top_is_exact_and_separates(values, data):
     scores = torch.tensor(values, dtype=torch.float32)
     count = data.draw(st.integers(0, len(values)))
-    mask = m.top(scores, count)
+    mask = top(scores, count)
     assert int(mask.sum()) == count
     if 0 < count < len(values):
         assert scores[mask].min() >= scores[~mask].max()

@@ -15,18 +15,18 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .checkpoint import remove_checkpoints
 from .files import appearing, is_writer, read_json, read_state, write_json, write_state
-from .masks import Masks, collapsed, keep_count, layer_sparsities, sparsity, total
+from .masks import Masks, collapsed, keep_count, sparsity, total
 from .method import Method
 from .processes import alone, place, wait_for_others, world_size
 from .prunable import prunable_names
 from .run import End, Run
+from .run_files import read_run, write_run
 from .settings import SettingError
 from .sharded import reshard_
 from .starts import Pretrained, cached_pretrained, digest
 from .subnet import State, Subnet, sharing
-from .ticket import Ticket, describe_model, load_ticket
+from .ticket import Ticket, describe_model
 from .wrappers import check_same_everywhere, share_
 
 Parallel = Literal["runs", "data", "auto"]
@@ -327,23 +327,7 @@ class Pruner(Iterator[Run]):
         return state
 
     def _read(self, run: Run) -> End | None:
-        if self.folder is None:
-            return None
-        folder = self.folder / run.name
-        record = read_json(folder / "run.json")
-        if record is None:
-            return None
-        rewind = folder / "rewind.safetensors"
-        baked = read_state(folder / "model.safetensors")
-        return End(
-            state=baked | (read_state(folder / "ungated.safetensors") if record["gated"] else {}),
-            baked=baked,
-            mask=load_ticket(folder / f"{run.name}.ticket").masks,
-            scores=read_state(folder / "scores.safetensors") if record["scores"] else {},
-            rewind=read_state(rewind) if record["rewind"] else None,
-            rewind_epoch=record["rewind_epoch"],
-            metrics=record["metrics"],
-        )
+        return None if self.folder is None else read_run(self.folder / run.name)
 
     def _write(self, run: Run, end: End) -> None:
         if self.folder is None:
@@ -394,39 +378,3 @@ def _check_same(name: str, masks: Masks) -> None:
     """Stop where the processes hold different masks; one process has nothing to hash them for."""
     if world_size() > 1:
         check_same_everywhere(f"the mask of {name}", digest(masks))
-
-
-def write_run(folder: Path, run: Run, end: End, ticket: Ticket) -> None:
-    """Write down a finished run; ``run.json`` last, as the sign that its folder is whole."""
-    if not is_writer():
-        return
-    ticket.metadata["metrics"] = end.metrics
-    ticket.save(folder / f"{run.name}.ticket")
-    write_state(folder / "model.safetensors", end.baked)
-    gated = {name: end.state[name] for name in end.mask} if end.baked is not end.state else {}
-    if gated:
-        write_state(folder / "ungated.safetensors", gated)
-    if end.scores:
-        write_state(folder / "scores.safetensors", end.scores)
-    if end.rewind is not None:
-        write_state(folder / "rewind.safetensors", end.rewind)
-    layers = layer_sparsities(end.mask)
-    record = {
-        "name": run.name,
-        "index": run.index,
-        "round": run.round,
-        "part": run.part,
-        "classes": None if run.classes is None else list(run.classes),
-        "sparsity": sparsity(end.mask),
-        "layer_min": min(layers.values()),
-        "layer_max": max(layers.values()),
-        "steps": run.step,
-        "scored": run.limit is None,
-        "scores": bool(end.scores),
-        "gated": bool(gated),
-        "rewind": end.rewind is not None,
-        "rewind_epoch": end.rewind_epoch,
-        "metrics": end.metrics,
-    }
-    write_json(folder / "run.json", record)
-    remove_checkpoints(folder)  # a trainer's; they stay until the run is written down

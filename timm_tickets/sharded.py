@@ -103,7 +103,7 @@ def check_supported(model: nn.Module) -> None:
     """Refuse a model whose weights cannot be reached by their names and shapes.
 
     Raises:
-        SettingError: DeepSpeed's ZeRO-3 or FSDP1 has taken its parameters apart, or DeepSpeed or Megatron trains it.
+        SettingError: DeepSpeed or FSDP1 has taken its parameters apart.
     """
     instead = (
         "use DDP, or FSDP2 (torch's fully_shard; `fsdp_version: 2` in Accelerate's configuration), which keeps every "

@@ -5,9 +5,7 @@ states, so a run that is continued goes on exactly as one that was never stopped
 """
 
 import math
-import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,8 @@ from torch import Tensor, nn
 
 from .build import building, criterion_of, mixes
 from .data import Data, loader_of
+from .engine import be_deterministic, check_engine
 from .files import write_state
-from .processes import world_size
 from .randomness import Epoch, own_generator
 from .recipe import Recipe
 from .run import Run
@@ -64,9 +62,9 @@ class Trainer:
         )
         if precision == "fp16" and self.accelerator.scaler is None:
             raise SettingError("training.amp_dtype: float16 needs a GPU; set bfloat16, or training.amp=false")
-        _check_engine(self.accelerator, recipe)
+        check_engine(self.accelerator, recipe)
         if self.accelerator.device.type == "cuda":
-            _be_deterministic()
+            be_deterministic()
         if t.channels_last:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if t.sync_bn and self.accelerator.num_processes > 1:
@@ -287,47 +285,6 @@ class Trainer:
         return self.mixup(images, target)
 
 
-def _check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Refuse, before anything is trained, what `accelerate launch` was told and cannot be done.
-
-    Raises:
-        SettingError: DeepSpeed, Megatron or FSDP1; or a part of the recipe that FSDP2 cannot do.
-    """
-    if accelerator.num_processes != world_size():
-        raise SettingError(
-            f"accelerate: it counts {accelerator.num_processes} processes where {world_size()} work together, so each "
-            "would train on everything; let `timm_tickets.processes.join_processes()` be the first to ask Accelerate"
-        )
-    kind, asked = accelerator.distributed_type, os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
-        kind == DistributedType.FSDP and not accelerator.is_fsdp2
-    ):
-        raise SettingError(
-            f"accelerate: {kind.value} takes weights apart, where no mask can be kept; launch with DDP (`--multi_gpu`) "
-            "or FSDP2 (`--use_fsdp --fsdp_version 2`)"
-        )
-    if asked and kind != DistributedType.FSDP and accelerator.num_processes > 1:
-        told = "accelerate: FSDP was asked for and is not there on CPUs; every process holds the whole model"
-        warnings.warn(told, stacklevel=4)
-    if kind != DistributedType.FSDP:
-        return
-    plugin: Any = accelerator.state.fsdp_plugin
-    from torch.distributed.fsdp import CPUOffloadPolicy  # a second, which only those who want it pay
-
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise SettingError(
-            "accelerate: FSDP2's CPU offload is not supported; launch with `--fsdp_offload_params false`"
-        )
-    if recipe.training.torchcompile:
-        raise SettingError("training.torchcompile: FSDP2 has to split a model before it is compiled; leave it out")
-    if recipe.training.model_ema:
-        raise SettingError("training.model_ema: no average is kept of weights that FSDP2 has split; set it to false")
-    if recipe.retrain.tweaks:
-        raise SettingError("retrain.tweaks: not with FSDP2; train the ticket with DDP, or leave them out")
-    # It would leave all but the first process without the buffers; here every process builds the same model anyway.
-    plugin.cpu_ram_efficient_loading = False
-
-
 class _Through:
     """A loader's batches, changed by a function; anew each time it is gone through."""
 
@@ -336,10 +293,3 @@ class _Through:
 
     def __iter__(self) -> Iterator[Any]:
         return (self.change(*batch) for batch in self.loader)
-
-
-def _be_deterministic() -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

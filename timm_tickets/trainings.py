@@ -8,11 +8,11 @@ from .data import Data
 from .files import appearing
 from .masks import Masks
 from .processes import alone, place, wait_for_others
-from .pruner import write_run
 from .recipe import Recipe, RetrainSettings
 from .registry import create_tweaks
 from .report import RichProgress
 from .run import End, Run, plain_metrics
+from .run_files import write_run
 from .starts import Pretrained
 from .subnet import State, Subnet
 from .ticket import Ticket
