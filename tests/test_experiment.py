@@ -157,13 +157,13 @@ def test_a_ticket_that_rewinds_past_the_training_is_refused(whole, tmp_path):
 
 def test_a_checkpoint_stays_until_its_run_is_written(whole, tmp_path, monkeypatch):
     """The disk fills at the very end of a training: the next call only scores and writes."""
-    from timm_tickets import pruner
+    from timm_tickets import pruner, run_files
 
     def full(path, state):
         raise OSError("cannot write: No space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pruner, "write_state", full)
+        patch.setattr(run_files, "write_state", full)
         patch.setattr(pruner.Pruner, "_first_state", lambda self: self.subnet.state())
         with pytest.raises(OSError, match="No space left"):
             search(tmp_path)

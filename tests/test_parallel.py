@@ -189,6 +189,7 @@ def test_how_a_search_is_shared_does_not_decide_its_result():
 
 def test_sync_bn_is_refused_where_torch_would(monkeypatch, tmp_path):
     monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr("timm_tickets.engine.world_size", lambda: 2)
     monkeypatch.setattr(Accelerator, "device", torch.device("cpu"))
     with pytest.raises(tt.SettingError, match="sync_bn: torch's SyncBatchNorm refuses CPUs"):
         tt.search("digits_imp", ["training.sync_bn=true", f"output={tmp_path}"])
