@@ -79,6 +79,7 @@ def test_colt_by_runs_finds_the_same_ticket_on_any_number_of_processes(one, tmp_
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_control_and_the_ticket_are_trained_side_by_side(tmp_path):
     """A method without runs has two trainings, of the dense network and of the ticket: each process does one."""
     settings = ["pruner.sparsity=0.8", "data.val_fraction=0.7", "training.epochs=2"]

@@ -85,6 +85,7 @@ def test_every_pruner_finds_the_masks_of_one_process_on_a_split_model(one, tmp_p
         assert all("which FSDP2 does not give; search with DDP" in rank["refused"] for rank in found[name])
 
 
+@pytest.mark.slow
 def test_standardised_layers_on_a_split_model(tmp_path):
     order = [("imp", {"sparsity": 0.6, "prune_rate": 0.6}, {"model": "test_nfnet"})]
     (expected,) = searched(tmp_path / "one", 1, order)["imp"]
@@ -141,7 +142,8 @@ def agreement(folder, other):
     return equal / sum(mask.numel() for mask in theirs.values())
 
 
-@pytest.mark.parametrize("overrides", [IMP, pytest.param(LEARNED, marks=pytest.mark.slow)], ids=["imp", "frozen_slt"])
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [IMP, LEARNED], ids=["imp", "frozen_slt"])
 def test_a_recipe_whose_model_accelerate_splits(tmp_path, overrides):
     """In single precision sums in another order move weights, and so the bits near the threshold."""
     by_recipe(tmp_path / "split", overrides, split=True)
