@@ -85,6 +85,25 @@ def test_cs_starts_as_the_network_itself_and_hardens_to_two_hundred(model):
     assert betas == pytest.approx([200**0.25, 200**0.5, 200**0.75, 200], rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["edge_popup", "frozen_slt", "jackpot", "continuous_sparsification"])
+@pytest.mark.filterwarnings("ignore:jackpot:UserWarning")
+def test_gates_train_weights_of_any_precision(name, dtype):
+    """Scores are at least single precision; what passes the gate has the weight's."""
+    model = timm.create_model("test_vit", num_classes=4, img_size=32).to(dtype)
+    more = {"rewind": "0ep"} if name == "continuous_sparsification" else {}
+    pruner = tt.create_pruner(name, model, sparsity=0.5, epochs=1, **more)
+    run = next(pruner)
+    optimizer, run.batches_per_epoch = run.attach(torch.optim.SGD(model.parameters(), 0.1)), 1
+    before = pruner.subnet.scores()
+    assert all(score.dtype == torch.promote_types(dtype, torch.float32) for score in before.values())
+    output = model(torch.randn(4, 3, 32, 32, dtype=dtype))
+    assert output.dtype == dtype
+    run.loss(torch.nn.functional.cross_entropy, output, torch.arange(4)).backward()
+    optimizer.step()
+    assert any(not torch.equal(before[key], score) for key, score in pruner.subnet.scores().items())
+
+
 def test_cs_penalty_is_lambda_times_the_sum_of_the_soft_mask(model):
     pruner = tt.create_pruner("continuous_sparsification", model, sparsity=0.5, penalty=0.001, rounds=1)
     run = next(pruner)

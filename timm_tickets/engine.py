@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from .processes import world_size
 from .recipe import Recipe
@@ -24,7 +25,7 @@ def check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
             f"accelerate: it counts {accelerator.num_processes} processes where {world_size()} work together, so each "
             "would train on everything; let `timm_tickets.processes.join_processes()` be the first to ask Accelerate"
         )
-    kind, asked = accelerator.distributed_type, os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    kind, asked = accelerator.distributed_type, parse_flag_from_env("ACCELERATE_USE_FSDP")
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
         kind == DistributedType.FSDP and not accelerator.is_fsdp2
     ):
@@ -38,8 +39,6 @@ def check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
     if kind != DistributedType.FSDP:
         return
     plugin: Any = accelerator.state.fsdp_plugin
-    from torch.distributed.fsdp import CPUOffloadPolicy  # a second, which only those who want it pay
-
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise SettingError(
             "accelerate: FSDP2's CPU offload is not supported; launch with `--fsdp_offload_params false`"

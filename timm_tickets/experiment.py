@@ -99,12 +99,9 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
             f"training.model_ema: an average of soft masks is no mask; set it to false for {pruner.method.name}"
         )
     trainers = Trainers(recipe, model, data)
-    splits = trainers.of(recipe.parallel == "runs").splits
-    if splits:
+    pruner.parallel = _parallel(recipe, trainers)
+    if trainers.of(recipe.parallel == "runs").splits:
         refuse_split(pruner.method)
-    # What spans the processes, a split model or synchronised statistics, is trained by all of them.
-    spans = splits or recipe.training.sync_bn
-    pruner.parallel = "data" if spans and recipe.parallel == "auto" else recipe.parallel
     claim_folder(folder, recipe, "search")  # only now: a recipe that cannot be built leaves no folder behind
     subnet = pruner.subnet
     extra = 1 if pruner.runs else 2  # the ticket's own training, and a dense one where no run of the search is
@@ -276,9 +273,7 @@ def _transfer(
     fresh = Subnet(model, ()).state()
     moved = given.transfer_(model)
     trainers = Trainers(recipe, model, data)
-    spans = trainers.of(recipe.parallel == "runs").splits or recipe.training.sync_bn
-    count = 1 + len({"dense", "random"}.intersection(controls))
-    by_itself = _hands_out("data" if spans and recipe.parallel == "auto" else recipe.parallel, count)
+    by_itself = _hands_out(_parallel(recipe, trainers), 1 + len({"dense", "random"}.intersection(controls)))
     trainer = trainers.of(by_itself)
     claim_folder(folder, recipe, kind)
     if recompute_batch_norm:
@@ -312,6 +307,12 @@ def _transfer(
         write_json(folder / RESULT, {"rows": rows, "fingerprint": moved.fingerprint})
         print_table(rows, console)
     return Result(folder, moved, rows)
+
+
+def _parallel(recipe: Recipe, trainers: Trainers) -> Parallel:
+    """The recipe's, but that what spans the processes, a split model or synchronised statistics, is not handed out."""
+    spans = trainers.of(recipe.parallel == "runs").splits or recipe.training.sync_bn
+    return "data" if spans and recipe.parallel == "auto" else recipe.parallel
 
 
 def _hands_out(parallel: Parallel, count: int) -> bool:

@@ -7,39 +7,38 @@ What makes whole tensors is a collective: all processes have to call it.
 
 from collections.abc import Mapping
 from inspect import signature
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .settings import SettingError
 
 
-def is_split(tensor: Any) -> bool:
+def is_split(tensor: Any) -> TypeGuard[DTensor]:
     """Whether this process holds only a part of the tensor."""
-    return hasattr(tensor, "full_tensor")  # importing DTensor to ask would cost every user a second
+    return isinstance(tensor, DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor, on its device; gradients flow through. Itself where it is not split."""
-    return tensor.full_tensor() if is_split(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor.full_tensor() if is_split(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, sharing its memory; itself where it is not split."""
-    return tensor.to_local() if is_split(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor.to_local() if is_split(tensor) else tensor
 
 
 def split_as(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor split as another one is, on its device; on that device alone where the other is not split."""
     if not is_split(like):
         return tensor.to(like.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    found: Any = like
     # Every process has all of it; torch 2.6 cannot be told, and sends the parts from the first one.
     told = {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
-    return distribute_tensor(tensor.to(found.device), found.device_mesh, found.placements, **told)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, **told)
 
 
 def part(tensor: Tensor, like: Tensor) -> Tensor:
@@ -55,8 +54,6 @@ def reshard_(model: nn.Module) -> bool:
     """
     if not torch.distributed.is_initialized():
         return False
-    from torch.distributed.fsdp import FSDPModule
-
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
