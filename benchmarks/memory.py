@@ -7,7 +7,8 @@ steps of SGD with momentum a run, until the ticket is there; its file is not wri
 
 - Tensors: every storage that torch makes is counted from its making to its end, by where it is. No accelerator is
   needed: the model's tensors say that they are on another device and are computed by the CPU, so that everything takes
-  the way it takes on one, copies to the host included. What a kernel allocates within is not seen.
+  the way it takes on one, copies to the host included. What a kernel allocates within is not seen. Once more on the
+  host with a folder, into which every run is written.
 - RSS: the growth of the process's peak resident memory in the same search on the CPU, kernels' work space included.
 
 `NEEDS` is what each algorithm needs, argued from the paper and not from the code. A row is met where device and host
@@ -20,6 +21,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import traceback
 import warnings
 import weakref
@@ -50,16 +52,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # Bytes a prunable weight that the algorithm has to hold at its peak, and what they are: in all on the training device,
 # plain training's 12 (weight, gradient, momentum) being the least, and on the host. A float has 4 bytes, a mask 1. On
-# the device is what a step uses, on the host what is ranked or kept for later; each thing once, but a cut makes a new
-# mask beside the old one. A ticket is 5: its values and its mask.
+# the device is what a step uses, on the host what is ranked across layers or kept for later; each thing once, but a cut
+# makes a new mask beside the old one. A search whose ticket starts from the weights as given, or from a rewind point,
+# keeps that state from its beginning: whoever trains may change the model. One that ends trained has its ticket, values
+# 4 and mask 1, at the end only.
 NEEDS: dict[str, tuple[float, float, str]] = {
     "imp": (13, 10, "device: + mask; host: start 4, trained weights to rank 4, masks 2"),
     "colt": (13, 15, "device: + mask; host: start 4, trained weights of two copies 8, mask 1, one of each copy 2"),
     "continuous_sparsification": (
         24,
-        9,
+        10,
         "device: weight and score, their momenta and, as the backward pass comes, their gradients in place of the soft "
-        "mask and the product; host: rewind point 4, scores to rank 4, mask 1",
+        "mask and the product; host: rewind point 4, scores to rank 4, masks 2",
     ),
     "edge_popup": (
         17,
@@ -76,12 +80,17 @@ NEEDS: dict[str, tuple[float, float, str]] = {
     "jackpot": (17, 5, "as edge_popup: swaps stay within a layer"),
     "gradual": (13, 6, "device: + mask; host: weights to rank 4, masks 2"),
     "set": (13, 5, "device: + mask; host: the ticket, as exchanges stay within a layer"),
-    "rigl": (13, 5, "as set: the dense gradient is there before it is masked"),
-    "snip": (12, 5, "device: weight and gradient; host: scores 4, mask 1"),
-    "grasp": (12, 5, "device: weight, gradient, Hessian times gradient; host: scores 4, mask 1"),
-    "synflow": (12, 6, "device: weight, its absolute value, gradient; host: scores 4, masks 2"),
-    "magnitude": (12, 5, "host: weights to rank 4, mask 1"),
-    "random": (12, 5, "host: scores 4, mask 1"),
+    "rigl": (13, 6, "device: + mask; host: the dense gradient, which the step must not see, 4, masks 2"),
+    "snip": (12, 10, "device: weight and gradient; host: start 4, scores 4, masks 2"),
+    "grasp": (12, 10, "device: weight, gradient, Hessian times gradient; host: start 4, scores 4, masks 2"),
+    "synflow": (
+        12,
+        14,
+        "device: weight, its absolute value in double precision 8; host: start 4, scores in double precision 8, "
+        "masks 2",
+    ),
+    "magnitude": (12, 6, "host: start 4, masks 2"),
+    "random": (12, 6, "host: start 4, masks 2"),
 }
 # No accelerator's name: torch would look for one. Nothing in the package treats meta tensors in a way of their own.
 DEVICE = torch.device("meta")
@@ -215,7 +224,7 @@ def train(model: nn.Module, loader: Any, device: bool, epochs: int, run: Any = N
             optimizer.zero_grad()
 
 
-def search(method: str | None, storages: Storages | None = None) -> tuple[int, Any]:
+def search(method: str | None, storages: Storages | None = None, folder: str | None = None) -> tuple[int, Any]:
     """Train plainly, or search; returns the number of prunable weights, and the ticket."""
     device = storages is not None
     torch.manual_seed(0)
@@ -233,7 +242,8 @@ def search(method: str | None, storages: Storages | None = None) -> tuple[int, A
     loader = DataLoader(TensorDataset(torch.randn(len(labels), 3, PIXELS, PIXELS), labels), BATCH)
     if method is None:
         return weights, train(model, loader, device, epochs=1)
-    pruner = tt.create_pruner(method, model, sparsity=SPARSITY, **{"epochs": 1, **SETTINGS.get(method, {})})
+    settings = {"epochs": 1, **SETTINGS.get(method, {})}
+    pruner = tt.create_pruner(method, model, sparsity=SPARSITY, folder=folder, **settings)
     for run in pruner:
         train(model, loader, device, run.epochs, run)
     return weights, pruner.ticket
@@ -254,8 +264,8 @@ def measure(method: str | None, how: str, where: bool) -> dict[str, Any]:
         before = resident("VmRSS")
         weights, _ = search(method)
         return {"weights": weights, "rss": (resident("VmHWM") - before) / weights}
-    with Storages(where) as storages:
-        weights, _ = search(method, storages)
+    with tempfile.TemporaryDirectory() as folder, Storages(where) as storages:
+        weights, _ = search(method, storages, folder if how == "folder" else None)
     if where:
         for kind, lines in storages.at_peak.items():
             print(f"\n{method}: {kind}, {storages.peak[kind] / weights:.2f}", file=sys.stderr)
@@ -276,7 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=tt.list_pruners())
     parser.add_argument("--where", action="store_true", help="say which lines made what is alive at the peaks")
-    parser.add_argument("--measure", choices=("tensors", "rss"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=("tensors", "folder", "rss"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         method = None if args.methods == ["plain"] else args.methods[0]
@@ -285,16 +295,19 @@ def main() -> None:
     plain = in_process(None, "tensors") | in_process(None, "rss")
     weights = plain["weights"]
     print(f"{date.today()}, {versions}; {MODEL} at {PIXELS} pixels, batch {BATCH}, {weights:,} prunable weights\n")
-    print("| | device needs | device | at most + 10 % | host needs | host | at most + 10 % | RSS over plain |")
-    print("|---|---|---|---|---|---|---|---|")
-    print(f"| plain training | 12 | {plain['device']:.1f} | | 0 | {plain['host']:.1f} | | {plain['rss']:.1f} in all |")
+    columns = "device needs", "device", "at most + 10 %", "host needs", "host", "at most + 10 %", "with a folder", "RSS"
+    print("| |", " | ".join(columns), "over plain |\n|---" + "|---" * len(columns) + "|")
+    print(
+        f"| plain training | 12 | {plain['device']:.1f} | | 0 | {plain['host']:.1f} | | | {plain['rss']:.1f} in all |"
+    )
     for method in args.methods:
         found = in_process(method, "tensors", args.where) | in_process(method, "rss")
         device, host, _ = NEEDS[method]
         row = [method]
         for needs, kind in ((device, "device"), (host, "host")):
             row += [f"{needs:g}", f"{found[kind]:.1f}", told(found[kind] / needs)]
-        print("|", " | ".join(row), f"| {found['rss'] - plain['rss']:+.1f} |", flush=True)
+        written = in_process(method, "folder", args.where)["host"]
+        print("|", " | ".join(row), f"| {written:.1f} | {found['rss'] - plain['rss']:+.1f} |", flush=True)
     print("\n| | what it needs |\n|---|---|")
     for method in args.methods:
         print(f"| {method} | {NEEDS[method][2]} |")

@@ -161,7 +161,7 @@ def test_a_run_that_nobody_attached_warns(model):
 def test_infinities_that_a_model_holds_from_the_start_are_its_own():
     bounds = torch.tensor([-torch.inf, torch.inf, 0.0])
     assert not_finite({"w": bounds}, {"w": bounds.clone()}) is None
-    assert not_finite({"w": bounds}, None) == "w"
+    assert not_finite({"w": bounds}, {}) == "w"
     assert not_finite({"w": bounds.neg()}, {"w": bounds}) == "w"
     assert not_finite({"w": bounds * torch.nan}, {"w": bounds}) == "w"
 

@@ -3,15 +3,16 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .lazy import Lazy
 from .processes import rank
 
 _TEMPORARY = ".timm-tickets-tmp"
@@ -105,11 +106,22 @@ def appearing(path: Path) -> Any:
     return found
 
 
-def write_state(path: Path, state: dict[str, Tensor]) -> None:
+def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """Save a state dict as safetensors: what timm's ``--initial-checkpoint`` and ``checkpoint_path`` read."""
     with replacing(path) as temporary:
-        save_file(state, temporary)
+        save_file(dict(state), temporary)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     return load_file(path)
+
+
+def stored_state(path: Path) -> Lazy:
+    """A saved state dict, each tensor read when it is wanted."""
+
+    def read(name: str) -> Tensor:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
+    with safe_open(path, "pt") as file:
+        return Lazy(file.keys(), read)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .sharded import whole
+from .sharded import is_split, whole
 
 # Of each module with gates: the order of its parameters, and a hook where it is recurrent.
 _before: WeakKeyDictionary[nn.Module, tuple[list[str], Any]] = WeakKeyDictionary()
@@ -95,6 +95,22 @@ class _Product(torch.autograd.Function):
         )
 
 
+class SigmoidSum(torch.autograd.Function):
+    """The sum of ``sigmoid(beta * score)``, whose backward makes the sigmoids again instead of keeping them."""
+
+    @staticmethod
+    def forward(ctx: Any, beta: Tensor, score: Tensor) -> Tensor:
+        ctx.save_for_backward(beta, score)
+        return torch.sigmoid(beta * score).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (gradient,) = gradients
+        beta, score = ctx.saved_tensors
+        soft = torch.sigmoid(beta * score)
+        return None, torch.ops.aten.sigmoid_backward(gradient.expand_as(soft), soft) * beta
+
+
 class SigmoidGate(Gate):
     """``weight * scale * sigmoid(beta * score)`` while training, ``weight * scale * mask`` in evaluation.
 
@@ -106,6 +122,30 @@ class SigmoidGate(Gate):
     def __init__(self, score: Tensor, mask: Tensor):
         super().__init__(score, mask, by_magnitude=False)
         self.register_buffer("beta", torch.ones((), dtype=score.dtype), persistent=False)
+        self._sum: tuple[Tensor, tuple[int, int]] | None = None
+
+    def harden_(self, beta: float) -> None:
+        """Set beta for the next step."""
+        self.beta.fill_(beta)
+        if is_split(self.score):
+            return
+        # Backward goes by age. From a sum that is older than the forward pass it reaches the scores last, when the
+        # layers have let go of what they held; otherwise all their gradients come first and wait beside that.
+        with torch.enable_grad():
+            self._sum = SigmoidSum.apply(self.beta, self.score), self._versions()
+
+    def sum(self) -> Tensor:
+        """The sum of ``sigmoid(beta * score)``, a scalar to go backward from."""
+        (early, versions), self._sum = self._sum or (None, None), None
+        if early is not None and versions == self._versions():
+            return early
+        return whole(SigmoidSum.apply(self.beta, self.score))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_sum": None}  # what has a graph cannot be copied
+
+    def _versions(self) -> tuple[int, int]:
+        return self.beta._version, self.score._version
 
     def value(self, dtype: torch.dtype) -> Tensor:
         return (torch.sigmoid(self.beta * self.score) if self.training else self.mask).to(dtype)

@@ -3,11 +3,13 @@
 from collections.abc import Generator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
 from .draws import MAX_SEED
+from .lazy import Lazy
 from .masks import Distribution, Masks, Scope, keep_count, kept, prune, total
 from .run import End, Run
 from .settings import SettingError
@@ -52,13 +54,22 @@ class Method:
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         """Yield rounds, receive their ends; leave the subnet rewound and masked.
 
-        On entry the subnet's mask keeps everything and its rewind point is the model as it was given.
+        On entry the subnet's mask keeps everything and its rewind point is the model as it was given; a method that
+        `ends_trained` has none. A round's ends come in a list of their own: pop one to be free to let go of it before
+        the next round.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it searches")
 
+    def best(self, subnet: Subnet, scores: Mapping[str, Tensor], scope: Scope = "global") -> Masks:
+        """Of all weights the best, as many as the asked sparsity keeps, whatever is pruned now."""
+        shapes = {name: mask.shape for name, mask in subnet.mask.items()}
+        full = Lazy(shapes, lambda name: torch.ones(shapes[name], dtype=torch.bool))
+        count = sum(shape.numel() for shape in shapes.values())
+        return self.pruned_masks(full, scores, count - keep_count(count, self.sparsity), scope)
+
     def pruned_masks(
         self,
-        masks: Masks,
+        masks: Mapping[str, Tensor],
         scores: Mapping[str, Tensor],
         count: int,
         scope: Scope = "global",

@@ -9,13 +9,15 @@ folder feeds these ends to the generator and yields only the runs that are missi
 """
 
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from .files import appearing, is_writer, read_json, read_state, write_json, write_state
+from .files import appearing, is_writer, read_json, read_state, stored_state, write_json, write_state
+from .lazy import Lazy
 from .masks import Masks, collapsed, keep_count, sparsity, total
 from .method import Method
 from .processes import alone, place, wait_for_others, world_size
@@ -42,7 +44,6 @@ class Pruner(Iterator[Run]):
 
     Attributes:
         subnet: The model with its mask and rewind point.
-        first_state: The state dict the search began with, once it has begun.
         replayed: Names of the runs that were read from the folder instead of trained.
         runs_done: Runs that have ended, replayed ones included.
         rounds_done: Rounds that have ended.
@@ -72,7 +73,8 @@ class Pruner(Iterator[Run]):
             "model": described,
             "pruner": method.described(),
         }
-        self.first_state: State = {}
+        self._begun = self._ended = False
+        self._shapes: dict[str, Any] = {}
         self._start_epoch = 0.0
         self._looked, self._pretrained = False, None
         self._collapsed: list[str] = []
@@ -93,10 +95,34 @@ class Pruner(Iterator[Run]):
 
     @property
     def ticket(self) -> Ticket:
-        """The ticket: at the end of the search the one that was asked for, before it the one the mask now gives."""
+        """The ticket: at the end of the search the one that was asked for, before it the one the mask now gives.
+
+        At the end its values are the subnet's rewind point itself, and its masks the subnet's; before, copies.
+        """
         self._start()
-        assert self.subnet.start is not None
-        return self._ticket(self.subnet.mask, self.subnet.start, self._start_epoch)
+        subnet, start = self.subnet, self.subnet.start
+        if not self._ended:
+            start = subnet.baked_state() if start is None else start
+            ticket = self._ticket(subnet.mask, start, self._start_epoch)
+            return Ticket.from_state(ticket.values, ticket.masks, ticket.metadata)
+        assert start is not None
+        # Nobody will rewind to what is pruned now: the start itself becomes the ticket, which is as large.
+        values = subnet.masked(start, subnet.mask)
+        for name in start:
+            start[name].copy_(values[name])
+        return replace(self._ticket(subnet.mask, start, self._start_epoch), values=dict(start))
+
+    @property
+    def first_state(self) -> Mapping[str, Tensor]:
+        """The state dict the search began with, from its folder, a tensor at a time.
+
+        Raises:
+            SettingError: It has no folder; the search keeps no copy that it does not need.
+        """
+        if self.folder is None:
+            raise SettingError("folder: the first state is kept there; create the pruner with one, or copy the model")
+        stored = stored_state(self.folder / "start.safetensors")
+        return Lazy(self._shapes or stored, stored.__getitem__)  # in the model's order
 
     def __next__(self) -> Run:
         if self._waiting is not None:
@@ -139,7 +165,7 @@ class Pruner(Iterator[Run]):
                 f"folder: a checkpoint of {self.method.name} holds only the run that is being trained; create the "
                 "pruner with a folder, where those before it are written down"
             )
-        start = self.first_state if self.folder is None else None
+        start = self.subnet.start if self.folder is None else None
         return {"run": self.run.name, "start": start, "progress": self.run.progress_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -162,7 +188,7 @@ class Pruner(Iterator[Run]):
                 "of that run, or none to train it from its beginning, and use the folder of that search"
             )
         if state["start"] is not None:
-            self.subnet.start = self.first_state = state["start"]
+            self.subnet.start = state["start"]
         self.run.load_progress_(state["progress"])
 
     def record_(self) -> None:
@@ -173,7 +199,7 @@ class Pruner(Iterator[Run]):
     def _start(self) -> None:
         # A pruner without runs has its ticket without being iterated.
         self._fail_again()
-        if self.subnet.start is None:
+        if not self._begun:
             self._waiting = next(self, None)
 
     def _fail_again(self) -> None:
@@ -188,8 +214,7 @@ class Pruner(Iterator[Run]):
             share_(subnet.model.state_dict().values())
         else:
             refuse_split(self.method)
-        subnet.start = self.first_state = self._first_state()
-        subnet.load_(subnet.start)
+        self._begin_()
         search = self.method.search(subnet)
         ends: list[End] | None = None
         while True:
@@ -201,6 +226,7 @@ class Pruner(Iterator[Run]):
             name = "the ticket" if requests is None else f"round {self.rounds_done}"
             _check_same(name, subnet.mask)
             if requests is None:
+                self._ended = True
                 return
             ends = None  # they are models: none stays while others are trained
             ends = yield from self._round(requests)
@@ -247,12 +273,13 @@ class Pruner(Iterator[Run]):
         self.handed_out |= hand_out
         mask, base, scores = subnet.mask, None, {}
         if len(requests) > 1:  # each begins where the first does
-            assert subnet.start is not None
-            shown = subnet.masked(subnet.start, {} if subnet.gates else mask)
-            base, scores = sharing(subnet.state(), subnet.start, shown), subnet.scores()
+            start = subnet.start or {}
+            shown = subnet.masked(start, {} if subnet.gates else mask)
+            base, scores = sharing(subnet.present_state(), start, shown), subnet.scores()
         for part, run in enumerate(requests):
             run.subnet, run.index, run.round, run.part = subnet, self.runs_done + part, self.rounds_done, part
-            run.name = f"round_{run.round:02d}" + (f"_part_{part}" if base else "")
+            run.single = base is None
+            run.name = f"round_{run.round:02d}" + ("" if run.single else f"_part_{part}")
             run.epochs = run.epochs or self.method.epochs
             run.seed = self.method.seed
             run.start_epoch = self._start_epoch if run.from_rewind else 0.0
@@ -277,7 +304,7 @@ class Pruner(Iterator[Run]):
                     end = run.finish_()
                     _check_same(run.name, end.mask)
                     self._write(run, end)
-            ends[run.part] = end
+            ends[run.part] = end.keep_(run.reads)
             self._count(run, end)
         if hand_out:
             wait_for_others()
@@ -285,9 +312,13 @@ class Pruner(Iterator[Run]):
                 if run.part not in ends:
                     assert self.folder is not None
                     appearing(self.folder / run.name / "run.json")
-                    end = ends[run.part] = self._read(run)  # pyright: ignore[reportArgumentType]
-                    self._count(run, end)  # pyright: ignore[reportArgumentType]
-            self._take_(ends[len(requests) - 1])  # where one process that trains them all would be
+                    end: Any = self._read(run)
+                    if run is requests[-1]:
+                        self._take_(end)  # where one process that trains them all would be
+                    ends[run.part] = end.keep_(run.reads)
+                    self._count(run, end)
+        if base is None and ends[0].rewind is not None:
+            subnet.start = ends[0].rewind
         return [ends[run.part] for run in requests]
 
     def _count(self, run: Run, end: End) -> None:
@@ -299,6 +330,15 @@ class Pruner(Iterator[Run]):
         self.subnet.set_mask_(end.mask)
         self.subnet.load_(end.state)
         self.subnet.load_scores_(end.scores)
+
+    def _begin_(self) -> None:
+        """Bring the model to where the search begins, and keep that where the ticket is to start from it."""
+        subnet, self._begun = self.subnet, True
+        state = self._first_state()
+        subnet.load_(state)
+        self._shapes = {name: value.shape for name, value in state.items()}
+        subnet.strange = {name: value.clone() for name, value in state.items() if not value.isfinite().all()}
+        subnet.start = None if self.method.ends_trained else state
 
     def _first_state(self) -> State:
         """The model as given; with a folder, as it was given the first time.
@@ -332,20 +372,17 @@ class Pruner(Iterator[Run]):
     def _write(self, run: Run, end: End) -> None:
         if self.folder is None:
             return
-        if self.subnet.gates:
-            end.baked = self.subnet.baked_state()
-        start = self.subnet.start if end.rewind is None else end.rewind
-        assert start is not None
+        subnet = self.subnet
+        baked = subnet.baked_state() if subnet.gates else None
+        start = end.rewind or subnet.start or self.first_state
         ticket = self._ticket(end.mask, start, end.rewind_epoch or self._start_epoch)
-        write_run(self.folder / run.name, run, end, ticket)
-        if self.subnet.gates:
-            end.baked = {}
+        write_run(self.folder / run.name, run, end, ticket, baked)
 
-    def _ticket(self, mask: Masks, start: State, start_epoch: float) -> Ticket:
+    def _ticket(self, mask: Masks, start: Mapping[str, Tensor], start_epoch: float) -> Ticket:
         counts = {name: int(layer.sum()) for name, layer in mask.items()}
         facts = {"sparsity": sparsity(mask), "kept": counts, "start_epoch": start_epoch, "notes": self.subnet.notes}
         origin = self.subnet.origin
-        ticket = Ticket.from_state(
+        ticket = Ticket.over(
             self.subnet.masked(start, mask), mask, {**self.metadata, **facts, **({"origin": origin} if origin else {})}
         )
         ticket.pretrained = self._pretrained_start()
@@ -356,8 +393,7 @@ class Pruner(Iterator[Run]):
         tag = self.subnet.origin.get("tag")
         if tag is not None and not self._looked:
             self._looked = True
-            shapes = {name: value.shape for name, value in self.first_state.items()}
-            self._pretrained = cached_pretrained(tag, shapes)
+            self._pretrained = cached_pretrained(tag, self._shapes)
         return self._pretrained
 
 

@@ -2,10 +2,10 @@
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -34,20 +34,18 @@ class End:
     """What a run ended with: plain data on the CPU.
 
     Attributes:
-        state: The state dict at the end, pruned weights zero; behind gates, weights as before them.
+        state: The state dict at the end, pruned weights zero; behind gates, weights as before them. Empty where the
+            run does not say that it `Run.reads` it.
         mask: The mask at the end.
-        scores: What the method gathered in the run, or learned.
-        baked: The state dict of the plain sparse model: `state` where there are no gates; behind gates it is made
-            when the run is written down.
+        scores: What the method gathered in the run, or learned; as `state`.
         rewind: The state at the run's rewind point, where it was asked to take one.
         rewind_epoch: How far into training that point lies, in epochs; 0 where it was never reached.
         metrics: Whatever the trainer measured.
     """
 
-    state: State = field(repr=False)
+    state: Mapping[str, Tensor] = field(repr=False)
     mask: Masks = field(repr=False)
-    scores: Scores = field(default_factory=dict, repr=False)
-    baked: State = field(default_factory=dict, repr=False)
+    scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     rewind: State | None = field(default=None, repr=False)
     rewind_epoch: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -56,6 +54,12 @@ class End:
     def weights(self) -> State:
         """The prunable weights at the end of the run."""
         return {name: self.state[name] for name in self.mask}
+
+    def keep_(self, parts: Collection[str]) -> "End":
+        """Copy these of ``state`` and ``scores``, which the model may still hold, and let go of the others."""
+        self.state = dict(self.state) if "state" in parts else {}
+        self.scores = dict(self.scores) if "scores" in parts else {}
+        return self
 
 
 @dataclass(eq=False)
@@ -67,7 +71,9 @@ class Run:
         classes: Train on these classes only, as if the head had only these; all where None.
         data_part: ``(i, n)``: train on the i-th of n random parts of the images; all where None.
         limit: Train on so many batches only: a run that reads gradients and is no training. It is not scored.
-        rewind: Where in this run the rewind point is taken; nowhere where None.
+        rewind: Where in this run the rewind point is taken; nowhere where None. That of a round's only run replaces
+            `Subnet.start`; of several the method chooses.
+        reads: What of its `End` the method reads. What it does not is written down and let go: each is a model's size.
         from_rewind: Whether it starts from the rewind point, so that its schedule goes on from there.
         setup: Called on the subnet before the run starts: the run's own starting state.
         on_loss: Given the run and its loss, before backward; returns the loss to go backward from (a penalty added).
@@ -78,6 +84,7 @@ class Run:
         round: Number of its round, from 0.
         part: Number of the run within its round, from 0.
         name: Name of its folder.
+        single: Whether it is the only run of its round.
         alone: Whether one process trains it by itself, while others may train the other runs of its round.
         start_epoch: How far into the schedule the starting weights are, in epochs: late rewinding goes on from there.
         step: Optimizer steps taken.
@@ -95,6 +102,7 @@ class Run:
     data_part: tuple[int, int] | None = None
     limit: int | None = None
     rewind: str | None = None
+    reads: Collection[Literal["state", "scores"]] = ("state", "scores")
     from_rewind: bool = False
     setup: Callable[[Subnet], None] | None = None
     on_loss: Callable[["Run", Tensor], Tensor] | None = None
@@ -106,6 +114,7 @@ class Run:
     round: int = 0
     part: int = 0
     name: str = "round_00"
+    single: bool = True
     alone: bool = False
     start_epoch: float = 0.0
     step: int = 0
@@ -231,7 +240,12 @@ class Run:
         if self._taken is None and self.rewind is not None and self._reached(self.rewind):
             reached = 0.0 if self.batches_per_epoch is None else self.position
             share_buffers_(self.subnet.model)
-            self._taken = self.subnet.state(), reached
+            self._take_(self.subnet.state(), reached)
+
+    def _take_(self, state: State, reached: float) -> None:
+        self._taken = state, reached
+        if self.single:  # at once: together with the point before it would be two models
+            self.subnet.start = state
 
     def _anneal(self) -> None:
         if self.tweaks is not None:
@@ -249,7 +263,7 @@ class Run:
             self.setup(self.subnet)
         self.subnet.apply_()
         if self.rewind is not None and rewind_parts(self.rewind)[0] == 0:
-            self._taken = sharing(self.subnet.state(), self.subnet.start or {}), 0.0
+            self._take_(sharing(self.subnet.present_state(), self.subnet.start or {}), 0.0)
 
     def settle_(self) -> None:
         """Bring the mask up to date with learned scores; before scoring a model in the middle of a run."""
@@ -272,15 +286,15 @@ class Run:
         return end
 
     def end(self) -> End:
-        """What the run would end with now; it may go on.
+        """What the run would end with now; it may go on, so `End.keep_` what is wanted before it does.
 
         Raises:
             TrainingError: A weight or buffer is not finite.
         """
         self.settle_()
         self.subnet.apply_()
-        state = self.subnet.state()
-        if (name := not_finite(state, self.subnet.start)) is not None:
+        state = self.subnet.present_state()
+        if (name := not_finite(state, self.subnet.strange)) is not None:
             raise TrainingError(
                 f"{self.name} ended with values in {name} that are not finite; it is not written down. Lower the "
                 "learning rate or clip gradients, and train it again"
@@ -293,8 +307,13 @@ class Run:
         # Read from each process's own batches, past DDP's reduction.
         gathered = mean_over_processes(self.scores)
         scores = {name: score.detach().cpu().contiguous() for name, score in gathered.items()}
-        end = End(state, self.subnet.mask, scores | self.subnet.scores(), metrics=plain_metrics(self.metrics))
-        end.baked = {} if self.subnet.gates else state
+        learned = self.subnet.present_scores()
+        end = End(
+            state,
+            self.subnet.mask,
+            {**scores, **learned} if scores else learned,
+            metrics=plain_metrics(self.metrics),
+        )
         if self.rewind is not None:
             if self._taken is None or self._taken[1] >= self.epochs:
                 hint = " (use `run.subset(loader)` so that epochs can be counted)" * (self.batches_per_epoch is None)
@@ -303,7 +322,7 @@ class Run:
                     f"{hint}; its last state is used instead, and later runs train their whole schedule from it",
                     stacklevel=5,
                 )
-                self._taken = state, 0.0
+                self._taken = dict(state), 0.0
             end.rewind, end.rewind_epoch = self._taken
         return end
 
@@ -315,7 +334,9 @@ class Run:
         return counters | method | {"taken": self._taken}
 
     def load_progress_(self, saved: dict[str, Any]) -> None:
-        self.step, self.batches, self._taken = saved["step"], saved["batches"], saved["taken"]
+        self.step, self.batches = saved["step"], saved["batches"]
+        if saved["taken"] is not None:
+            self._take_(*saved["taken"])
         self._pending = saved.get("pending", 0)  # checkpoints of version 0.1 have none
         self.scores, self.subnet.tap = saved["scores"], saved["tap"]
         self.subnet.set_mask_(saved["mask"])
@@ -350,14 +371,14 @@ def _slice_classes(output: Any, target: Tensor, classes: Sequence[int]) -> tuple
     return output, place
 
 
-def not_finite(state: State, start: State | None) -> str | None:
-    """Name of the first tensor with a NaN or an infinity in it that was not there at the start.
+def not_finite(state: Mapping[str, Tensor], strange: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor with a NaN or an infinity in it that was not there at the start, in ``strange``.
 
     Some models hold infinities for good: Gemma 4's clipping bounds before they are calibrated.
     """
     for name, value in state.items():
         bad = ~value.isfinite()
-        if bad.any() and (start is None or (bad & (value != start[name])).any()):
+        if bad.any() and (name not in strange or (bad & (value != strange[name])).any()):
             return name
     return None
 

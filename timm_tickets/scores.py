@@ -1,38 +1,17 @@
 """Scores: one float for each weight, higher meaning keep. Pure functions; the masks are cut from them in masks.py."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from .lazy import Lazy
 from .masks import Masks, Scores
 from .seeds import seed_from
 
 _NOISE = 0x5C02E  # the stream of random scores, told from others of the same seed
-
-
-class Lazy(Mapping[str, Tensor]):
-    """Tensors that are made when they are read: a cut reads a layer at a time, and all at once are a model's size.
-
-    Args:
-        names: Their names.
-        make: Given a name, makes the tensor; every time the same one.
-    """
-
-    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]):
-        self._names, self._make = dict.fromkeys(names), make
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._make(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def magnitude(weights: Mapping[str, Tensor]) -> Lazy:
@@ -40,12 +19,25 @@ def magnitude(weights: Mapping[str, Tensor]) -> Lazy:
     return Lazy(weights, lambda name: weights[name].detach().abs())
 
 
-def random(weights: Mapping[str, Tensor], seed: int) -> Scores:
+def random(weights: Mapping[str, Tensor], seed: int) -> Lazy:
     """Uniform noise in [0, 1), of the weights' shapes, on the CPU: the same for a seed whatever the device."""
     # Not the seed itself: a model initialised uniformly under torch.manual_seed(seed) drew the very same numbers, and
     # the largest weights would be kept instead of random ones.
     generator = torch.Generator().manual_seed(seed_from(seed, _NOISE))
-    return {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items()}
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    order = list(shapes)
+    states = [generator.get_state()]  # as each tensor begins, as far as they were drawn
+
+    def make(name: str) -> Tensor:
+        at, out = order.index(name), torch.empty(0)
+        for number in range(min(at, len(states) - 1), at + 1):
+            generator.set_state(states[number])
+            out = torch.rand(shapes[order[number]], generator=generator)
+            if number + 1 == len(states):
+                states.append(generator.get_state())
+        return out
+
+    return Lazy(order, make)
 
 
 def snip(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Lazy:
@@ -77,17 +69,26 @@ def synflow(model: nn.Module, masks: Masks, input_size: Sequence[int]) -> Scores
 
     Source: Tanaka et al. 2020, 2006.05467, equations 2 and 3 and algorithm 1.
     """
-    linear = copy.deepcopy(model).double().eval()
+    linear = copy.deepcopy(model).requires_grad_(False).double().eval()
+    scores: Scores = {}
     with torch.no_grad():
         for name, value in linear.state_dict().items():
             # R is a product of weights: what biases add would let layers before them be cut off unnoticed.
             value.zero_() if name.endswith(".bias") else value.abs_()
         weights = {name: parameter for name, parameter in linear.named_parameters() if name in masks}
         for name, weight in weights.items():
-            weight.requires_grad_(True)
             weight.mul_(masks[name].to(weight.device))
+
+    def take(name: str, weight: Tensor) -> None:
+        assert weight.grad is not None
+        scores[name] = (weight.detach() * weight.grad).cpu()
+        weight.grad = None  # each goes when it was used: together they would be two models
+
+    for name, weight in weights.items():
+        weight.requires_grad_(True).grad = None
+        weight.register_post_accumulate_grad_hook(partial(take, name))
     device = next(linear.parameters()).device
-    output = linear(torch.ones(1, *input_size, dtype=torch.float64, device=device))
-    gradients = torch.autograd.grad(output.sum(), list(weights.values()))
-    products = zip(weights.items(), gradients, strict=True)
-    return {name: (weight * gradient).detach().cpu() for (name, weight), gradient in products}
+    linear(torch.ones(1, *input_size, dtype=torch.float64, device=device)).sum().backward()
+    # Through what the output does not depend on flows nothing.
+    nothing = {name: torch.zeros_like(masks[name], dtype=torch.float64) for name in weights if name not in scores}
+    return {name: (scores | nothing)[name] for name in weights}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .gates import Gate, attach_, remove_
+from .lazy import Lazy
 from .masks import Masks, Scores, full_masks, sparsity
-from .scores import Lazy
 from .sharded import check_supported, is_split, load_state_, local, part, reshard_, whole
 from .standardised import masked_
 from .starts import as_bytes
@@ -37,7 +37,9 @@ class Subnet:
         model: The plain model.
         names: Names of the prunable weights, in the model's order.
         gates: The gates before the weights, by name, while a search learns its masks.
-        start: The rewind point: a state dict on the CPU. None until a pruner sets it.
+        start: The rewind point: a state dict on the CPU. None until a pruner sets it, and while a method searches that
+            ends trained: it never rewinds, and a copy is a model's size.
+        strange: Of the state that the search began with, the tensors with NaN or an infinity in them.
         notes: What a method has to tell of its search, one record after the other, in JSON types; kept in the ticket.
         origin: Where the start comes from, as a method knows it, in JSON types; `starts.Origin` describes it. A ticket
             checks it bit for bit before it leaves a value out.
@@ -52,6 +54,7 @@ class Subnet:
         check_supported(self.model)
         self.names = tuple(names)
         self.start: State | None = None
+        self.strange: State = {}
         self.notes: list[dict[str, Any]] = []
         self.origin: dict[str, Any] = {}
         self.tap = self.sealed = False
@@ -65,7 +68,7 @@ class Subnet:
             self._standardised += [(name, layer) for layer in layers if layer is not None]
         self._frozen: list[nn.Parameter] = []
         self._mask = full_masks(self.weights())
-        self._held: Masks = {}  # copies on the weights' devices, only while hooks hold the masks
+        self._held: Masks | None = None  # copies on the weights' devices, only while hooks hold the masks
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The prunable parameters by name, looked up afresh: wrappers such as FSDP2 replace the objects."""
@@ -95,14 +98,22 @@ class Subnet:
         """The prunable weights, detached, not copied; under FSDP2, this process's parts as DTensors."""
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
 
-    def weights_on_cpu(self) -> dict[str, Tensor]:
-        """The prunable weights, whole, on the CPU, where scores are compared."""
-        return {name: whole(weight).cpu() for name, weight in self.weights().items()}
+    def weights_on_cpu(self) -> Lazy:
+        """The prunable weights, whole, on the CPU, where scores are compared; each as it is when it is read."""
+        weights = self.weights()
+        return self._present(self.names, lambda name: whole(weights[name]).cpu())
+
+    def _present(self, names: Iterable[str], make: Callable[[str], Tensor]) -> Lazy:
+        """Tensors made of the model's; at once where it is split, as every process has to give its parts."""
+        if not reshard_(self.model):
+            return Lazy(names, make)
+        made = {name: make(name) for name in names}
+        return Lazy(made, made.__getitem__)
 
     @property
     def mask(self) -> Masks:
         """The present mask, bool on the CPU; replace it with `set_mask_`."""
-        return self._mask | {name: gate.mask.to("cpu", copy=True) for name, gate in self.gates.items()}
+        return dict(self._mask)
 
     @property
     def sparsity(self) -> float:
@@ -116,9 +127,8 @@ class Subnet:
             gate.mask.copy_(self._mask[name])
         for name, layer in self._standardised:
             layer.prune_mask.copy_(self._mask[name])
-        parameters = self.parameters() if self._held else {}
-        for name, held in self._held.items():
-            held.copy_(part(self._mask[name], parameters[name]))
+        if self._held is not None:
+            self._hold_masks_()
         self.changes += 1
         self.apply_()
 
@@ -142,24 +152,33 @@ class Subnet:
 
     def state(self) -> State:
         """A copy of the whole state dict under timm's names, contiguous, on the CPU; weights as before their gates."""
+        return dict(self.present_state())
+
+    def present_state(self) -> Lazy:
+        """As `state`, but a tensor at a time: each is copied when it is read, as it then is."""
         reshard_(self.model)
         state = self.model.state_dict()
         for name in self.gates:
             for one in (name, *self._aliases.get(name, ())):
                 state[one] = state.pop(self._behind_gate(one))
-        return {
-            name: whole(value.detach()).to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, value in state.items()
-            if not name.endswith(".score") or ".parametrizations." not in name
-        }
+        names = [name for name in state if not name.endswith(".score") or ".parametrizations." not in name]
+        return self._present(
+            names,
+            lambda name: whole(state[name].detach()).to("cpu", copy=True, memory_format=torch.contiguous_format),
+        )
 
-    def baked_state(self) -> State:
-        """The state dict of the plain model that `bake_` would leave."""
-        state = self.state()
-        weights = self.weights()
-        for name, gate in self.gates.items():
-            state |= dict.fromkeys((name, *self._aliases.get(name, ())), gate.hard(whole(weights[name])).cpu())
-        return state
+    def baked_state(self) -> Lazy:
+        """The state dict of the plain model that `bake_` would leave, each tensor made when it is read."""
+        state, weights = self.present_state(), self.weights()
+        gated = {one: name for name in self.gates for one in (name, *self._aliases.get(name, ()))}
+
+        def make(name: str) -> Tensor:
+            if name not in gated:
+                return state[name]
+            gate = self.gates[gated[name]]
+            return gate.hard(whole(weights[gated[name]])).cpu()
+
+        return self._present(state, make)
 
     def masked(self, state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Lazy:
         """A state with zeros where these masks prune, under every name that a shared weight has."""
@@ -168,8 +187,11 @@ class Subnet:
 
     def scores(self) -> Scores:
         """The learned scores in the weights' shapes, copies on the CPU."""
-        reshard_(self.model)
-        return {name: gate.full_score().to("cpu", copy=True) for name, gate in self.gates.items()}
+        return dict(self.present_scores())
+
+    def present_scores(self) -> Lazy:
+        """As `scores`, but a layer at a time: each is copied when it is read, as it then is."""
+        return self._present(self.gates, lambda name: self.gates[name].full_score().to("cpu", copy=True))
 
     @torch.no_grad()
     def load_scores_(self, scores: Mapping[str, Tensor]) -> None:
@@ -190,6 +212,7 @@ class Subnet:
             for module, leaf in self._owners(name):
                 attach_(module, leaf, gate)
             self.gates[name] = gate
+            self._mask[name] = gate.mask.cpu()
 
     def freeze_(self, parameters: Iterable[nn.Parameter]) -> None:
         """Stop training these parameters until `bake_`."""
@@ -234,6 +257,11 @@ class Subnet:
         load_state_(self.model, present | {name: value for name, value in state.items() if name not in gated})
         self.apply_()
 
+    def restart_(self) -> None:
+        """Make the model as it is now the rewind point, in place of the one before."""
+        self.start = None  # first: two of them would be two models
+        self.start = self.state()
+
     def rewind_(self) -> None:
         """Return to the rewind point: weights, biases, normalisation and buffers; then apply the mask."""
         if self.start is None:
@@ -276,11 +304,8 @@ class Subnet:
                 "optimizer: it has none of this model's parameters, so it would train another model; "
                 "build it from the parameters of the model that the pruner was created with"
             )
-        self._held = {
-            name: part(self._mask[name], parameter).clone()
-            for name, parameter in parameters.items()
-            if name not in self.gates  # which have their own
-        }
+        self._held = {}
+        self._hold_masks_()
         hooks: list[Any] = [
             parameter.register_post_accumulate_grad_hook(partial(self._mask_gradient, name))
             for name, parameter in parameters.items()
@@ -291,9 +316,7 @@ class Subnet:
         def mask_weights(*_: Any) -> None:
             # After a step FSDP2's parameters are parts already, and to make sure would walk through the whole model.
             parameters = dict(self.model.named_parameters())
-            for name in self.names:
-                if name in self.gates:
-                    continue
+            for name in self._held or ():
                 weight = parameters[name].detach()
                 local(weight).mul_(self._held_on(weight.device, name))
 
@@ -304,18 +327,37 @@ class Subnet:
             hooks.append(after_step(optimizer, then))
         _hooks[self.model] = hooks
 
+    def _hold_masks_(self) -> None:
+        """Bring what the hooks hold up to date: nothing for gates, and for layers that keep everything."""
+        assert self._held is not None
+        parameters = self.parameters()
+        for name, mask in self._mask.items():
+            if name in self.gates or (name not in self._held and bool(mask.all())):
+                continue
+            now = part(mask, parameters[name])
+            if name in self._held:
+                self._held[name].copy_(now)
+            else:
+                self._held[name] = now.clone()
+
     def _mask_gradient(self, name: str, parameter: Tensor) -> None:
         # This hook must return None. On CPUs a product with a bool mask is vectorised, masked_fill_ is not.
-        if parameter.grad is not None:
-            if self.tap:
-                dense = parameter.grad.detach().clone()
-                # Under accumulation, what was pruned has lost its earlier batches to the mask.
-                if name in self.dense_gradients:
-                    local(dense).add_(local(self.dense_gradients[name]) * ~self._held_on(dense.device, name))
-                self.dense_gradients[name] = dense
-            local(parameter.grad).mul_(self._held_on(parameter.grad.device, name))
+        if parameter.grad is None:
+            return
+        held = None if self._held is None or name not in self._held else self._held_on(parameter.grad.device, name)
+        if self.tap:
+            dense = parameter.grad.detach()
+            # Under accumulation, what was pruned has lost its earlier batches to the mask.
+            if held is not None and name in self.dense_gradients:
+                dense = dense.clone()
+                local(dense).add_(local(self.dense_gradients[name]).to(held.device) * ~held)
+            # On the host, where it will be ranked: on the device it would be a second gradient beside the masked one.
+            self.dense_gradients[name] = dense.clone() if is_split(dense) else dense.to("cpu", copy=True)
+        if held is not None:
+            local(parameter.grad).mul_(held)
 
     def _held_on(self, device: torch.device, name: str) -> Tensor:
+        assert self._held is not None
         held = self._held[name]
         if held.device != device:  # the model moved after it was attached
             held = self._held[name] = held.to(device)
@@ -325,12 +367,14 @@ class Subnet:
         """Remove the hooks on this model, whoever put them there. The weights stay as they are."""
         for hook in _hooks.pop(self.model, []):
             hook.remove()
-        self._held = {}
+        self._held = None
         self.dense_gradients = {}
         self.tap = False
 
 
-def sharing(state: State, known: Mapping[str, Tensor], shown: Mapping[str, Tensor] | None = None) -> State:
+def sharing(
+    state: Mapping[str, Tensor], known: Mapping[str, Tensor], shown: Mapping[str, Tensor] | None = None
+) -> State:
     """The state with known tensors in place of those that equal them bit for bit: a second copy is a model's size.
 
     Args:

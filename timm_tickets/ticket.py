@@ -42,7 +42,7 @@ class Ticket:
     """
 
     masks: Masks = field(repr=False)
-    values: State = field(repr=False)
+    values: Mapping[str, Tensor] = field(repr=False)
     metadata: dict[str, Any] = field(default_factory=dict)
     pretrained: Pretrained | None = field(default=None, repr=False)
 
@@ -59,11 +59,16 @@ class Ticket:
     def from_state(
         cls, state: Mapping[str, Tensor], masks: Mapping[str, Tensor], metadata: Mapping[str, Any]
     ) -> "Ticket":
-        """The ticket of these masks over a state dict on the CPU."""
+        """The ticket of these masks over a state dict on the CPU, both copied."""
         masks = {name: mask.to("cpu", copy=True) for name, mask in masks.items()}
         # A layer at a time: a masked state and its clone would be two more models beside the ticket.
         values = {name: masked(name, value, masks) if name in masks else value.clone() for name, value in state.items()}
-        return cls(masks, values, {**metadata, "versions": _versions()})
+        return cls.over(values, masks, metadata)
+
+    @classmethod
+    def over(cls, values: Mapping[str, Tensor], masks: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> "Ticket":
+        """The ticket of these very values and masks, which from here on are its own."""
+        return cls(dict(masks), values, {**metadata, "versions": _versions()})
 
     def state(self) -> State:
         """The state dict that the ticket gives a model: `values`, exactly zero where pruned."""

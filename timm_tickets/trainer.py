@@ -194,7 +194,7 @@ class Trainer:
             if hasattr(self.optimizer.optimizer, "sync_lookahead"):
                 self.optimizer.optimizer.sync_lookahead()
             run.subnet.apply_()
-            watch.keep(run.subnet.state())
+            watch.keep()
             if run.limit is not None:  # it has only read gradients; the weights are as they were
                 return run.metrics
             run.settle_()

@@ -89,7 +89,7 @@ class Trainings:
         else:
             self.trainer.score(run)
             state = self.subnet.state()
-            end = End(state, masks, baked=state, metrics=plain_metrics(run.metrics))
+            end = End(state, masks, metrics=plain_metrics(run.metrics))
         self.progress.end(run)
         ticket = Ticket.from_state(start, masks, self.metadata)
         write_run(where, run, end, replace(ticket, pretrained=self.pretrained))

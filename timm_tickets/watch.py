@@ -9,7 +9,6 @@ from torch import Tensor
 from .files import is_writer, write_state
 from .run import Run, not_finite
 from .settings import TrainingError
-from .subnet import State
 
 # On a GPU, asking whether a loss is finite waits for it: so ask only every so many steps.
 _CHECK_EVERY = 50
@@ -29,12 +28,14 @@ class Watch:
         if self.run.step % self.every == 0:
             self._check()
 
-    def keep(self, state: State) -> None:
+    def keep(self) -> None:
         """Check an epoch's end, and remember its state as the last good one."""
         self._check()
-        if (name := not_finite(state, self.run.subnet.start)) is not None:
+        state = self.run.subnet.present_state()
+        if (name := not_finite(state, self.run.subnet.strange)) is not None:
             self._stop(f"{name} is not finite after step {self.run.step}")
-        self.good = state
+        for name, value in state.items():  # two whole ones would be two models
+            self.good[name] = value
 
     def _check(self) -> None:
         if (step := int(self.first)) >= 0:

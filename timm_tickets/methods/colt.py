@@ -11,11 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..lazy import Lazy
 from ..masks import Masks, Scope, keep_count, kept, revived, total
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Run
-from ..scores import Lazy, magnitude
+from ..scores import magnitude
 from ..settings import SettingError
 from ..subnet import Subnet
 
@@ -73,10 +74,10 @@ class COLT(Method):
     def round(self, subnet: Subnet) -> list[Run]:
         """One run a partition: contiguous blocks of classes, sizes differing by one at most, or parts of the images."""
         if self.split == "samples":
-            return [Run(data_part=(part, self.partitions)) for part in range(self.partitions)]
+            return [Run(reads=("state",), data_part=(part, self.partitions)) for part in range(self.partitions)]
         count: Any = subnet.model.num_classes
         classes = np.array_split(np.arange(count), self.partitions)
-        return [Run(classes=part.tolist()) for part in classes]
+        return [Run(reads=("state",), classes=part.tolist()) for part in classes]
 
     def overlap(self, mask: Masks, scores: Sequence[Mapping[str, Tensor]], cut: int) -> Masks:
         """What all copies keep, each having pruned ``cut`` weights."""

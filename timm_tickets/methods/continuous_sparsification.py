@@ -4,7 +4,7 @@ Source: Savarese et al. 2019, 1912.04427 (NeurIPS 2020).
 """
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -12,11 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ..gates import SigmoidGate, new_scores
-from ..masks import Masks, Scores, full_masks, keep_count, kept, revived, total
+from ..lazy import Lazy
+from ..masks import full_masks, revived
 from ..method import Method
 from ..registry import register_pruner
 from ..run import End, Rewind, Run
-from ..sharded import whole
 from ..subnet import Subnet
 
 
@@ -52,27 +52,25 @@ class ContinuousSparsification(Method):
                 self.run(setup=lambda subnet, s0=s0: self.set_(subnet, s0), first=True) for s0 in self.parallel
             ]
             chosen = min(range(len(ends)), key=lambda i: abs(density(ends[i].scores) - (1 - self.sparsity)))
-            end, s0 = ends[chosen], self.parallel[chosen]
-            rewind = end.rewind
-            subnet.load_scores_(end.scores)
-            self.scale_(subnet, s0)
+            subnet.start = ends[chosen].rewind
+            subnet.load_scores_(ends[chosen].scores)
+            self.scale_(subnet, self.parallel[chosen])
+            ends.clear()
         else:
-            rewind = None
             for round in range(self.rounds):
-                (end,) = yield [self.run(first=round == 0)]
-                rewind = end.rewind or rewind
+                end = (yield [self.run(first=round == 0)]).pop()
                 if round + 1 < self.rounds:
-                    subnet.load_scores_({n: self.reset(score) for n, score in end.scores.items()})
-                del end  # a model, which need not wait for the next one
-        assert rewind is not None
-        subnet.load_(rewind)
+                    subnet.load_scores_(Lazy(end.scores, lambda name, scores=end.scores: self.reset(scores[name])))
+                del end  # as large as a model
+        subnet.rewind_()
         self.settle_(subnet)
         subnet.bake_()
-        subnet.start = subnet.state()
+        subnet.restart_()
 
     def run(self, first: bool, setup: Callable[[Subnet], None] | None = None) -> Run:
         return Run(
             rewind=self.rewind if first else None,
+            reads=("scores",),
             setup=setup or self.soften_,
             on_loss=self.penalised,
             after_step=self.harden_,
@@ -81,7 +79,8 @@ class ContinuousSparsification(Method):
 
     def set_(self, subnet: Subnet, s0: float) -> None:
         """Every score at s0, and c = 1 / sigmoid(s0), so that weights pass unchanged at the start."""
-        subnet.load_scores_({name: torch.full_like(score, s0) for name, score in subnet.scores().items()})
+        scores = subnet.present_scores()
+        subnet.load_scores_(Lazy(scores, lambda name: torch.full_like(scores[name], s0)))
         self.scale_(subnet, s0)
         self.soften_(subnet)
 
@@ -92,18 +91,16 @@ class ContinuousSparsification(Method):
     def soften_(self, subnet: Subnet) -> None:
         """beta back to 1, for the next round."""
         for gate in subnet.gates.values():
-            gate.beta.fill_(1)  # pyright: ignore[reportCallIssue]
+            gate.harden_(1)  # pyright: ignore[reportCallIssue]
 
     def harden_(self, run: Run) -> None:
         """beta after this fraction of training: exponential from 1 to its final value."""
         for gate in run.subnet.gates.values():
-            gate.beta.fill_(self.final_beta**run.progress)  # pyright: ignore[reportCallIssue]
+            gate.harden_(self.final_beta**run.progress)  # pyright: ignore[reportCallIssue]
 
     def penalised(self, run: Run, loss: Tensor) -> Tensor:
         """Plus the penalty times the sum of the soft mask, c left out (equation 8)."""
-        gates = run.subnet.gates.values()
-        soft = (whole(torch.sigmoid(gate.beta * gate.score).sum()) for gate in gates)  # pyright: ignore
-        return loss + self.penalty * sum(soft)
+        return loss + self.penalty * sum(gate.sum() for gate in run.subnet.gates.values())  # pyright: ignore
 
     def reset(self, score: Tensor) -> Tensor:
         """min(beta s, s0) with the final beta: the suppressed stay suppressed, the others return to s0."""
@@ -111,13 +108,9 @@ class ContinuousSparsification(Method):
 
     def settle_(self, subnet: Subnet) -> None:
         """The hard mask of the scores as they are now."""
-        scores = subnet.scores()
-        masks = self.top(scores) if self.meet == "top" else {n: s > 0 for n, s in scores.items()}
+        scores = subnet.present_scores()
+        masks = self.best(subnet, scores) if self.meet == "top" else {n: s > 0 for n, s in scores.items()}
         subnet.set_mask_(revived(masks, full_masks(scores), scores) if self.collapse == "prevent" else masks)
-
-    def top(self, scores: Scores) -> Masks:
-        full = full_masks(scores)
-        return self.pruned_masks(full, scores, kept(full) - keep_count(total(full), self.sparsity))
 
     def runs(self, subnet: Subnet) -> int:
         return len(self.parallel) or self.rounds
@@ -127,6 +120,6 @@ def sigmoid(value: float) -> float:
     return 1 / (1 + math.exp(-value))
 
 
-def density(scores: Scores) -> float:
+def density(scores: Mapping[str, Tensor]) -> float:
     """Fraction of scores above zero; the hard mask is counted, never zeros of the sigmoid."""
     return sum(int((s > 0).sum()) for s in scores.values()) / sum(s.numel() for s in scores.values())

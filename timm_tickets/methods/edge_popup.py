@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..draws import SCORES, draw, frozen
 from ..gates import Gate, new_scores
-from ..masks import Masks, Scope, Scores, full_masks, keep_count, kept, total
+from ..lazy import Lazy
+from ..masks import Masks, Scope, kept, total
 from ..method import Method
 from ..prunable import norms
 from ..registry import register_pruner
@@ -72,20 +73,20 @@ class EdgePopup(Method):
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         self.begin_(subnet)
-        yield [Run(after_step=lambda run: self.settle_(run.subnet), weight_decay=self.weight_decay)]
+        yield [Run(after_step=lambda run: self.settle_(run.subnet), weight_decay=self.weight_decay, reads=())]
         self.settle_(subnet)
         subnet.bake_()
-        subnet.start = subnet.state()
+        subnet.restart_()
 
     @torch.no_grad()
     def begin_(self, subnet: Subnet) -> None:
         """Draw weights and scores, each layer's from streams of its own, and say how, for the ticket."""
-        scores: Scores = {}
-        for number, (name, weight) in enumerate(subnet.weights().items()):
-            if self.weights != "given":
-                drawn = torch.from_numpy(draw(self.weights, weight.shape, self.seed, number))
+        weights = subnet.weights()
+        numbers = {name: number for number, name in enumerate(weights)}
+        if self.weights != "given":
+            for name, weight in weights.items():
+                drawn = torch.from_numpy(draw(self.weights, weight.shape, self.seed, numbers[name]))
                 local(weight).copy_(part(drawn, weight))
-            scores[name] = torch.from_numpy(draw("kaiming_normal", weight.shape, self.seed, number, SCORES))
         counts = self.frozen_counts(subnet)
         subnet.origin = {
             "start": "values" if self.weights == "given" else "seed",
@@ -94,7 +95,14 @@ class EdgePopup(Method):
             "scale": self.scale,
             "frozen": None if counts is None else [list(pair) for pair in counts.values()],
         }
-        subnet.load_scores_(scores)
+        subnet.load_scores_(
+            Lazy(
+                weights,
+                lambda name: torch.from_numpy(
+                    draw("kaiming_normal", weights[name].shape, self.seed, numbers[name], SCORES)
+                ),
+            )
+        )
         if not self.norm_affine:
             for norm in norms(subnet.model):
                 if norm.weight is not None:
@@ -115,9 +123,10 @@ class EdgePopup(Method):
 
     def cut(self, subnet: Subnet) -> Masks:
         """Keep the largest |scores|: exactly the asked number, ties to the first."""
-        scores = magnitude(subnet.scores())
-        full = full_masks(scores)
-        return self.pruned_masks(full, scores, total(full) - keep_count(total(full), self.sparsity), self.scope)
+        scores = subnet.present_scores()
+        # All layers' are read several times: not from the device, after every step.
+        scores = magnitude(dict(scores) if self.scope == "global" else scores)
+        return self.best(subnet, scores, self.scope)
 
     def frozen_counts(self, subnet: Subnet) -> dict[str, tuple[int, int]] | None:
         """How many weights of each layer leave the search as pruned and as kept; nothing does where None."""

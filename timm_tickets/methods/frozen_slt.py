@@ -5,12 +5,17 @@ Source: Otsuka et al. 2024, 2402.14029 (TMLR 2025).
 
 from typing import Annotated
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
+from ..gates import Gate
+from ..lazy import Lazy
 from ..masks import Distribution, Masks, Scope, budgets, fill, keep_count, prune, total
 from ..registry import register_pruner
 from ..scores import magnitude
 from ..settings import SettingError
+from ..sharded import whole
 from ..subnet import Subnet
 from .edge_popup import EdgePopup
 
@@ -80,10 +85,23 @@ class FrozenSLT(EdgePopup):
 
     def cut(self, subnet: Subnet) -> Masks:
         """Keep the locked and, of the free, the largest |scores|: exactly the asked number of weights is pruned."""
-        scores, masks = subnet.scores(), subnet.mask
-        free = {name: masks[name] if gate.free is None else gate.free.cpu() for name, gate in subnet.gates.items()}
-        frozen_out = sum(int((~masks[name] & ~free[name]).sum()) for name in masks)
+        masks, gates = subnet.mask, subnet.gates
+        frozen_out, bare = 0, []
+        for name, mask in masks.items():
+            frozen = ~self.free(gates[name])
+            frozen_out += int((~mask & frozen).sum())
+            if self.collapse == "prevent" and not (mask & frozen).any():
+                bare.append(name)
         cut = total(masks) - keep_count(total(masks), self.sparsity) - frozen_out
-        bare = [name for name in masks if self.collapse == "prevent" and not (masks[name] & ~free[name]).any()]
-        found = prune(free, magnitude(scores), cut, self.scope, spare=bare)
-        return {name: found[name] | (masks[name] & ~free[name]) for name in masks}
+        # In a row as the gates have them: in the weights' shapes they would be twice as many.
+        scores = Lazy(gates, lambda name: whole(gates[name].score.detach()).cpu())
+        scores = magnitude(dict(scores) if self.scope == "global" else scores)
+        every = Lazy(gates, lambda name: torch.ones(gates[name].score.shape, dtype=torch.bool))
+        found = prune(every, scores, cut, self.scope, spare=bare)
+        return {name: mask.masked_scatter(self.free(gates[name]), found[name]) for name, mask in masks.items()}
+
+    @staticmethod
+    def free(gate: Gate) -> Tensor:
+        """What the search may still choose of a layer, on the CPU."""
+        assert gate.free is not None  # `pattern` has frozen it
+        return gate.free.cpu()

@@ -37,11 +37,10 @@ class Gradual(OneShot):
             raise SettingError(f"pruner.begin: {self.begin} is not before end {self.end}; begin earlier")
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        (end,) = yield [Run(after_step=self.step_)]
+        yield [Run(after_step=self.step_, reads=())]
         # However long the run was, the asked sparsity is met.
-        subnet.start = end.state
-        self.prune_(subnet, magnitude(end.weights))
-        subnet.rewind_()
+        self.prune_(subnet, magnitude(subnet.weights_on_cpu()))
+        subnet.restart_()
 
     def step_(self, run: Run) -> None:
         if run.step % self.interval and run.progress < 1:

@@ -35,9 +35,7 @@ class IMP(Method):
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         remaining = total(subnet.mask)
         for round, keep in enumerate(self.kept_counts(subnet)):
-            (end,) = yield [Run(rewind=self.rewind if round == 0 else None, from_rewind=round > 0)]
-            if round == 0:
-                subnet.start = end.rewind
+            (end,) = yield [Run(reads=("state",), rewind=self.rewind if round == 0 else None, from_rewind=round > 0)]
             subnet.set_mask_(self.pruned_masks(subnet.mask, magnitude(end.weights), remaining - keep, self.scope))
             subnet.rewind_()
             remaining = keep

@@ -13,12 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..gates import Gate, new_scores
-from ..masks import full_masks, keep_count, total
+from ..lazy import Lazy
+from ..masks import full_masks
 from ..method import Method
 from ..prunable import classifier_names, norms
 from ..registry import register_pruner
 from ..run import End, Run
-from ..scores import Lazy, magnitude
+from ..scores import magnitude
 from ..starts import is_pretrained, pretrained_tag
 from ..subnet import Subnet
 
@@ -70,24 +71,21 @@ class Jackpot(Method):
         subnet.gate_(lambda name, weight: Gate(new_scores(weight), full[name], by_magnitude=False))
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        start = subnet.start
-        assert start is not None  # where the weights are now, on the CPU already
-        weights = {name: start[name] for name in subnet.names}
-        full = full_masks(weights)
+        weights = subnet.weights_on_cpu()
         # One global magnitude threshold: it decides how many each layer keeps, for good, and the first mask.
-        masks = self.pruned_masks(full, magnitude(weights), total(full) - keep_count(total(full), self.sparsity))
+        masks = self.best(subnet, magnitude(weights))
         subnet.set_mask_(masks)
         # A claim only: a model knows its tag whether or not it was built with pretrained=True. The ticket checks it.
         tag = pretrained_tag(subnet.model)
         subnet.origin = {"start": "pretrained", "tag": tag} if tag else {}
         subnet.load_scores_(Lazy(masks, lambda n: torch.ones(masks[n].shape).masked_fill(~masks[n], self.low_score)))
-        yield [Run(after_step=self.step_, weight_decay=self.weight_decay)]
+        yield [Run(after_step=self.step_, weight_decay=self.weight_decay, reads=())]
         subnet.bake_()
-        subnet.start = subnet.state()
+        subnet.restart_()
 
     def step_(self, run: Run) -> None:
         rate = self.scheduled(run.progress)
-        scores, masks = run.subnet.scores(), run.subnet.mask
+        scores, masks = run.subnet.present_scores(), run.subnet.mask
         run.subnet.set_mask_({name: swap(mask, scores[name], rate) for name, mask in masks.items()})
 
     def scheduled(self, progress: float) -> float:

@@ -5,6 +5,10 @@ Source: Evci et al. 2020, 1911.11134.
 
 import math
 
+from torch import Tensor
+
+from ..lazy import Lazy
+from ..processes import world_size
 from ..registry import register_pruner
 from ..run import Run
 from ..scores import magnitude
@@ -25,8 +29,14 @@ class RigL(SET):
     def step_(self, run: Run) -> None:
         subnet = run.subnet
         if subnet.dense_gradients and run.step % self.interval == 0 and run.progress < self.until:
-            gradients = mean_over_processes(subnet.dense_gradients)
-            self.exchange_(run, magnitude(gradients), self.scheduled(run.progress))
+            weights, gradients = subnet.weights(), subnet.dense_gradients
+
+            def mean(name: str) -> Tensor:
+                # The processes can reach each other where the weights are.
+                there = gradients[name].to(weights[name].device) if world_size() > 1 else gradients[name]
+                return mean_over_processes({name: there})[name].cpu()
+
+            self.exchange_(run, magnitude(Lazy(weights, mean)), self.scheduled(run.progress))
         subnet.dense_gradients.clear()
         subnet.tap = (run.step + 1) % self.interval == 0
 

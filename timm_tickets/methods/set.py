@@ -37,10 +37,8 @@ class SET(OneShot):
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         self.prune_(subnet, random(subnet.weights(), self.seed))
-        (end,) = yield [Run(after_step=self.step_)]
-        subnet.start = end.state
-        subnet.set_mask_(end.mask)
-        subnet.rewind_()
+        yield [Run(after_step=self.step_, reads=())]
+        subnet.restart_()
 
     def step_(self, run: Run) -> None:
         if run.step % self.interval == 0 and run.progress < self.until:

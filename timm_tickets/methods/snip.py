@@ -4,14 +4,13 @@ Source: Lee et al. 2018, 1810.02340.
 """
 
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..masks import Scores
 from ..method import OneShot
 from ..processes import world_size
 from ..registry import register_pruner
@@ -49,10 +48,12 @@ def reading_run(batches: int, add: Callable[[Run, Tensor], Tensor]) -> Run:
     def on_loss(run: Run, loss: Tensor) -> Tensor:
         return add(run, loss) if run.batches < batches else loss
 
-    return Run(epochs=1, limit=batches, on_loss=on_loss, after_step=_restore if batches > 1 else None)
+    return Run(
+        epochs=1, limit=batches, reads=("scores",), on_loss=on_loss, after_step=_restore if batches > 1 else None
+    )
 
 
-def warn_of_blind_layers(pruner: str, gradients: Scores) -> None:
+def warn_of_blind_layers(pruner: str, gradients: Mapping[str, Tensor]) -> None:
     """Say which layers no gradient reaches: all of their scores are 0, so they are cut first, whatever they are worth.
 
     timm starts the last scale of a residual branch at zero in many models; what is before it has no gradient then.
