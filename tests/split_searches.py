@@ -84,6 +84,11 @@ def search(pruner: str, settings: dict[str, Any], file: str, model: str = "test_
     except ValueError as error:
         told["stale"] = str(error)
     tt.sharded.reshard_(fresh)
+    try:
+        tt.create_tweaks(fresh, ["label_smoothing"]).remove_()
+        told["tweaks"] = ""
+    except tt.SettingError as error:
+        told["tweaks"] = str(error)
     sgd = ticket.attach(fresh, torch.optim.SGD(fresh.parameters(), 0.05, momentum=0.9, weight_decay=1e-3))
     trained(tt.Run(1, subnet=tt.Subnet(fresh, tuple(ticket.masks))), fresh, sgd)
     state = tt.Subnet(fresh, tuple(ticket.masks)).state()

@@ -62,6 +62,8 @@ def agrees(rank, expected):
     assert max(rank["logits"], rank["left"]) < 1e-12, rank
     assert not expected["stale"]
     assert "call `model.reshard()` first" in rank["stale"]
+    assert not expected["tweaks"]
+    assert "FSDP2 has split this model" in rank["tweaks"]
 
 
 @pytest.fixture(scope="module")

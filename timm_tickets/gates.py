@@ -122,30 +122,32 @@ class SigmoidGate(Gate):
     def __init__(self, score: Tensor, mask: Tensor):
         super().__init__(score, mask, by_magnitude=False)
         self.register_buffer("beta", torch.ones((), dtype=score.dtype), persistent=False)
-        self._sum: tuple[Tensor, tuple[int, int]] | None = None
+        self._sum: tuple[Tensor, Any] | None = None
 
     def harden_(self, beta: float) -> None:
         """Set beta for the next step."""
         self.beta.fill_(beta)
+        self._sum = None
         if is_split(self.score):
             return
         # Backward goes by age. From a sum that is older than the forward pass it reaches the scores last, when the
         # layers have let go of what they held; otherwise all their gradients come first and wait beside that.
         with torch.enable_grad():
-            self._sum = SigmoidSum.apply(self.beta, self.score), self._versions()
+            self._sum = SigmoidSum.apply(self.beta, self.score), self._now()
 
     def sum(self) -> Tensor:
         """The sum of ``sigmoid(beta * score)``, a scalar to go backward from."""
-        (early, versions), self._sum = self._sum or (None, None), None
-        if early is not None and versions == self._versions():
+        (early, then), self._sum = self._sum or (None, None), None
+        if early is not None and then == self._now():
             return early
         return whole(SigmoidSum.apply(self.beta, self.score))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_sum": None}  # what has a graph cannot be copied
 
-    def _versions(self) -> tuple[int, int]:
-        return self.beta._version, self.score._version
+    def _now(self) -> Any:
+        # What the model is wrapped in, a move to a device or loaded scores may have changed.
+        return id(self.score), self.score.device, self.score._version, self.beta._version
 
     def value(self, dtype: torch.dtype) -> Tensor:
         return (torch.sigmoid(self.beta * self.score) if self.training else self.mask).to(dtype)

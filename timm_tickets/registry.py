@@ -22,6 +22,7 @@ from . import methods, tweaks
 from .method import Method
 from .pruner import Pruner
 from .settings import SettingError, check, unknown
+from .sharded import reshard_
 from .tweak import Tweak, Tweaks
 
 C = TypeVar("C")
@@ -155,6 +156,10 @@ def create_tweaks(model: nn.Module, tweaks: Sequence[str] | Mapping[str, Mapping
     Raises:
         SettingError: An unknown tweak or setting, or a tweak that this model cannot have; the model is unchanged.
     """
+    if tweaks and reshard_(model):
+        raise SettingError(
+            "tweaks: FSDP2 has split this model, and they need it whole; leave them out, or train with DDP"
+        )
     return Tweaks(model, checked_tweaks(tweaks))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import ticket_reader, ticket_writer
 from .hub import fetch
+from .lazy import Lazy
 from .masks import Masks, sparsity
 from .settings import TicketError
 from .sharded import load_state_
@@ -102,7 +103,8 @@ class Ticket:
             TicketError: It has no masks, holds a tensor of a dtype that tickets do not know, or a value that is too
                 large for the asked dtype.
         """
-        return ticket_writer.write(Path(path), self.masks, self.state(), dict(self.metadata), self.pretrained, dtype)
+        state = Lazy(self.values, lambda name: masked(name, self.values[name], self.masks))
+        return ticket_writer.write(Path(path), self.masks, state, dict(self.metadata), self.pretrained, dtype)
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Turn a model of the same architecture into the ticket: its starting weights, zero where pruned.

@@ -1,6 +1,7 @@
 """Writing a ticket's file: what of its start can be left out, and the rest packed as ticket_header.py says."""
 
 import zlib
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .coding import encode
 from .files import replacing
+from .lazy import Lazy
 from .masks import Masks
 from .settings import SettingError, TicketError
 from .starts import (
@@ -21,7 +23,6 @@ from .starts import (
     PretrainedStart,
     SeedStart,
     Start,
-    State,
     ValuesStart,
     as_bytes,
     digest,
@@ -47,7 +48,7 @@ _HALVES = ("float16", "bfloat16")
 def write(
     path: Path,
     masks: Masks,
-    state: State,
+    state: Mapping[str, Tensor],
     metadata: dict[str, Any],
     pretrained: Pretrained | None = None,
     dtype: str | None = None,
@@ -57,7 +58,7 @@ def write(
     Args:
         path: Where to.
         masks: Bool, on the CPU.
-        state: The whole state dict on the CPU, zero where pruned.
+        state: The whole state dict on the CPU, zero where pruned. It is read a tensor at a time.
         metadata: JSON types.
         pretrained: The pretrained weights the state was made from, where that is so.
         dtype: None, ``float16`` or ``bfloat16``: what stored values of wider floating-point dtypes are rounded to.
@@ -79,12 +80,12 @@ def write(
     patterns, freezing = _frozen(origin, masks)
     start = _start(origin, masks, state, pretrained)
     rounding = _Rounding(dtype)
-    parts: dict[str, list[Tensor]] = {}
-    rebuilt, rest = dict(state), []
+    rest, weights = [], 0
     for name, mask in masks.items():
         if isinstance(start, ValuesStart):
-            rebuilt[name] = rounding.put(name, state[name][mask], parts, state[name].shape, mask)
+            rounding.put(name, state[name][mask])
     for name, value in state.items():
+        weights += value.numel()
         if name in masks:
             continue
         where = _constant(value)  # first: a new head's zero bias is timm's start too, but of no pretrained weights
@@ -92,7 +93,7 @@ def write(
             where = "pretrained" if _same(value, pretrained.state.get(name)) else None
         if where is None:
             where = "stored"
-            rebuilt[name] = rounding.put(name, value.flatten(), parts, value.shape)
+            rounding.put(name, value.flatten())
         rest.append((name, list(value.shape), names[name], where))
     if isinstance(start, PretrainedStart) and pretrained:
         used = sorted([*masks, *(name for name, _, _, where in rest if where == "pretrained")])
@@ -105,14 +106,14 @@ def write(
         start=start,
         frozen=freezing,
         stored_as=dtype if lost else None,  # pyright: ignore[reportArgumentType] - checked above
-        fingerprint=fingerprint(masks, rebuilt),
+        fingerprint=fingerprint(masks, rounding.read_back(state)),
         metadata={**metadata, "rounding": lost} if lost else metadata,
     )
-    tensors = {f"values.{name}": torch.cat(values) for name, values in parts.items()}
+    tensors = {f"values.{name}": torch.cat(values) for name, values in rounding.parts.items()}
     tensors["masks"] = _bytes(encode(free).astype("<u4").tobytes())
     tensors["header"] = _bytes(_compressed(header))
     size = sum(tensor.nbytes for tensor in tensors.values())
-    short = -(-sum(value.numel() for value in state.values()) // WEIGHTS_PER_BYTE) - size
+    short = -(-weights // WEIGHTS_PER_BYTE) - size
     if short > 0:
         tensors["padding"] = torch.zeros(short, dtype=torch.uint8)
     envelope = Envelope(format=FORMAT, writer=version("timm-tickets"))
@@ -122,36 +123,45 @@ def write(
 
 
 class _Rounding:
-    """Puts values among those to store, rounded to a narrower dtype where that is asked, and measures the loss."""
+    """Puts values among those to store, rounded to a narrower dtype where that is asked, and measures the loss.
+
+    Attributes:
+        parts: What is to be stored, flat, by the name of its dtype.
+        rounded: Names of the tensors that were rounded.
+    """
 
     def __init__(self, dtype: str | None):
         self.dtype = dtype
-        self.rounded = False
+        self.parts: dict[str, list[Tensor]] = {}
+        self.rounded: set[str] = set()
         self.absolute = self.relative = 0.0
 
-    def put(
-        self, name: str, value: Tensor, parts: dict[str, list[Tensor]], shape: Any, mask: Tensor | None = None
-    ) -> Tensor:
-        """Store flat values; returns what will be read back, in its shape."""
+    def put(self, name: str, value: Tensor) -> None:
+        """Store flat values of the tensor of this name."""
         low = value
         if self.dtype is not None and narrows(value.dtype):
             low = value.to(DTYPES[self.dtype])
-            self.rounded = True
-        parts.setdefault(dtype_name(low), []).append(low)
+            self.rounded.add(name)
+        self.parts.setdefault(dtype_name(low), []).append(low)
+        if low is value or not value.numel():
+            return
         back = low.to(value.dtype)
-        if low is not value and value.numel():
-            if not torch.equal(back.isfinite(), value.isfinite()):
-                raise TicketError(
-                    f"dtype: {name} holds values too large for {self.dtype}; save it as bfloat16, or as it is"
-                )
-            error, size = (back - value).abs().double(), value.abs().double()
-            self.absolute = max(self.absolute, float(error.nan_to_num(0).max()))
-            self.relative = max(self.relative, float((error / size).nan_to_num(0, posinf=0).max()))
-        if mask is None:
-            return back.view(shape)
-        out = torch.zeros(shape, dtype=value.dtype)
-        out[mask] = back
-        return out
+        if not torch.equal(back.isfinite(), value.isfinite()):
+            raise TicketError(
+                f"dtype: {name} holds values too large for {self.dtype}; save it as bfloat16, or as it is"
+            )
+        error, size = (back - value).abs().double(), value.abs().double()
+        self.absolute = max(self.absolute, float(error.nan_to_num(0).max()))
+        self.relative = max(self.relative, float((error / size).nan_to_num(0, posinf=0).max()))
+
+    def read_back(self, state: Mapping[str, Tensor]) -> Lazy:
+        """The state as it will be read."""
+
+        def read(name: str) -> Tensor:
+            value = state[name]
+            return value.to(DTYPES[self.dtype]).to(value.dtype) if self.dtype and name in self.rounded else value
+
+        return Lazy(state, read)
 
     def lost(self) -> dict[str, Any]:
         if not self.rounded:
@@ -159,7 +169,7 @@ class _Rounding:
         return {"dtype": self.dtype, "max_absolute_error": self.absolute, "max_relative_error": self.relative}
 
 
-def _start(origin: Origin, masks: Masks, state: State, pretrained: Pretrained | None) -> Start:
+def _start(origin: Origin, masks: Masks, state: Mapping[str, Tensor], pretrained: Pretrained | None) -> Start:
     """The start that can be left out of the file: its weights, made again, equal the kept ones bit for bit."""
     if pretrained is not None and all(
         _same(state[name], None if name not in pretrained.state else masked(name, pretrained.state[name].cpu(), masks))
