@@ -111,7 +111,7 @@ def test_a_loop_of_ones_own_trains_by_groups(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("of", "number", "moment"), [(3, signal.SIGKILL, 70), (0, signal.SIGTERM, 25)])
+@pytest.mark.parametrize(("of", "number", "moment"), [(3, signal.SIGKILL, 17), (0, signal.SIGTERM, 25)])
 def test_one_of_a_group_ends_and_the_same_command_continues_to_the_same_ticket(together, tmp_path, of, number, moment):
     done = searched(tmp_path, GROUPS, 4, moment=moment, of=of, number=number, check=False)
     assert done.returncode != 0
