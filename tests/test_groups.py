@@ -4,15 +4,12 @@ import json
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
-from accelerate.utils import DistributedType
 from test_faults import leftovers, same
 from test_parallel import COLT, ENV, running, searched
 
 import timm_tickets as tt
-from timm_tickets.engine import check_engine
 from timm_tickets.processes import groups_of
 
 BATCH = 64
@@ -111,6 +108,18 @@ def test_a_loop_of_ones_own_trains_by_groups(tmp_path):
 
 
 @pytest.mark.slow
+def test_fsdp2_splits_a_model_over_a_group(tmp_path):
+    told = {}
+    for count, settings in ((2, TOGETHER), (4, GROUPS)):
+        done = searched(tmp_path / str(count), settings, count, split=True)
+        told[count] = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [one["splits"] for one in told[count]] == [True] * count
+        assert [one["batches"] for one in told[count]] == [[BATCH // 2]] * count
+    same(tmp_path / "4", tmp_path / "2")
+    assert sum(one["losses"] for one in told[4]) == sum(one["losses"] for one in told[2])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("of", "number", "moment"), [(3, signal.SIGKILL, 17), (0, signal.SIGTERM, 25)])
 def test_one_of_a_group_ends_and_the_same_command_continues_to_the_same_ticket(together, tmp_path, of, number, moment):
     done = searched(tmp_path, GROUPS, 4, moment=moment, of=of, number=number, check=False)
@@ -155,11 +164,3 @@ def test_groups_do_not_decide_what_a_recipe_is():
     assert tt.load_recipe("digits_imp", ["processes_per_run=2"]).hash == tt.load_recipe("digits_imp").hash
     with pytest.raises(tt.SettingError, match="processes_per_run"):
         tt.load_recipe("digits_imp", ["processes_per_run=0"])
-
-
-def test_a_model_that_is_split_over_a_group_is_refused(monkeypatch):
-    monkeypatch.setattr("timm_tickets.engine.world_size", lambda: 2)
-    monkeypatch.setattr("timm_tickets.engine.place", lambda: (0, 4))
-    accelerator = SimpleNamespace(num_processes=2, distributed_type=DistributedType.FSDP, is_fsdp2=True)
-    with pytest.raises(tt.SettingError, match="processes_per_run: FSDP2 splits a model over all processes"):
-        check_engine(accelerator, tt.load_recipe("digits_imp"))

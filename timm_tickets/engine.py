@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from .processes import place, world_size
+from .processes import world_size
 from .recipe import Recipe
 from .settings import SettingError
 
@@ -38,11 +38,6 @@ def check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
         warnings.warn(told, stacklevel=4)
     if kind != DistributedType.FSDP:
         return
-    if world_size() < place()[1]:
-        raise SettingError(
-            "processes_per_run: FSDP2 splits a model over all processes, not over a group of them; set it to 1, where "
-            "each process holds the whole model, or set parallel to data"
-        )
     plugin: Any = accelerator.state.fsdp_plugin
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise SettingError(

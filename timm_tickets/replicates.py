@@ -21,7 +21,7 @@ from .settings import SettingError
 from .ticket import load_ticket
 
 SUMMARY = "seeds.csv"
-_MEASURED = ("sparsity", "test_top1", "dense_test_top1")
+_MEASURED: tuple[str, ...] = ("sparsity", "test_top1", "dense_test_top1")
 
 
 def search_seeds(
