@@ -10,7 +10,7 @@ from test_faults import leftovers, same
 from test_parallel import COLT, ENV, running, searched
 
 import timm_tickets as tt
-from timm_tickets.processes import groups_of
+from timm_tickets.processes import apart, groups_of
 
 BATCH = 64
 TOGETHER = [*COLT, f"training.batch_size={BATCH}", "parallel=data"]
@@ -149,6 +149,8 @@ def test_processes_that_cannot_be_grouped_are_refused_before_anything_is_trained
         tt.SettingError, match=f"processes_per_run: {size} does not divide the {count} processes"
     ) as told:
         groups_of(size)
+    with pytest.raises(tt.SettingError, match="does not divide"), apart(size):
+        pass
     valid = {4: "1, 2, 4", 3: "1, 3"}[count]
     assert f"set it to one of {valid}, or start a multiple of {size}" in str(told.value)
     with pytest.raises(tt.SettingError, match="processes_per_run"):

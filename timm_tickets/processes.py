@@ -98,17 +98,17 @@ def apart(size: int | None = 1) -> Iterator[None]:
 
     Args:
         size: Processes of the group, neighbours by number; None to change nothing. The first block of a size above 1
-            connects the groups, as `groups_of` does, so every process has to get there.
+            connects the groups, as `groups_of` does, so every process has to get there. Within a block, the group
+            stays or is made one process.
 
     Raises:
         SettingError: The processes cannot be divided so.
     """
     global _near, _all
-    if size is None or world_size() <= size:
+    if size is None or (groups_of(size)[1] == 1 if _near is None else world_size() <= size):
         yield
         return
     join_processes()  # or the first to want it would make it in the block, of one process
-    groups_of(size)
     whole = torch.distributed.group.WORLD
     before = _near, _all
     changed: dict[str, Any] = {"num_processes": size, "process_index": rank() % size}
