@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import statistics
 
 import pytest
@@ -62,6 +63,18 @@ def test_one_of_two_processes_is_killed_and_the_same_command_continues_to_the_sa
     assert "seed 0, 1 of 2" in first
     assert "std" in first
     assert other == ""  # lines of several processes would be mixed
+
+
+@pytest.mark.slow
+def test_sigterm_ends_it_with_code_143_and_the_same_command_continues(one, tmp_path):
+    done = searched(tmp_path, IMP, 1, seeds=SEEDS, lives=[600, 0], number=signal.SIGTERM)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [life["ended"] for life in told if "ended" in life] == [143, 0]
+    assert "is finished" in told[1]["said"]  # the first seed was
+    for seed in SEEDS:
+        same(tmp_path / f"seed_{seed}", one / f"seed_{seed}")
+    assert rows(tmp_path) == rows(one)
+    assert not leftovers(tmp_path)
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ class Pruner(Iterator[Run]):
         trained_dense: Whether a run trained the whole network on everything.
         run: The run that was asked for last and has not ended; None before the first and after the last.
         parallel: Set it before iterating. Under several processes, ``runs`` asks each of them for its own runs of a
-            round only (train them ``with apart(run.processes):``, of `processes`) and gathers the ends through the
+            round only (train each within `processes.apart`, given `Run.processes`) and gathers the ends through the
             folder, which all have to see; ``data`` asks every process for every run, to train it together; ``auto``
             does the first for rounds of several runs, the second for others.
         processes_per_run: Set it before iterating, too: how many processes, neighbours by number, are asked for the
