@@ -5,8 +5,8 @@
 Each life is a process of its own, forked before torch has done any work, that searches until its n-th moment and there
 gets the signal; 0 lets it live. Moments are what a search does outside torch: a loss, an optimizer step, a piece of a
 checkpoint written, a file flushed, renamed or deleted. Prints one line of JSON a life, with the sizes of the batches
-that this process trained on. Under torchrun there is one
-life, of this very process, and `rank` says whose it is; with `split` FSDP2 splits the model.
+that this process trained on. Under torchrun there is one life, of this very process, and `rank` says whose it is; with
+`split` FSDP2 splits the model, with `seeds` each of them is searched.
 """
 
 import io
@@ -97,12 +97,14 @@ def live(order: dict[str, Any], moment: int) -> None:
     def splits() -> bool:
         return PartialState().distributed_type == "FSDP"
 
-    result = tt.search(order.get("recipe", "digits_imp"), order["overrides"], console=console)
+    recipe, overrides = order.get("recipe", "digits_imp"), order["overrides"]
+    if order.get("seeds"):
+        result = tt.search_seeds(recipe, order["seeds"], overrides, console=console)[0]
+    else:
+        result = tt.search(recipe, overrides, console=console)
     told = {"fingerprint": result.ticket.fingerprint, "said": console.file.getvalue()}  # type: ignore[attr-defined]
-    print(
-        json.dumps(told | seen | {"batches": sorted(set(batches)), "losses": len(batches), "splits": splits()}),
-        flush=True,
-    )
+    told |= seen | {"batches": sorted(set(batches)), "losses": len(batches), "splits": splits()}
+    print(json.dumps(told) + "\n", end="", flush=True)  # at once, or those of several processes would be mixed
 
 
 def main() -> None:

@@ -32,13 +32,14 @@ COLT = [
 IMP = ["pruner.prune_rate=0.6", "pruner.sparsity=0.6", *COLT[3:]]
 
 
-def command(folder, overrides, processes, moment=0, number=signal.SIGKILL, of=None, recipe="digits_imp"):
+def command(folder, overrides, processes, moment=0, number=signal.SIGKILL, of=None, recipe="digits_imp", **more):
     order = {
         "recipe": recipe,
         "overrides": [*overrides, f"output={folder}"],
         "lives": [moment],
         "signal": int(number),
         "rank": of,
+        **more,
     }
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [sys.executable, *(launch if processes > 1 else []), str(DRIVER), json.dumps(order)]
@@ -221,7 +222,7 @@ def test_runs_are_handed_out_through_a_folder_only(monkeypatch):
 
     pruner = tt.create_pruner("colt", timm.create_model("test_resnet", num_classes=4), sparsity=0.5, epochs=1)
     pruner.parallel = "runs"
-    monkeypatch.setattr("timm_tickets.pruner.place", lambda: (0, 2))
+    monkeypatch.setattr("timm_tickets.pruner.groups_of", lambda size: (0, 2))
     with pytest.raises(tt.SettingError, match="gathered through one; create the pruner with a folder"):
         next(pruner)
 

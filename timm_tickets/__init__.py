@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         register_pruner,
         register_tweak,
     )
+    from .replicates import search_seeds
     from .run import End, Rewind, Run
     from .settings import SettingError, TrainingError
     from .starts import Pretrained
@@ -50,6 +51,7 @@ _MODULES = {
     ),
     "compare": ("difference", "overlap", "union"),
     "experiment": ("search", "train", "transfer"),
+    "replicates": ("search_seeds",),
     "hub": ("push",),
     "settings": ("SettingError", "TrainingError"),
     "starts": ("Pretrained",),
@@ -71,7 +73,7 @@ __all__ = [  # noqa: RUF022 - grouped by module, as above
     "Recipe", "list_recipes", "load_recipe",
     "create_pruner", "get_method", "list_pruners", "register_pruner",
     "create_tweaks", "get_tweak", "list_tweaks", "register_tweak",
-    "search", "train", "transfer",
+    "search", "search_seeds", "train", "transfer",
     "difference", "overlap", "union",
     "push",
     "SettingError", "TrainingError",

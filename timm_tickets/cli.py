@@ -83,9 +83,22 @@ def list_(pattern: Annotated[str, typer.Argument(help="wildcard on the names")] 
 
 
 @app.command()
-def search(recipe: RecipeName, set: Set = None, restart: Restart = False) -> None:
+def search(
+    recipe: RecipeName,
+    set: Set = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(metavar="0,1,2", help="search once for each of these seeds, in folders seed_0 ... of the output"),
+    ] = None,
+    restart: Restart = False,
+) -> None:
     """Search a ticket as a recipe says, and train it; continue where an earlier call stopped."""
     with _errors():
+        if seeds is not None:
+            from .replicates import search_seeds, seeds_of
+
+            search_seeds(recipe, seeds_of(seeds), set or (), restart=restart)
+            return
         from .experiment import search as run
 
         run(recipe, set or (), restart=restart)

@@ -19,7 +19,7 @@ from .build import build_model, criterion_of, model_kwargs
 from .data import Data
 from .files import is_writer, read_json, write_json
 from .masks import full_masks, shuffled_masks
-from .processes import alone, place
+from .processes import apart
 from .prunable import prunable_names
 from .pruner import Parallel, refuse_split
 from .recipe import Recipe, RetrainSettings, load_recipe
@@ -99,7 +99,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
             f"training.model_ema: an average of soft masks is no mask; set it to false for {pruner.method.name}"
         )
     trainers = Trainers(recipe, model, data)
-    pruner.parallel = _parallel(recipe, trainers)
+    pruner.parallel, pruner.processes_per_run = _parallel(recipe, trainers), recipe.processes_per_run
     if trainers.of(recipe.parallel == "runs").splits:
         refuse_split(pruner.method)
     claim_folder(folder, recipe, "search")  # only now: a recipe that cannot be built leaves no folder behind
@@ -108,8 +108,8 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     with RichProgress(console, None if pruner.runs is None else pruner.runs + extra) as progress:
         for run in pruner:
             progress.replayed(pruner.replayed, folder)
-            with alone(run.alone):
-                trainers.of(run.alone).fit(run, folder / run.name, progress)
+            with apart(run.processes):
+                trainers.of(run.processes is not None).fit(run, folder / run.name, progress)
             progress.end(run)
         progress.replayed(pruner.replayed, folder)
         ticket = pruner.ticket
@@ -118,11 +118,12 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
                 model = build_model(recipe, data.num_classes)
                 subnet = Subnet(model, subnet.names)
             trainers = Trainers(recipe, model, data)
-        # Where runs were handed out, one process trains the ticket too: then no number depends on how many there were.
+        # Where runs were handed out, one group trains the ticket too: then no number depends on how many there were.
         dense = recipe.dense and not pruner.trained_dense
-        side_by_side = dense and not pruner.method.ends_trained and _hands_out(pruner.parallel, 2)
+        side_by_side = dense and not pruner.method.ends_trained and _hands_out(pruner.parallel, 2, trainers.groups)
         by_itself = pruner.handed_out or side_by_side
-        experiment = Trainings(folder, trainers.of(by_itself), subnet, progress, ticket.metadata, alone=by_itself)
+        processes = recipe.processes_per_run if by_itself else None
+        experiment = Trainings(folder, trainers.of(by_itself), subnet, progress, ticket.metadata, processes=processes)
         if dense:
             experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0, by=1)
         experiment = replace(experiment, retrain=recipe.retrain, pretrained=ticket.pretrained)
@@ -273,8 +274,9 @@ def _transfer(
     fresh = Subnet(model, ()).state()
     moved = given.transfer_(model)
     trainers = Trainers(recipe, model, data)
-    by_itself = _hands_out(_parallel(recipe, trainers), 1 + len({"dense", "random"}.intersection(controls)))
-    trainer = trainers.of(by_itself)
+    trained = 1 + len({"dense", "random"}.intersection(controls))
+    by_itself = _hands_out(_parallel(recipe, trainers), trained, trainers.groups)
+    trainer, processes = trainers.of(by_itself), recipe.processes_per_run if by_itself else None
     claim_folder(folder, recipe, kind)
     if recompute_batch_norm:
         device = trainer.accelerator.device
@@ -289,7 +291,7 @@ def _transfer(
     wanted = [name for name in starts if name == "ticket" or name in controls]
     subnet = Subnet(model, tuple(moved.masks))
     with RichProgress(console, len(wanted)) as progress:
-        experiment = Trainings(folder, trainer, subnet, progress, moved.metadata, alone=by_itself)
+        experiment = Trainings(folder, trainer, subnet, progress, moved.metadata, processes=processes)
         for number, name in enumerate(wanted):
             retrain = RetrainSettings() if name == "dense" else recipe.retrain
             source = moved.pretrained if name == "ticket" else None
@@ -315,9 +317,9 @@ def _parallel(recipe: Recipe, trainers: Trainers) -> Parallel:
     return "data" if spans and recipe.parallel == "auto" else recipe.parallel
 
 
-def _hands_out(parallel: Parallel, count: int) -> bool:
-    """Whether each process trains its own of so many independent trainings, instead of all of them each together."""
-    return parallel == "runs" or (parallel == "auto" and count >= place()[1] > 1)
+def _hands_out(parallel: Parallel, count: int, groups: int) -> bool:
+    """Whether each group trains its own of so many independent trainings, instead of all processes each together."""
+    return groups > 1 and (parallel == "runs" or (parallel == "auto" and count >= groups))
 
 
 def _check_tweaks(recipe: Recipe, model: nn.Module) -> None:

@@ -1,9 +1,9 @@
-"""Processes: which one this is among several, working alone for a while, waiting for the others, and their death."""
+"""Processes: which one this is among several, working apart for a while, waiting for the others, and their death."""
 
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env
 
-from .settings import TrainingError
+from .settings import SettingError, TrainingError
 from .stop import Stopped, stop_asked
 
 # A collective waits so long for a process that is silent without having closed its connections, as after a power cut.
@@ -21,8 +21,11 @@ PATIENCE = timedelta(minutes=15)
 _LOST = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|nccl|gloo.*(closed|reset)|socket", re.IGNORECASE
 )
-_alone = False
-_waiting: Any = None
+# While this process works apart: its number among those it works with and how many they are; and the same of all.
+_near: tuple[int, int] | None = None
+_all: tuple[int, int] | None = None
+_formed: dict[tuple[Any, int], Any] = {}  # this process's group of several, by all processes' group and its size
+_waiting: dict[Any, Any] = {}  # the group that waits, by the group it waits for
 
 
 def join_processes() -> PartialState:
@@ -37,50 +40,107 @@ def join_processes() -> PartialState:
 
 def rank() -> int:
     """Number of this process among those that work together; 0 while it works alone."""
-    return 0 if _alone else place()[0]
+    return (_near or place())[0]
 
 
 def world_size() -> int:
     """How many processes work together; 1 while this one works alone."""
-    return 1 if _alone else place()[1]
+    return (_near or place())[1]
 
 
 def place() -> tuple[int, int]:
-    """Number of this process, and how many there are, whether or not it now works alone."""
+    """Number of this process, and how many there are, whether or not it now works apart."""
+    if _all is not None:
+        return _all
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-@contextmanager
-def alone(really: bool = True) -> Iterator[None]:
-    """Work as if there were no other process: nothing is split, gathered or waited for, and this one writes.
+def groups_of(size: int) -> tuple[int, int]:
+    """Number of this process's group, and how many there are, where the processes are divided into groups of so many.
 
-    An Accelerator that is created in such a block is to be used in such blocks only.
+    While this process works apart, its group is the only one. Every process has to call this, in the same order as
+    whatever else they do together: the first call connects those of a group.
 
     Args:
-        really: False to change nothing.
+        size: Processes of one group; no matter for a single process, which is a group.
+
+    Raises:
+        SettingError: The processes cannot be divided so.
     """
-    global _alone
-    if not really or world_size() == 1:
+    number, count = place()
+    if _near is not None or count == 1:
+        return 0, 1
+    if count % size:
+        valid = ", ".join(str(one) for one in range(1, count + 1) if count % one == 0)
+        raise SettingError(
+            f"processes_per_run: {size} does not divide the {count} processes into groups; set it to one of {valid}, "
+            f"or start a multiple of {size} processes"
+        )
+    if 1 < size < count and (whole := (torch.distributed.group.WORLD, size)) not in _formed:
+        for first in range(0, count, size):  # torch wants every process in the making of every group
+            members = [*range(first, first + size)]
+            group = torch.distributed.new_group(members, timeout=PATIENCE)
+            waiting = _patient_group(members)
+            if number in members:
+                _formed[whole], _waiting[group] = group, waiting
+    return number // size, count // size
+
+
+@contextmanager
+def apart(size: int | None = 1) -> Iterator[None]:
+    """Work in this process's group of so many as if there were no other process: the first of the group writes.
+
+    Nothing is split among, gathered from or waited for any but the group: torch's default process group, which DDP,
+    collectives and Accelerate take, is the group's. A DDP model or an Accelerator that is created in such a block is to
+    be used in such blocks only.
+
+    Args:
+        size: Processes of the group, neighbours by number; None to change nothing. The first block of a size above 1
+            connects the groups, as `groups_of` does, so every process has to get there. Within a block, the group
+            stays or is made one process.
+
+    Raises:
+        SettingError: The processes cannot be divided so.
+    """
+    global _near, _all
+    if size is None or (groups_of(size)[1] == 1 if _near is None else world_size() <= size):
         yield
         return
     join_processes()  # or the first to want it would make it in the block, of one process
+    whole = torch.distributed.group.WORLD
+    before = _near, _all
+    changed: dict[str, Any] = {"num_processes": size, "process_index": rank() % size}
+    if size == 1:
+        changed["distributed_type"] = DistributedType.NO
     # Accelerate has no public way to this; its two states are dicts that all their instances share.
     states: tuple[dict[str, Any], ...] = (PartialState._shared_state, AcceleratorState._shared_state)
-    changed = {"distributed_type": DistributedType.NO, "num_processes": 1, "process_index": 0}
-    before = [{key: state.get(key, states[0][key]) for key in changed} for state in states]
-    _alone = True
+    kept = [{key: state.get(key, states[0][key]) for key in changed} for state in states]
+    _near, _all = (rank() % size, size), place()
     try:
         for state in states:
             if state:
                 state.update(changed)
+        if size > 1:
+            torch.distributed.group.WORLD = _formed[whole, size]
         yield
     finally:
-        _alone = False
-        for state, values in zip(states, before, strict=True):
+        _near, _all = before
+        if size > 1:
+            torch.distributed.group.WORLD = whole
+        for state, values in zip(states, kept, strict=True):
             if state:
                 state.update(values)
+
+
+def alone(really: bool = True) -> AbstractContextManager[None]:
+    """Work as if there were no other process: `apart` in a group of one.
+
+    Args:
+        really: False to change nothing.
+    """
+    return apart(1 if really else None)
 
 
 def wait_for_others() -> None:
@@ -90,18 +150,22 @@ def wait_for_others() -> None:
         RuntimeError: Another process has died.
         Stopped: SIGTERM came while waiting.
     """
-    global _waiting
     if world_size() == 1:
         return
-    if _waiting is None:
-        # Collectives of the training are given minutes; and a wait must not occupy the GPU.
-        _waiting = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-    work: Any = torch.distributed.all_reduce(torch.zeros(1), group=_waiting, async_op=True)
+    whole = torch.distributed.group.WORLD
+    if whole not in _waiting:
+        _waiting[whole] = _patient_group()
+    work: Any = torch.distributed.all_reduce(torch.zeros(1), group=_waiting[whole], async_op=True)
     while not work.is_completed():
         if stop_asked():
             raise Stopped
         time.sleep(0.02)
     work.wait()
+
+
+def _patient_group(members: list[int] | None = None) -> Any:
+    """A group to wait in: collectives of the training are given minutes, and a wait must not occupy the GPU."""
+    return torch.distributed.new_group(members, backend="gloo", timeout=timedelta(days=30))
 
 
 def any_of(flags: Sequence[bool]) -> list[bool]:

@@ -20,7 +20,7 @@ from .files import appearing, is_writer, read_json, read_state, stored_state, wr
 from .lazy import Lazy
 from .masks import Masks, collapsed, keep_count, sparsity, total
 from .method import Method
-from .processes import alone, place, wait_for_others, world_size
+from .processes import apart, groups_of, wait_for_others, world_size
 from .prunable import prunable_names
 from .run import End, Run
 from .run_files import read_run, write_run
@@ -50,9 +50,11 @@ class Pruner(Iterator[Run]):
         trained_dense: Whether a run trained the whole network on everything.
         run: The run that was asked for last and has not ended; None before the first and after the last.
         parallel: Set it before iterating. Under several processes, ``runs`` asks each of them for its own runs of a
-            round only (`Run.alone`: train them without DDP, within `processes.alone`) and gathers the ends through the
+            round only (train each within `processes.apart`, given `Run.processes`) and gathers the ends through the
             folder, which all have to see; ``data`` asks every process for every run, to train it together; ``auto``
             does the first for rounds of several runs, the second for others.
+        processes_per_run: Set it before iterating, too: how many processes, neighbours by number, are asked for the
+            same run where runs are handed out, to train it together. The number of processes has to be a multiple.
         handed_out: Whether runs of a round went to different processes.
     """
 
@@ -68,6 +70,7 @@ class Pruner(Iterator[Run]):
         self.trained_dense = False
         self.run: Run | None = None
         self.parallel: Parallel = "data"
+        self.processes_per_run = 1
         self.handed_out = False
         self.metadata: dict[str, Any] = {
             "model": described,
@@ -263,8 +266,9 @@ class Pruner(Iterator[Run]):
 
     def _round(self, requests: list[Run]) -> Generator[Run, None, list[End]]:
         """Ask for a round's runs, as far as they are not written down, and give what all of them ended with."""
-        subnet, (rank, processes) = self.subnet, place()
-        hand_out = processes > 1 and (self.parallel == "runs" or (self.parallel == "auto" and len(requests) > 1))
+        subnet = self.subnet
+        mine, groups = (0, 1) if self.parallel == "data" else groups_of(self.processes_per_run)
+        hand_out = groups > 1 and (self.parallel == "runs" or len(requests) > 1)
         if hand_out and self.folder is None:
             raise SettingError(
                 "folder: runs that are handed out to several processes are gathered through one; create the pruner "
@@ -283,10 +287,10 @@ class Pruner(Iterator[Run]):
             run.epochs = run.epochs or self.method.epochs
             run.seed = self.method.seed
             run.start_epoch = self._start_epoch if run.from_rewind else 0.0
-            run.alone = hand_out
+            run.processes = self.processes_per_run if hand_out else None
         ends: dict[int, End] = {}
         for run in requests:
-            if hand_out and run.part % processes != rank:
+            if hand_out and run.part % groups != mine:
                 continue
             if (end := self._read(run)) is not None:
                 self._take_(end)
@@ -300,7 +304,7 @@ class Pruner(Iterator[Run]):
                 self.run = run
                 yield run
                 self.run = None
-                with alone(hand_out):
+                with apart(run.processes):
                     end = run.finish_()
                     _check_same(run.name, end.mask)
                     self._write(run, end)

@@ -224,6 +224,8 @@ class Recipe(_Part):
     parallel: Literal["auto", "runs", "data"] = "auto"
     """what several processes share in a search: 'runs' gives each its own runs of a round (all have to see the run
     folder), 'data' splits every batch, 'auto' does the first in rounds of several runs and the second in others"""
+    processes_per_run: Count = 1
+    """how many processes train a run together where runs are handed out; theirs has to be a multiple of this number"""
     dense: bool = True
     """train the dense network too, where no run of the search does: the line that tickets are compared with"""
     model: ModelSettings
@@ -272,7 +274,7 @@ class Recipe(_Part):
         Where the output goes, how often checkpoints are written and what several processes share do not. Workers do:
         in them each image draws its own augmentation, without them all draw from one stream.
         """
-        free = {"output", "source", "training.checkpoint_interval", "parallel"}
+        free = {"output", "source", "training.checkpoint_interval", "parallel", "processes_per_run"}
         return {key: value for key, value in _flat(self.plain()).items() if key not in free}
 
     @property

@@ -85,7 +85,8 @@ class Run:
         part: Number of the run within its round, from 0.
         name: Name of its folder.
         single: Whether it is the only run of its round.
-        alone: Whether one process trains it by itself, while others may train the other runs of its round.
+        processes: How many processes train it, by themselves (within `processes.apart`), while others may train the
+            other runs of its round; None where all of them train it.
         start_epoch: How far into the schedule the starting weights are, in epochs: late rewinding goes on from there.
         step: Optimizer steps taken.
         batches: Batches whose loss was taken: more than `step` under gradient accumulation.
@@ -115,7 +116,7 @@ class Run:
     part: int = 0
     name: str = "round_00"
     single: bool = True
-    alone: bool = False
+    processes: int | None = None
     start_epoch: float = 0.0
     step: int = 0
     batches: int = 0
@@ -134,6 +135,11 @@ class Run:
     def sparsity(self) -> float:
         """Sparsity of the mask now being trained, in [0, 1)."""
         return self.subnet.sparsity
+
+    @property
+    def alone(self) -> bool:
+        """Whether one process trains it by itself, while others may train the other runs of its round."""
+        return self.processes == 1
 
     @property
     def whole(self) -> bool:

@@ -70,8 +70,8 @@ class Trainer:
         if t.sync_bn and self.accelerator.num_processes > 1:
             if self.accelerator.device.type == "cpu":
                 raise SettingError(
-                    "training.sync_bn: torch's SyncBatchNorm refuses CPUs; set it to false, or parallel=runs so that "
-                    "each process trains runs of its own"
+                    "training.sync_bn: torch's SyncBatchNorm refuses CPUs; set it to false, or parallel=runs and "
+                    "processes_per_run=1 so that each process trains runs of its own"
                 )
             model = convert_sync_batchnorm(model)
         with building("data"):

@@ -7,7 +7,7 @@ from typing import Any
 from .data import Data
 from .files import appearing
 from .masks import Masks
-from .processes import alone, place, wait_for_others
+from .processes import apart, groups_of, wait_for_others
 from .recipe import Recipe, RetrainSettings
 from .registry import create_tweaks
 from .report import RichProgress
@@ -20,24 +20,32 @@ from .trainer import Trainer
 
 
 class Trainers:
-    """The trainer that all processes share, and the one that each has for itself; built when first wanted."""
+    """The trainer that all processes share, and the one that each group has for itself; built when first wanted.
+
+    Attributes:
+        groups: How many groups trainings may be handed out to.
+    """
 
     def __init__(self, recipe: Recipe, model: Any, data: Data):
         self._made = recipe, model, data
         self._kind: bool | None = None
+        self.groups = 1 if recipe.parallel == "data" else groups_of(recipe.processes_per_run)[1]
 
     def of(self, by_itself: bool) -> Trainer:
         """The one of these kinds; only the one used last is kept."""
-        by_itself = by_itself and place()[1] > 1
+        by_itself = by_itself and self.groups > 1
         if self._kind is not by_itself:
-            with alone(by_itself):
+            with apart(self._made[0].processes_per_run if by_itself else None):
                 self._kind, self._trainer = by_itself, Trainer(*self._made)
         return self._trainer
 
 
 @dataclass(frozen=True)
 class Trainings:
-    """Trainings that are not part of a search: a ticket's own and those of its controls, independent of one another."""
+    """Trainings that are not part of a search: a ticket's own and those of its controls, independent of one another.
+
+    `processes` is how many carry out each, while others carry out others; None where all of them carry out all.
+    """
 
     folder: Path
     trainer: Trainer
@@ -46,14 +54,13 @@ class Trainings:
     metadata: dict[str, Any]
     retrain: RetrainSettings = field(default_factory=RetrainSettings)
     pretrained: Pretrained | None = None
-    alone: bool = False
+    processes: int | None = None
 
     def train(self, name: str, *args: Any, by: int = 0, **kwargs: Any) -> None:
-        """As `_train`; where processes work alone, the one of this number does it, and `ended` waits for it."""
-        if not self.alone:
-            self._train(name, *args, **kwargs)
-        elif place()[0] == by % place()[1]:
-            with alone():
+        """As `_train`; where groups work apart, the one of this number does it, and `ended` waits for it."""
+        mine, groups = (0, 1) if self.processes is None else groups_of(self.processes)
+        if mine == by % groups:
+            with apart(self.processes):
                 self._train(name, *args, **kwargs)
 
     def ended(self, *names: str) -> list[dict[str, Any]]:

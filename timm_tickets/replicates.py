@@ -1,0 +1,149 @@
+"""Replicates: the same search once for each of several seeds, and the mean and spread of what they find."""
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import parse_flag_from_env
+from rich.console import Console
+from rich.table import Table
+
+from .experiment import Result, search
+from .files import appearing, is_writer, write_bytes
+from .processes import apart, groups_of, place, wait_for_others
+from .recipe import Recipe, load_recipe
+from .run_folder import RESULT, working_in
+from .settings import SettingError
+from .ticket import load_ticket
+
+SUMMARY = "seeds.csv"
+_MEASURED: tuple[str, ...] = ("sparsity", "test_top1", "dense_test_top1")
+
+
+def search_seeds(
+    recipe: str | Path | Recipe,
+    seeds: Sequence[int],
+    overrides: Sequence[str] = (),
+    *,
+    restart: bool = False,
+    console: Console | None = None,
+) -> list[Result]:
+    """Search a recipe's ticket once for each seed, and sum up; called again, continue where it stopped.
+
+    Each search is what `search` does with ``seed=S``, in the folder ``seed_S`` of the recipe's output; beside these
+    folders, ``seeds.csv`` has test top-1 (percent) of every ticket and its dense control, mean and standard deviation.
+    Several processes share the seeds as the recipe's ``parallel`` says: by ``runs``, and by ``auto`` where there are at
+    least as many seeds as groups of ``processes_per_run``, each group searches seeds of its own; else all search one
+    seed after the other together.
+
+    Args:
+        recipe: Name of a shipped recipe, path, or a loaded one.
+        seeds: Two seeds or more, none twice. A later call may have more of them.
+        overrides: Settings like ``pruner.sparsity=0.9``.
+        restart: Delete what earlier searches with these seeds left, and begin again.
+        console: Where progress and tables go, of the first process's seeds alone; standard output where None.
+
+    Returns:
+        What each seed's search left, in the order of the seeds.
+
+    Raises:
+        SettingError: Wrong seeds; else as `search`.
+        Stopped, TrainingError, OSError: As `search`.
+    """
+    seeds = tuple(seeds)
+    if len(seeds) < 2 or len({*seeds}) < len(seeds) or min(seeds) < 0:
+        raise SettingError(
+            f"seeds: {', '.join(map(str, seeds)) or 'none'} is not valid; give two different numbers or more, from 0 "
+            "on, such as 0,1,2, or set `seed` for a single one"
+        )
+    whole, console = load_recipe(recipe, overrides), console or Console()
+    each = [(f"seed={seed}", f"output={whole.folder / f'seed_{seed}'}") for seed in seeds]
+    recipes = [load_recipe(recipe, [*overrides, *one]) for one in each]
+    with working_in(whole.folder, partial(console.print, soft_wrap=True)):
+        mine, groups = _groups(whole, len(seeds))
+        told = console if place()[0] == 0 else Console(quiet=True)  # several at once would write over each other
+        if len({one.pruner["seed"] for one in recipes}) == 1:
+            fixed = f"pruner.seed: the recipe sets it to {whole.pruner['seed']}, whatever the seed"
+            told.print(f"{fixed}; leave it out to have it follow", soft_wrap=True)
+        for number, one in enumerate(recipes):
+            if number % groups == mine:
+                told.print(f"seed {one.seed}, {number + 1} of {len(seeds)}: {one.folder}", soft_wrap=True)
+                with apart(whole.processes_per_run if groups > 1 else None):
+                    search(one, restart=restart, console=told)
+        wait_for_others()
+        results = [_found(one) for one in recipes]
+        rows = [{"seed": one.seed, **_measured(found)} for one, found in zip(recipes, results, strict=True)]
+        over = {"mean": statistics.mean, "std": statistics.stdev}  # of a sample: divided by n - 1
+        rows += [{"seed": name, **{key: _over(how, rows, key) for key in _MEASURED}} for name, how in over.items()]
+        if is_writer():
+            _write(rows, whole.folder / SUMMARY)
+            _print(rows, console)
+    return results
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds of a list such as ``0,1,2``.
+
+    Raises:
+        SettingError: Something in it is no number.
+
+    >>> seeds_of("0,1,2")
+    [0, 1, 2]
+    """
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise SettingError(f"seeds: {text!r} is not valid; give numbers with commas between, such as 0,1,2") from None
+
+
+def _groups(recipe: Recipe, seeds: int) -> tuple[int, int]:
+    """Number of this process's group, and how many groups search seeds of their own; 1 where all search together."""
+    # What spans the processes is only handed out where that is asked for, as the runs of one search are.
+    spans = recipe.training.sync_bn or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if recipe.parallel == "data" or (recipe.parallel == "auto" and spans):
+        return 0, 1
+    mine, groups = groups_of(recipe.processes_per_run)
+    return (mine, groups) if recipe.parallel == "runs" or seeds >= groups else (0, 1)
+
+
+def _found(recipe: Recipe) -> Result:
+    """What a finished search has left, whichever process has done it."""
+    rows = appearing(recipe.folder / RESULT)["rows"]
+    return Result(recipe.folder, load_ticket(recipe.folder / f"{recipe.name}.ticket"), rows)
+
+
+def _measured(found: Result) -> dict[str, float | None]:
+    metadata = found.ticket.metadata
+    dense = metadata.get("dense", {}).get("test_top1")
+    values = (found.ticket.sparsity, metadata["metrics"]["test_top1"], dense)
+    return dict(zip(_MEASURED, values, strict=True))
+
+
+def _over(how: Callable[[list[Any]], float], rows: list[dict[str, Any]], key: str) -> float | None:
+    """One number for all seeds; None where one of them has none, as a search without a dense control."""
+    values = [row[key] for row in rows]
+    return None if None in values else how(values)
+
+
+def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ("seed", *_MEASURED), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def _print(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(box=None, header_style="bold")
+    for title in ("seed", "sparsity", "test top-1", "dense"):
+        table.add_column(title, justify="left" if title == "seed" else "right", no_wrap=True)
+    for row in rows:
+        sparsity, *scores = (row[key] for key in _MEASURED)
+        table.add_row(
+            str(row["seed"]), f"{sparsity:.4f}", *("" if score is None else f"{score:.2f}" for score in scores)
+        )
+    console.print(table)
