@@ -26,7 +26,7 @@ from torch.utils.data import (
 
 import timm_tickets as tt
 from timm_tickets.data import loader_of
-from timm_tickets.run import not_finite
+from timm_tickets.end import not_finite
 from timm_tickets.subset import Shuffled, labels_of
 
 

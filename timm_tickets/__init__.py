@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compare import difference, overlap, union
+    from .end import End
     from .experiment import search, train, transfer
     from .hub import push
     from .masks import Masks, intersect, layer_sparsities, shuffled_masks, sparsity
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
         register_tweak,
     )
     from .replicates import search_seeds
-    from .run import End, Rewind, Run
+    from .run import Rewind, Run
     from .settings import SettingError, TrainingError
     from .starts import Pretrained
     from .subnet import Subnet
@@ -43,7 +44,8 @@ _MODULES = {
     "method": ("Method", "OneShot"),
     "prunable": ("Part", "inspect_model", "prunable_names"),
     "pruner": ("Pruner",),
-    "run": ("End", "Rewind", "Run"),
+    "end": ("End",),
+    "run": ("Rewind", "Run"),
     "recipe": ("Recipe", "list_recipes", "load_recipe"),
     "registry": (
         *("create_pruner", "get_method", "list_pruners", "register_pruner"),

@@ -9,9 +9,10 @@ from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
 from .draws import MAX_SEED
+from .end import End
 from .lazy import Lazy
 from .masks import Distribution, Masks, Scope, keep_count, kept, prune, total
-from .run import End, Run
+from .run import Run
 from .settings import SettingError
 from .subnet import Subnet
 

@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .files import appearing, is_writer, read_json, read_state, stored_state, write_json, write_state
-from .lazy import Lazy
+from .end import End
+from .files import appearing
 from .masks import Masks, collapsed, keep_count, sparsity, total
 from .method import Method
 from .processes import apart, groups_of, wait_for_others, world_size
 from .prunable import prunable_names
-from .run import End, Run
-from .run_files import read_run, write_run
+from .run import Run
+from .run_files import begun, first_state, read_run, write_run
 from .settings import SettingError
 from .sharded import reshard_
 from .starts import Pretrained, cached_pretrained, digest
@@ -124,8 +124,7 @@ class Pruner(Iterator[Run]):
         """
         if self.folder is None:
             raise SettingError("folder: the first state is kept there; create the pruner with one, or copy the model")
-        stored = stored_state(self.folder / "start.safetensors")
-        return Lazy(self._shapes or stored, stored.__getitem__)  # in the model's order
+        return first_state(self.folder, self._shapes)
 
     def __next__(self) -> Run:
         if self._waiting is not None:
@@ -355,20 +354,7 @@ class Pruner(Iterator[Run]):
             return state
         shapes = {name: list(value.shape) for name, value in state.items()}
         identity = {**self.method.described(), "model": self.metadata["model"]["architecture"], "tensors": shapes}
-        found = read_json(self.folder / "pruner.json")
-        if found is not None:
-            changed = [key for key in identity if found.get(key) != identity[key]]
-            if changed:
-                told = "; ".join(f"{k}: {found.get(k)} there, {identity[k]} now" for k in changed if k != "tensors")
-                raise SettingError(
-                    f"{self.folder} holds another search ({told or 'its tensors differ'}); "
-                    "create the pruner with the settings it began with, or give it another folder"
-                )
-            return read_state(self.folder / "start.safetensors")
-        if is_writer():
-            write_state(self.folder / "start.safetensors", state)
-            write_json(self.folder / "pruner.json", identity)
-        return state
+        return begun(self.folder, identity, state)
 
     def _read(self, run: Run) -> End | None:
         return None if self.folder is None else read_run(self.folder / run.name)

@@ -1,8 +1,8 @@
-"""Run: one requested training, as a method asks for it and a trainer carries it out; and the end it comes to."""
+"""Run: one requested training, as a method asks for it and a trainer carries it out."""
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -12,11 +12,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .masks import Masks, Scores
+from .end import End, not_finite, plain_metrics
+from .masks import Scores
 from .settings import TrainingError
 from .sharded import reshard_
 from .subnet import State, Subnet, sharing
-from .subset import Selection, is_loader, subset_of
+from .subset import Selection, is_loader, slice_classes, subset_of
 from .tweak import Tweaks
 from .wrappers import mean_over_processes, plain_optimizer, reset_, separate_, share_buffers_
 
@@ -27,39 +28,6 @@ Rewind = Annotated[
         description="step the weights return to: '0ep' is their initialisation, '2ep' after 2 epochs, '500it' steps",
     ),
 ]
-
-
-@dataclass(eq=False)
-class End:
-    """What a run ended with: plain data on the CPU.
-
-    Attributes:
-        state: The state dict at the end, pruned weights zero; behind gates, weights as before them. Empty where the
-            run does not say that it `Run.reads` it.
-        mask: The mask at the end.
-        scores: What the method gathered in the run, or learned; as `state`.
-        rewind: The state at the run's rewind point, where it was asked to take one.
-        rewind_epoch: How far into training that point lies, in epochs; 0 where it was never reached.
-        metrics: Whatever the trainer measured.
-    """
-
-    state: Mapping[str, Tensor] = field(repr=False)
-    mask: Masks = field(repr=False)
-    scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    rewind: State | None = field(default=None, repr=False)
-    rewind_epoch: float = 0.0
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def weights(self) -> State:
-        """The prunable weights at the end of the run."""
-        return {name: self.state[name] for name in self.mask}
-
-    def keep_(self, parts: Collection[str]) -> "End":
-        """Copy these of ``state`` and ``scores``, which the model may still hold, and let go of the others."""
-        self.state = dict(self.state) if "state" in parts else {}
-        self.scores = dict(self.scores) if "scores" in parts else {}
-        return self
 
 
 @dataclass(eq=False)
@@ -228,7 +196,7 @@ class Run:
         if torch.is_grad_enabled():
             self._pending += 1
         if self.classes is not None:
-            output, target = _slice_classes(output, target, self.classes)
+            output, target = slice_classes(output, target, self.classes)
         if self.tweaks is not None:
             criterion = self.tweaks.criterion(criterion)
         loss = criterion(output, target)
@@ -358,37 +326,3 @@ def rewind_parts(point: str) -> tuple[int, str]:
     if found is None:
         raise ValueError(f"rewind: {point!r} is not valid; write epochs as '2ep' or optimizer steps as '500it'")
     return int(found[1]), found[2]
-
-
-def _slice_classes(output: Any, target: Tensor, classes: Sequence[int]) -> tuple[Any, Tensor]:
-    index = torch.as_tensor(classes, device=target.device)
-    if isinstance(output, tuple | list):
-        output = tuple(one[:, index] for one in output)
-    else:
-        output = output[:, index]
-    if target.ndim > 1:
-        part = target[:, index]
-        return output, part / part.sum(dim=1, keepdim=True)
-    order = index.argsort()
-    place = order[torch.searchsorted(index[order], target).clamp(max=len(classes) - 1)]
-    # On a GPU the check would wait for the device at every batch.
-    if target.device.type == "cpu" and not torch.equal(index[place], target):
-        raise ValueError(f"target: holds classes outside this run's {list(classes)}; train on `run.subset(loader)`")
-    return output, place
-
-
-def not_finite(state: Mapping[str, Tensor], strange: Mapping[str, Tensor]) -> str | None:
-    """Name of the first tensor with a NaN or an infinity in it that was not there at the start, in ``strange``.
-
-    Some models hold infinities for good: Gemma 4's clipping bounds before they are calibrated.
-    """
-    for name, value in state.items():
-        bad = ~value.isfinite()
-        if bad.any() and (name not in strange or (bad & (value != strange[name])).any()):
-            return name
-    return None
-
-
-def plain_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics as JSON types: scalar tensors and numpy numbers become Python's."""
-    return {str(key): value.item() if hasattr(value, "item") else value for key, value in metrics.items()}

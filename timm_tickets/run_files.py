@@ -1,15 +1,55 @@
-"""The files that a finished run leaves in its folder, and what it ended with read from them again."""
+"""The files that a search and its finished runs leave in its folder, read again by whoever continues it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from .checkpoint import remove_checkpoints
-from .files import is_writer, read_json, read_state, write_json, write_state
+from .end import End
+from .files import is_writer, read_json, read_state, stored_state, write_json, write_state
+from .lazy import Lazy
 from .masks import layer_sparsities, sparsity
-from .run import End, Run
+from .run import Run
+from .settings import SettingError
+from .subnet import State
 from .ticket import Ticket, load_ticket
+
+_IDENTITY, _FIRST = "pruner.json", "start.safetensors"
+
+
+def begun(folder: Path, identity: Mapping[str, Any], state: State) -> State:
+    """The state that a folder's search began with: this one where it begins now, which is then written down.
+
+    Args:
+        folder: The search's.
+        identity: What makes it this search, in JSON types.
+        state: The model as given.
+
+    Raises:
+        SettingError: The folder holds another search.
+    """
+    found = read_json(folder / _IDENTITY)
+    if found is None:
+        if is_writer():
+            write_state(folder / _FIRST, state)
+            write_json(folder / _IDENTITY, identity)
+        return state
+    changed = [key for key in identity if found.get(key) != identity[key]]
+    if changed:
+        told = "; ".join(f"{k}: {found.get(k)} there, {identity[k]} now" for k in changed if k != "tensors")
+        raise SettingError(
+            f"{folder} holds another search ({told or 'its tensors differ'}); "
+            "create the pruner with the settings it began with, or give it another folder"
+        )
+    return read_state(folder / _FIRST)
+
+
+def first_state(folder: Path, names: Iterable[str]) -> Lazy:
+    """The state that a folder's search began with, in the order of these names, each tensor read when it is wanted."""
+    stored = stored_state(folder / _FIRST)
+    return Lazy(names, stored.__getitem__)
 
 
 def write_run(folder: Path, run: Run, end: End, ticket: Ticket, baked: Mapping[str, Tensor] | None = None) -> None:

@@ -5,25 +5,21 @@ are exactly zero. Nothing is wrapped and no key is renamed; two hooks do the wor
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .gates import Gate, attach_, remove_
+from .hold import Holder, release_
 from .lazy import Lazy
 from .masks import Masks, Scores, full_masks, sparsity
-from .sharded import check_supported, is_split, load_state_, local, part, reshard_, whole
+from .sharded import check_supported, load_state_, local, part, reshard_, whole
 from .standardised import masked_
 from .starts import as_bytes
-from .wrappers import after_slow, after_step, plain_model, plain_optimizer
+from .wrappers import plain_model
 
 State = dict[str, Tensor]
-
-# The hooks now on each model, so that whoever attaches next takes over instead of adding a second set.
-_hooks: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
 class Subnet:
@@ -68,7 +64,7 @@ class Subnet:
             self._standardised += [(name, layer) for layer in layers if layer is not None]
         self._frozen: list[nn.Parameter] = []
         self._mask = full_masks(self.weights())
-        self._held: Masks | None = None  # copies on the weights' devices, only while hooks hold the masks
+        self._holder: Holder | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The prunable parameters by name, looked up afresh: wrappers such as FSDP2 replace the objects."""
@@ -127,8 +123,8 @@ class Subnet:
             gate.mask.copy_(self._mask[name])
         for name, layer in self._standardised:
             layer.prune_mask.copy_(self._mask[name])
-        if self._held is not None:
-            self._hold_masks_()
+        if self._holder is not None:
+            self._holder.take_(self._mask)
         self.changes += 1
         self.apply_()
 
@@ -269,10 +265,7 @@ class Subnet:
         self.load_(self.start)
 
     def hold_(self, optimizer: Any, then: Callable[[], None] | None = None) -> None:
-        """Keep pruned weights exactly zero from here on: their gradients before, their values after every step.
-
-        Both are needed to equal a parametrized mask bit for bit: with the gradient alone, momentum and decay move
-        pruned weights; with the weight alone, gradient clipping has counted their gradients in the norm.
+        """Keep pruned weights exactly zero from here on, as `hold.Holder` does.
 
         Args:
             optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
@@ -288,86 +281,12 @@ class Subnet:
                 "again, apply the ticket to it, shard it and train that"
             )
         self.release_()
-        check_supported(self.model)  # again: it may have been prepared since
-        parameters = self.parameters()
-        stepped = {id(p): p for group in plain_optimizer(optimizer).param_groups for p in group["params"]}
-        own = {id(p): p for p in self.model.parameters()}
-        strange = [p for key, p in stepped.items() if key not in own]
-        missing = {p.shape for key, p in own.items() if key not in stepped and is_split(p)}
-        if any(p.shape in missing and not is_split(p) for p in strange):
-            raise ValueError(
-                "optimizer: it has whole copies of parameters that FSDP2 has split, as they stand in the model after a "
-                "forward pass without a backward one; build it before, or call `model.reshard()` first"
-            )
-        if len(strange) == len(stepped):
-            raise ValueError(
-                "optimizer: it has none of this model's parameters, so it would train another model; "
-                "build it from the parameters of the model that the pruner was created with"
-            )
-        self._held = {}
-        self._hold_masks_()
-        hooks: list[Any] = [
-            parameter.register_post_accumulate_grad_hook(partial(self._mask_gradient, name))
-            for name, parameter in parameters.items()
-            if parameter.requires_grad and name not in self.gates
-        ]
-
-        @torch.no_grad()
-        def mask_weights(*_: Any) -> None:
-            # After a step FSDP2's parameters are parts already, and to make sure would walk through the whole model.
-            parameters = dict(self.model.named_parameters())
-            for name in self._held or ():
-                weight = parameters[name].detach()
-                local(weight).mul_(self._held_on(weight.device, name))
-
-        hooks.append(plain_optimizer(optimizer).register_step_post_hook(mask_weights))
-        # Slow weights remember what a mask that has since moved let through.
-        hooks += after_slow(optimizer, mask_weights)
-        if then is not None:
-            hooks.append(after_step(optimizer, then))
-        _hooks[self.model] = hooks
-
-    def _hold_masks_(self) -> None:
-        """Bring what the hooks hold up to date: nothing for gates, and for layers that keep everything."""
-        assert self._held is not None
-        parameters = self.parameters()
-        for name, mask in self._mask.items():
-            if name in self.gates or (name not in self._held and bool(mask.all())):
-                continue
-            now = part(mask, parameters[name])
-            if name in self._held:
-                self._held[name].copy_(now)
-            else:
-                self._held[name] = now.clone()
-
-    def _mask_gradient(self, name: str, parameter: Tensor) -> None:
-        # This hook must return None. On CPUs a product with a bool mask is vectorised, masked_fill_ is not.
-        if parameter.grad is None:
-            return
-        held = None if self._held is None or name not in self._held else self._held_on(parameter.grad.device, name)
-        if self.tap:
-            dense = parameter.grad.detach()
-            # Under accumulation, what was pruned has lost its earlier batches to the mask.
-            if held is not None and name in self.dense_gradients:
-                dense = dense.clone()
-                local(dense).add_(local(self.dense_gradients[name]).to(held.device) * ~held)
-            # On the host, where it will be ranked: on the device it would be a second gradient beside the masked one.
-            self.dense_gradients[name] = dense.clone() if is_split(dense) else dense.to("cpu", copy=True)
-        if held is not None:
-            local(parameter.grad).mul_(held)
-
-    def _held_on(self, device: torch.device, name: str) -> Tensor:
-        assert self._held is not None
-        held = self._held[name]
-        if held.device != device:  # the model moved after it was attached
-            held = self._held[name] = held.to(device)
-        return held
+        self._holder = Holder(self, optimizer, then)
 
     def release_(self) -> None:
         """Remove the hooks on this model, whoever put them there. The weights stay as they are."""
-        for hook in _hooks.pop(self.model, []):
-            hook.remove()
-        self._held = None
+        release_(self.model)
+        self._holder = None
         self.dense_gradients = {}
         self.tap = False
 

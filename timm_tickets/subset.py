@@ -219,3 +219,25 @@ class Shuffled(Sampler[int]):
             yield order[place]
         if self.before is not None:
             self.before(self.length)
+
+
+def slice_classes(output: Any, target: Tensor, classes: Sequence[int]) -> tuple[Any, Tensor]:
+    """Logits and targets as if the head had these classes only; soft targets are scaled to sum to 1 again.
+
+    Raises:
+        ValueError: A target of another class.
+    """
+    index = torch.as_tensor(classes, device=target.device)
+    if isinstance(output, tuple | list):
+        output = tuple(one[:, index] for one in output)
+    else:
+        output = output[:, index]
+    if target.ndim > 1:
+        part = target[:, index]
+        return output, part / part.sum(dim=1, keepdim=True)
+    order = index.argsort()
+    place = order[torch.searchsorted(index[order], target).clamp(max=len(classes) - 1)]
+    # On a GPU the check would wait for the device at every batch.
+    if target.device.type == "cpu" and not torch.equal(index[place], target):
+        raise ValueError(f"target: holds classes outside this run's {list(classes)}; train on `run.subset(loader)`")
+    return output, place

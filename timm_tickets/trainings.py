@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from .data import Data
+from .end import End, plain_metrics
 from .files import appearing
 from .masks import Masks
 from .processes import apart, groups_of, wait_for_others
 from .recipe import Recipe, RetrainSettings
 from .registry import create_tweaks
 from .report import RichProgress
-from .run import End, Run, plain_metrics
+from .run import Run
 from .run_files import write_run
 from .starts import Pretrained
 from .subnet import State, Subnet

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .end import not_finite
 from .files import is_writer, write_state
-from .run import Run, not_finite
+from .run import Run
 from .settings import TrainingError
 
 # On a GPU, asking whether a loss is finite waits for it: so ask only every so many steps.

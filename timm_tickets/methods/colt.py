@@ -11,11 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..end import End
 from ..lazy import Lazy
 from ..masks import Masks, Scope, keep_count, kept, revived, total
 from ..method import Method
 from ..registry import register_pruner
-from ..run import End, Run
+from ..run import Run
 from ..scores import magnitude
 from ..settings import SettingError
 from ..subnet import Subnet

@@ -11,12 +11,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..end import End
 from ..gates import SigmoidGate, new_scores
 from ..lazy import Lazy
 from ..masks import full_masks, revived
 from ..method import Method
 from ..registry import register_pruner
-from ..run import End, Rewind, Run
+from ..run import Rewind, Run
 from ..subnet import Subnet
 
 

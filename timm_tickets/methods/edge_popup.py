@@ -12,13 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from ..draws import SCORES, draw, frozen
+from ..end import End
 from ..gates import Gate, new_scores
 from ..lazy import Lazy
 from ..masks import Masks, Scope, kept, total
 from ..method import Method
 from ..prunable import norms
 from ..registry import register_pruner
-from ..run import End, Run
+from ..run import Run
 from ..scores import magnitude
 from ..sharded import local, part
 from ..subnet import Subnet
@@ -73,7 +74,8 @@ class EdgePopup(Method):
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         self.begin_(subnet)
-        yield [Run(after_step=lambda run: self.settle_(run.subnet), weight_decay=self.weight_decay, reads=())]
+        run = Run(after_step=lambda run: self.settle_(run.subnet), weight_decay=self.weight_decay, reads=())
+        (yield [run]).clear()  # its last mask need not wait for the ticket
         self.settle_(subnet)
         subnet.bake_()
         subnet.restart_()

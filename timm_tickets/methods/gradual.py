@@ -8,10 +8,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from ..end import End
 from ..masks import keep_count, kept, total
 from ..method import OneShot
 from ..registry import register_pruner
-from ..run import End, Run
+from ..run import Run
 from ..scores import magnitude
 from ..settings import SettingError
 from ..subnet import Subnet
@@ -37,7 +38,7 @@ class Gradual(OneShot):
             raise SettingError(f"pruner.begin: {self.begin} is not before end {self.end}; begin earlier")
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        yield [Run(after_step=self.step_, reads=())]
+        (yield [Run(after_step=self.step_, reads=())]).clear()
         # However long the run was, the asked sparsity is met.
         self.prune_(subnet, magnitude(subnet.weights_on_cpu()))
         subnet.restart_()

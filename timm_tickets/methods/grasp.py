@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..end import End
 from ..method import OneShot
 from ..registry import register_pruner
-from ..run import End, Run
+from ..run import Run
 from ..scores import grasp
 from ..subnet import Subnet
 from ..wrappers import mean_over_processes

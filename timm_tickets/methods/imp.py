@@ -8,10 +8,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from ..end import End
 from ..masks import Scope, keep_count, total
 from ..method import Method
 from ..registry import register_pruner
-from ..run import End, Rewind, Run
+from ..run import Rewind, Run
 from ..scores import magnitude
 from ..subnet import Subnet
 

@@ -12,13 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..end import End
 from ..gates import Gate, new_scores
 from ..lazy import Lazy
 from ..masks import full_masks
 from ..method import Method
 from ..prunable import classifier_names, norms
 from ..registry import register_pruner
-from ..run import End, Run
+from ..run import Run
 from ..scores import magnitude
 from ..starts import is_pretrained, pretrained_tag
 from ..subnet import Subnet
@@ -79,7 +80,7 @@ class Jackpot(Method):
         tag = pretrained_tag(subnet.model)
         subnet.origin = {"start": "pretrained", "tag": tag} if tag else {}
         subnet.load_scores_(Lazy(masks, lambda n: torch.ones(masks[n].shape).masked_fill(~masks[n], self.low_score)))
-        yield [Run(after_step=self.step_, weight_decay=self.weight_decay, reads=())]
+        (yield [Run(after_step=self.step_, weight_decay=self.weight_decay, reads=())]).clear()
         subnet.bake_()
         subnet.restart_()
 

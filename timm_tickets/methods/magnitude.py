@@ -5,9 +5,10 @@ Source: Han et al. 2015, 1506.02626, without its retraining.
 
 from collections.abc import Generator
 
+from ..end import End
 from ..method import OneShot
 from ..registry import register_pruner
-from ..run import End, Run
+from ..run import Run
 from ..scores import magnitude
 from ..subnet import Subnet
 

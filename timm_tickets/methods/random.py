@@ -5,9 +5,10 @@ Source: as a baseline, Frankle & Carbin 2018, 1803.03635, section 2; Liu et al. 
 
 from collections.abc import Generator
 
+from ..end import End
 from ..method import OneShot
 from ..registry import register_pruner
-from ..run import End, Run
+from ..run import Run
 from ..scores import random
 from ..subnet import Subnet
 

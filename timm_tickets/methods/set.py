@@ -9,10 +9,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
+from ..end import End
 from ..masks import Distribution, exchange
 from ..method import OneShot
 from ..registry import register_pruner
-from ..run import End, Run
+from ..run import Run
 from ..scores import magnitude, random
 from ..seeds import seed_from
 from ..sharded import local, part
@@ -37,7 +38,7 @@ class SET(OneShot):
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         self.prune_(subnet, random(subnet.weights(), self.seed))
-        yield [Run(after_step=self.step_, reads=())]
+        (yield [Run(after_step=self.step_, reads=())]).clear()
         subnet.restart_()
 
     def step_(self, run: Run) -> None:

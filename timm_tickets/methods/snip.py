@@ -11,10 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..end import End
 from ..method import OneShot
 from ..processes import world_size
 from ..registry import register_pruner
-from ..run import End, Run
+from ..run import Run
 from ..scores import snip
 from ..subnet import Subnet
 

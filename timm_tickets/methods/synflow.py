@@ -8,10 +8,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from ..end import End
 from ..masks import keep_count, kept, total
 from ..method import OneShot
 from ..registry import register_pruner
-from ..run import End, Run
+from ..run import Run
 from ..scores import synflow
 from ..settings import SettingError
 from ..subnet import Subnet
