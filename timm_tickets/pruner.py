@@ -274,9 +274,9 @@ class Pruner(Iterator[Run]):
                 "with a folder that all processes see, or set its parallel to 'data'"
             )
         self.handed_out |= hand_out
-        mask, base, scores = subnet.mask, None, {}
+        mask, base, scores = {}, None, {}
         if len(requests) > 1:  # each begins where the first does
-            start = subnet.start or {}
+            mask, start = subnet.mask, subnet.start or {}
             shown = subnet.masked(start, {} if subnet.gates else mask)
             base, scores = sharing(subnet.present_state(), start, shown), subnet.scores()
         for part, run in enumerate(requests):

@@ -72,14 +72,12 @@ class Jackpot(Method):
         subnet.gate_(lambda name, weight: Gate(new_scores(weight), full[name], by_magnitude=False))
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        weights = subnet.weights_on_cpu()
         # One global magnitude threshold: it decides how many each layer keeps, for good, and the first mask.
-        masks = self.best(subnet, magnitude(weights))
-        subnet.set_mask_(masks)
+        subnet.set_mask_(self.best(subnet, magnitude(subnet.weights_on_cpu())))
+        subnet.load_scores_(Lazy(subnet.names, lambda name: torch.where(subnet.mask[name], 1.0, self.low_score)))
         # A claim only: a model knows its tag whether or not it was built with pretrained=True. The ticket checks it.
         tag = pretrained_tag(subnet.model)
         subnet.origin = {"start": "pretrained", "tag": tag} if tag else {}
-        subnet.load_scores_(Lazy(masks, lambda n: torch.ones(masks[n].shape).masked_fill(~masks[n], self.low_score)))
         (yield [Run(after_step=self.step_, weight_decay=self.weight_decay, reads=())]).clear()
         subnet.bake_()
         subnet.restart_()
