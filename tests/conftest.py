@@ -1,7 +1,16 @@
+import os
+
 import pytest
 import timm
 import torch
 from sklearn.datasets import load_digits
+
+
+def pytest_configure(config):
+    # Workers of pytest-xdist: with all cores each, they would wait for one another.
+    if hasattr(config, "workerinput"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+        torch.set_num_threads(1)
 
 
 @pytest.fixture

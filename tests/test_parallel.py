@@ -152,14 +152,15 @@ def test_by_data_each_process_trains_on_its_part_of_every_batch(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("of", [0, 1])
-@pytest.mark.parametrize("moment", [3, 40, 90])
-def test_killed_by_data_it_continues_to_what_as_many_processes_find(tmp_path, of, moment):
-    searched(tmp_path / "whole", IMP, 2)
-    done = searched(tmp_path / "killed", IMP, 2, moment=moment, of=of, check=False)
+@pytest.mark.parametrize(
+    ("processes", "moment", "of"), [(2, 3, 0), (2, 3, 1), (2, 40, 0), (2, 40, 1), (2, 90, 0), (2, 90, 1), (3, 40, 2)]
+)
+def test_killed_by_data_it_continues_to_what_as_many_processes_find(tmp_path, processes, moment, of):
+    searched(tmp_path / "whole", IMP, processes)
+    done = searched(tmp_path / "killed", IMP, processes, moment=moment, of=of, check=False)
     assert done.returncode != 0 or (tmp_path / "killed" / "result.json").exists()
     assert not running(tmp_path / "killed")
-    searched(tmp_path / "killed", IMP, 2)
+    searched(tmp_path / "killed", IMP, processes)
     same(tmp_path / "killed", tmp_path / "whole")
     assert not leftovers(tmp_path / "killed")
 
