@@ -36,11 +36,12 @@ images[:, 0, 0, 0] = torch.arange(48.0)
 data = TensorDataset(images, torch.arange(48) % 4)
 model = timm.create_model("test_efficientnet_gn", num_classes=4)
 pruner = tt.create_pruner("colt", model, sparsity=0.6, prune_rate=0.4, epochs=1, folder=sys.argv[1])
-pruner.parallel, pruner.processes_per_run = "runs", 2
+size = int(sys.argv[2])
+pruner.parallel, pruner.processes_per_run = "runs", size
 ddp, seen = None, {}
 for run in pruner:
     with apart(run.processes):
-        assert (rank(), world_size()) == (dist.get_rank(), dist.get_world_size()) == (number % 2, 2)
+        assert (rank(), world_size()) == (dist.get_rank(), dist.get_world_size()) == (number % size, size)
         assert place() == (number, count)
         ddp = ddp or DistributedDataParallel(model)
         optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.05, momentum=0.9))
@@ -51,12 +52,15 @@ for run in pruner:
             optimizer.zero_grad()
     assert (rank(), world_size()) == (dist.get_rank(), dist.get_world_size()) == place() == (number, count)
 try:
-    with apart(2):
+    with apart(2 if size == 2 else None):
+        if size == 1:
+            raise KeyError
         assert any_of([number == 0, number == 3]) == [number < 2, number > 1]
         wait_for_others()
         with alone():
             assert (rank(), world_size(), place()) == (0, 1, (number, count))
-        assert world_size() == 2
+            assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
+        assert world_size() == dist.get_world_size() == 2
         raise KeyError
 except KeyError:
     assert dist.get_world_size() == world_size() == count
@@ -89,13 +93,26 @@ def test_groups_of_two_find_what_two_processes_find(together, tmp_path):
     assert sorted(one["losses"] for one in told) == sorted(steps * 2)
 
 
-def test_a_loop_of_ones_own_trains_by_groups(tmp_path):
-    script = tmp_path / "loop.py"
+def by_loop(folder, processes, size):
+    """What each process tells of the loop."""
+    script = folder / "loop.py"
     script.write_text(LOOP)
-    line = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", str(script), str(tmp_path / "run")]
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(script)]
+    line += [str(folder / f"run_{processes}"), str(size)]
     done = subprocess.run([sys.executable, *line], env=ENV, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = [json.loads(one) for one in done.stdout.splitlines()]
+    return [json.loads(one) for one in done.stdout.splitlines()]
+
+
+def test_a_ddp_model_in_a_loop_of_ones_own_is_of_one_process_where_each_trains_alone(tmp_path):
+    (expected,) = by_loop(tmp_path, 1, 1)
+    mine, other = by_loop(tmp_path, 2, 1)
+    assert mine["ticket"] == other["ticket"] == expected["ticket"]
+    assert mine["seen"] | other["seen"] == expected["seen"]
+
+
+def test_a_loop_of_ones_own_trains_by_groups(tmp_path):
+    told = by_loop(tmp_path, 4, 2)
     assert len({one["ticket"] for one in told}) == 1
     shares = {}  # of each run, by process
     for one in told:
@@ -151,6 +168,8 @@ def test_processes_that_cannot_be_grouped_are_refused_before_anything_is_trained
         groups_of(size)
     with pytest.raises(tt.SettingError, match="does not divide"), apart(size):
         pass
+    with pytest.raises(tt.SettingError, match="processes_per_run: 0 is not valid"):
+        groups_of(0)
     valid = {4: "1, 2, 4", 3: "1, 3"}[count]
     assert f"set it to one of {valid}, or start a multiple of {size}" in str(told.value)
     with pytest.raises(tt.SettingError, match="processes_per_run"):

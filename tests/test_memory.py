@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import weakref
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_iter
 import timm_tickets as tt
 from timm_tickets import masks as m
 from timm_tickets.end import End
-from timm_tickets.gates import Gate, SigmoidSum
+from timm_tickets.gates import Gate, SigmoidGate, SigmoidSum
 from timm_tickets.scores import magnitude, random
 
 
@@ -170,6 +171,39 @@ def test_a_penalty_keeps_no_sigmoids_and_has_their_gradient_bit_for_bit():
     assert sum(size for size, _ in made.live.values()) == out.nbytes
     (out * 0.3).backward()
     assert torch.equal(score.grad, expected)
+
+
+def test_the_penalty_reaches_the_scores_last_and_not_before_the_layers_let_go():
+    def step(early):
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(16)))
+        pruner = tt.create_pruner("continuous_sparsification", model, sparsity=0.8, epochs=1, rewind="0ep")
+        run = next(pruner)
+        run.batches_per_epoch = 4
+        run.attach(torch.optim.SGD(model.parameters(), 0.1))
+        for gate in pruner.subnet.gates.values():
+            gate._sum = gate._sum if early else None
+        with Made() as made:
+            loss = run.loss(lambda output, _: output.square().sum(), model(torch.ones(4, 64)), torch.zeros(4))
+            loss.backward()
+        return made.peak, [gate.score.grad for gate in pruner.subnet.gates.values()]
+
+    torch.manual_seed(0)
+    peak, gradients = step(early=True)
+    torch.manual_seed(0)
+    late, expected = step(early=False)
+    assert all(map(torch.equal, gradients, expected))
+    assert peak < 0.8 * late
+
+
+def test_a_sum_made_before_its_scores_changed_is_not_used():
+    gate = SigmoidGate(torch.zeros(3), torch.ones(3, dtype=torch.bool))
+    gate.harden_(2.0)
+    with torch.no_grad():
+        gate.score.fill_(1)
+    assert gate.sum().item() == pytest.approx(3 / (1 + math.exp(-2)))
+    gate.harden_(2.0)
+    gate.score = nn.Parameter(torch.full((3,), 2.0))  # as wrappers do
+    assert gate.sum().item() == pytest.approx(3 / (1 + math.exp(-4)))
 
 
 def test_random_scores_are_the_same_in_whatever_order_they_are_read():

@@ -6,6 +6,7 @@ import signal
 import statistics
 
 import pytest
+from rich.console import Console
 from test_cli import call
 from test_faults import leftovers, same
 from test_parallel import IMP, running, searched
@@ -63,6 +64,29 @@ def test_one_of_two_processes_is_killed_and_the_same_command_continues_to_the_sa
     assert "seed 0, 1 of 2" in first
     assert "std" in first
     assert other == ""  # lines of several processes would be mixed
+
+
+def test_a_restart_clears_every_seed_before_the_first_is_searched(monkeypatch, tmp_path):
+    recipe = tt.load_recipe("digits_magnitude", [*IMP[2:], "pruner.sparsity=0.8", "dense=false"])
+    folder = tmp_path / "runs #3: a"  # what YAML would read otherwise
+    recipe = recipe.model_copy(update={"output": folder})
+    first = tt.search_seeds(recipe, SEEDS, console=Console(quiet=True))
+    assert [one.folder for one in first] == [folder / "seed_0", folder / "seed_1"]
+    assert first[0].ticket.metadata["pruner"]["seed"] == 0
+    assert first[1].ticket.metadata["pruner"]["seed"] == 1
+    assert len(rows(folder)) == 4
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("timm_tickets.replicates.search", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tt.search_seeds(recipe, SEEDS, restart=True, console=Console(quiet=True))
+    assert not list(folder.rglob("result.json"))
+    assert not (folder / "seeds.csv").exists()
+    again = tt.search_seeds(recipe, SEEDS, console=Console(quiet=True))
+    assert [one.ticket.fingerprint for one in again] == [one.ticket.fingerprint for one in first]
 
 
 @pytest.mark.slow

@@ -444,3 +444,69 @@ def test_a_ticket_asked_for_before_iterating(model):
     pruner = tt.create_pruner("imp", model, sparsity=0.5, prune_rate=0.5)
     assert pruner.ticket.sparsity == 0
     assert [run.index for run in pruner] == [0]
+
+
+def test_a_ticket_in_the_middle_of_a_run_starts_where_its_values_are(model):
+    pruner = tt.create_pruner("imp", model, sparsity=0.5, prune_rate=0.5, epochs=3, rewind="1ep")
+    run = next(pruner)
+    run.batches_per_epoch = 2
+    optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1))
+    epochs = []
+    for _ in range(4):
+        model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        epochs.append(pruner.ticket.metadata["start_epoch"])
+    assert epochs == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_only_the_process_that_writes_needs_the_folder(model, monkeypatch, tmp_path):
+    for module in ("pruner", "run_files"):
+        monkeypatch.setattr(f"timm_tickets.{module}.is_writer", lambda: False)
+    pruner = tt.create_pruner("gradual", model, sparsity=0.5, epochs=1, interval=1, folder=tmp_path)
+    run = next(pruner)
+    run.batches_per_epoch = 1
+    optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1))
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    assert next(pruner, None) is None
+    assert pruner.ticket.sparsity == pytest.approx(0.5, abs=1e-4)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("unregister")
+def test_what_a_third_party_method_gets_wrong_is_said(model):
+    @tt.register_pruner("reads_weights")
+    class ReadsWeights(tt.Method):
+        def search(self, subnet):
+            yield [tt.Run(reads=("weights",))]
+
+    with pytest.raises(ValueError, match=r"'weights'.*'state' and 'scores'"):
+        next(tt.create_pruner("reads_weights", model, sparsity=0.5))
+
+    @tt.register_pruner("no_values")
+    class NoValues(tt.OneShot):
+        ends_trained = True
+
+        def search(self, subnet):
+            self.prune_(subnet, subnet.weights_on_cpu())
+            yield from ()
+
+    with pytest.raises(RuntimeError, match=r"call `subnet.restart_\(\)`"):
+        tt.create_pruner("no_values", model, sparsity=0.5).ticket  # noqa: B018
+
+    @tt.register_pruner("own_tensors")
+    class OwnTensors(tt.OneShot):
+        ends_trained = True
+
+        def search(self, subnet):
+            self.prune_(subnet, subnet.weights_on_cpu())
+            subnet.start = dict(subnet.model.state_dict())
+            yield from ()
+
+    ticket = tt.create_pruner("own_tensors", model, sparsity=0.5).ticket
+    before = ticket.fingerprint
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert ticket.fingerprint == before

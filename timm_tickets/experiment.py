@@ -301,7 +301,7 @@ def _transfer(
                 moved.metadata["metrics" if name == "ticket" else "dense"] = metrics
     rows = records(folder)
     if "native" in controls:
-        searched = search(native, [f"output={folder / 'native'}", "dense=false"], console=console)
+        searched = search(native.model_copy(update={"output": folder / "native", "dense": False}), console=console)
         rows.append({**searched.rows[-1], "name": "native"})
     if is_writer():
         moved.save(folder / f"{recipe.name}.ticket")

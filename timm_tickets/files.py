@@ -21,7 +21,7 @@ _APPEARS = 180
 
 
 def is_writer() -> bool:
-    """Whether this process is the one that writes: rank 0, or one that works alone."""
+    """Whether this process is the one that writes: the first of those that now work together."""
     return rank() == 0
 
 

@@ -24,7 +24,7 @@ def new_scores(weight: Tensor, size: int | None = None) -> Tensor:
 class Gate(nn.Module):
     """``weight * scale * mask``, whose gradient reaches the scores straight through the mask.
 
-    The mask is whatever was last copied into it; a method computes it from the scores after each step. With
+    A method computes the mask from the scores after each step, and gives it to `Subnet.set_mask_`. With
     ``by_magnitude`` the gradient is ``dL/ds = sign(s) * w * scale * dL/d(w m)`` (Ramanujan et al. 2020, 1911.13299,
     with scores ranked by |s|), without it ``dL/ds = w * scale * dL/d(w m)`` (Zhang et al. 2021, 2104.08700).
 
@@ -131,7 +131,8 @@ class SigmoidGate(Gate):
         if is_split(self.score):
             return
         # Backward goes by age. From a sum that is older than the forward pass it reaches the scores last, when the
-        # layers have let go of what they held; otherwise all their gradients come first and wait beside that.
+        # layers have let go of what they held; otherwise all their gradients come first and wait beside that. So it is
+        # for the first batch of a step; under accumulation the gradients wait there anyway.
         with torch.enable_grad():
             self._sum = SigmoidSum.apply(self.beta, self.score), self._now()
 

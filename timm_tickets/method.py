@@ -56,8 +56,8 @@ class Method:
         """Yield rounds, receive their ends; leave the subnet rewound and masked.
 
         On entry the subnet's mask keeps everything and its rewind point is the model as it was given; a method that
-        `ends_trained` has none. A round's ends come in a list of their own: pop one to be free to let go of it before
-        the next round.
+        `ends_trained` has none. A round's ends come in a list that is the method's own: it is held until the next
+        round is asked for, so ``end = (yield [run]).pop()`` is what lets ``del end`` free it before.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it searches")
 

@@ -39,12 +39,12 @@ def join_processes() -> PartialState:
 
 
 def rank() -> int:
-    """Number of this process among those that work together; 0 while it works alone."""
+    """Number of this process among those that it now works together with."""
     return (_near or place())[0]
 
 
 def world_size() -> int:
-    """How many processes work together; 1 while this one works alone."""
+    """How many processes now work together, this one among them."""
     return (_near or place())[1]
 
 
@@ -70,6 +70,8 @@ def groups_of(size: int) -> tuple[int, int]:
         SettingError: The processes cannot be divided so.
     """
     number, count = place()
+    if size < 1:
+        raise SettingError(f"processes_per_run: {size} is not valid; it is how many processes train a run, at least 1")
     if _near is not None or count == 1:
         return 0, 1
     if count % size:
@@ -102,9 +104,13 @@ def apart(size: int | None = 1) -> Iterator[None]:
             stays or is made one process.
 
     Raises:
-        SettingError: The processes cannot be divided so.
+        SettingError: The processes cannot be divided so, or are in groups of another size already.
     """
     global _near, _all
+    if size is not None and _near is not None and 1 < size < world_size():
+        raise SettingError(
+            f"processes_per_run: groups of {size} cannot be made within one of {world_size()}; leave that block before"
+        )
     if size is None or (groups_of(size)[1] == 1 if _near is None else world_size() <= size):
         yield
         return
@@ -122,16 +128,22 @@ def apart(size: int | None = 1) -> Iterator[None]:
         for state in states:
             if state:
                 state.update(changed)
-        if size > 1:
-            torch.distributed.group.WORLD = _formed[whole, size]
+        torch.distributed.group.WORLD = _formed[whole, size] if size > 1 else _by_itself(whole)
         yield
     finally:
         _near, _all = before
-        if size > 1:
-            torch.distributed.group.WORLD = whole
+        torch.distributed.group.WORLD = whole
         for state, values in zip(states, kept, strict=True):
             if state:
                 state.update(values)
+
+
+def _by_itself(whole: Any) -> Any:
+    """The group of this process, which no other has to help making."""
+    if (whole, 1) not in _formed:
+        me = torch.distributed.get_rank()
+        _formed[whole, 1] = torch.distributed.new_group([me], timeout=PATIENCE, use_local_synchronization=True)
+    return _formed[whole, 1]
 
 
 def alone(really: bool = True) -> AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .end import End
-from .files import appearing
+from .files import appearing, is_writer
 from .masks import Masks, collapsed, keep_count, sparsity, total
 from .method import Method
 from .processes import apart, groups_of, wait_for_others, world_size
@@ -25,7 +25,7 @@ from .prunable import prunable_names
 from .run import Run
 from .run_files import begun, first_state, read_run, write_run
 from .settings import SettingError
-from .sharded import reshard_
+from .sharded import local, reshard_
 from .starts import Pretrained, cached_pretrained, digest
 from .subnet import State, Subnet, sharing
 from .ticket import Ticket, describe_model
@@ -78,7 +78,6 @@ class Pruner(Iterator[Run]):
         }
         self._begun = self._ended = False
         self._shapes: dict[str, Any] = {}
-        self._start_epoch = 0.0
         self._looked, self._pretrained = False, None
         self._collapsed: list[str] = []
         self._failure: BaseException | None = None
@@ -100,20 +99,34 @@ class Pruner(Iterator[Run]):
     def ticket(self) -> Ticket:
         """The ticket: at the end of the search the one that was asked for, before it the one the mask now gives.
 
-        At the end its values are the subnet's rewind point itself, and its masks the subnet's; before, copies.
+        At the end the subnet's rewind point becomes its values, zero where pruned, and its masks are the subnet's;
+        before, they are copies. Under FSDP2 every process has to ask.
+
+        Raises:
+            RuntimeError: The search ended without a rewind point.
         """
         self._start()
         subnet, start = self.subnet, self.subnet.start
         if not self._ended:
             start = subnet.baked_state() if start is None else start
-            ticket = self._ticket(subnet.mask, start, self._start_epoch)
-            return Ticket.from_state(ticket.values, ticket.masks, ticket.metadata)
-        assert start is not None
+            ticket = self._ticket(subnet.mask, start, subnet.start_epoch)
+            return replace(
+                Ticket.from_state(ticket.values, ticket.masks, ticket.metadata), pretrained=ticket.pretrained
+            )
+        if start is None:
+            raise RuntimeError(
+                f"{self.method.name} ended without a rewind point, so its ticket has no values; a method that ends "
+                "trained has to call `subnet.restart_()` at the end of its search"
+            )
         # Nobody will rewind to what is pruned now: the start itself becomes the ticket, which is as large.
         values = subnet.masked(start, subnet.mask)
+        live = {_memory(value) for value in map(local, subnet.model.state_dict().values()) if value.is_cpu}
         for name in start:
-            start[name].copy_(values[name])
-        return replace(self._ticket(subnet.mask, start, self._start_epoch), values=dict(start))
+            if _memory(start[name]) in live:  # a method has made the model's own tensors the start
+                start[name] = values[name].clone()
+            else:
+                start[name].copy_(values[name])
+        return replace(self._ticket(subnet.mask, start, subnet.start_epoch), values=dict(start))
 
     @property
     def first_state(self) -> Mapping[str, Tensor]:
@@ -121,6 +134,7 @@ class Pruner(Iterator[Run]):
 
         Raises:
             SettingError: It has no folder; the search keeps no copy that it does not need.
+            FileNotFoundError: It has not begun.
         """
         if self.folder is None:
             raise SettingError("folder: the first state is kept there; create the pruner with one, or copy the model")
@@ -232,8 +246,6 @@ class Pruner(Iterator[Run]):
                 return
             ends = None  # they are models: none stays while others are trained
             ends = yield from self._round(requests)
-            if ends[0].rewind is not None:
-                self._start_epoch = ends[0].rewind_epoch
             self.rounds_done += 1
 
     def _check_layers(self) -> None:
@@ -281,11 +293,13 @@ class Pruner(Iterator[Run]):
             base, scores = sharing(subnet.present_state(), start, shown), subnet.scores()
         for part, run in enumerate(requests):
             run.subnet, run.index, run.round, run.part = subnet, self.runs_done + part, self.rounds_done, part
+            if unknown := {*run.reads} - {"state", "scores"}:
+                raise ValueError(f"reads: {sorted(unknown)} is no part of an end; a run may read 'state' and 'scores'")
             run.single = base is None
             run.name = f"round_{run.round:02d}" + ("" if run.single else f"_part_{part}")
             run.epochs = run.epochs or self.method.epochs
             run.seed = self.method.seed
-            run.start_epoch = self._start_epoch if run.from_rewind else 0.0
+            run.start_epoch = subnet.start_epoch if run.from_rewind else 0.0
             run.processes = self.processes_per_run if hand_out else None
         ends: dict[int, End] = {}
         for run in requests:
@@ -320,8 +334,9 @@ class Pruner(Iterator[Run]):
                         self._take_(end)  # where one process that trains them all would be
                     ends[run.part] = end.keep_(run.reads)
                     self._count(run, end)
-        if base is None and ends[0].rewind is not None:
-            subnet.start = ends[0].rewind
+        if ends[0].rewind is not None:
+            subnet.start_epoch = ends[0].rewind_epoch
+            subnet.start = ends[0].rewind if base is None else subnet.start
         return [ends[run.part] for run in requests]
 
     def _count(self, run: Run, end: End) -> None:
@@ -364,8 +379,10 @@ class Pruner(Iterator[Run]):
             return
         subnet = self.subnet
         baked = subnet.baked_state() if subnet.gates else None
+        if not is_writer():  # the folder may be the writer's alone
+            return
         start = end.rewind or subnet.start or self.first_state
-        ticket = self._ticket(end.mask, start, end.rewind_epoch or self._start_epoch)
+        ticket = self._ticket(end.mask, start, end.rewind_epoch or subnet.start_epoch)
         write_run(self.folder / run.name, run, end, ticket, baked)
 
     def _ticket(self, mask: Masks, start: Mapping[str, Tensor], start_epoch: float) -> Ticket:
@@ -398,6 +415,10 @@ def refuse_split(method: Method) -> None:
             f"pruner: {method.name} reads gradients before `backward`, which FSDP2 does not give; search with DDP, or "
             "in one process, and train the ticket with FSDP2"
         )
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def _check_same(name: str, masks: Masks) -> None:

@@ -225,7 +225,7 @@ class Recipe(_Part):
     """what several processes share in a search: 'runs' gives each its own runs of a round (all have to see the run
     folder), 'data' splits every batch, 'auto' does the first in rounds of several runs and the second in others"""
     processes_per_run: Count = 1
-    """how many processes train a run together where runs are handed out; theirs has to be a multiple of this number"""
+    """how many processes train a run together where runs are handed out: a divisor of the number of processes"""
     dense: bool = True
     """train the dense network too, where no run of the search does: the line that tickets are compared with"""
     model: ModelSettings

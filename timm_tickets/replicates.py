@@ -16,7 +16,7 @@ from .experiment import Result, search
 from .files import appearing, is_writer, write_bytes
 from .processes import apart, groups_of, place, wait_for_others
 from .recipe import Recipe, load_recipe
-from .run_folder import RESULT, working_in
+from .run_folder import RESULT, check_folder, working_in
 from .settings import SettingError
 from .ticket import load_ticket
 
@@ -61,9 +61,15 @@ def search_seeds(
             "on, such as 0,1,2, or set `seed` for a single one"
         )
     whole, console = load_recipe(recipe, overrides), console or Console()
-    each = [(f"seed={seed}", f"output={whole.folder / f'seed_{seed}'}") for seed in seeds]
-    recipes = [load_recipe(recipe, [*overrides, *one]) for one in each]
+    # A loaded recipe's pruner has been given the recipe's seed already.
+    follows = isinstance(recipe, Recipe) and whole.pruner["seed"] == whole.seed
+    recipes = []
+    for seed in seeds:
+        one = load_recipe(recipe, [*overrides, f"seed={seed}", *([f"pruner.seed={seed}"] if follows else [])])
+        recipes.append(one.model_copy(update={"output": whole.folder / f"seed_{seed}"}))
     with working_in(whole.folder, partial(console.print, soft_wrap=True)):
+        if restart:  # all at once: stopped now, it is continued without asking for a restart again
+            _clear(recipes, whole.folder, console)
         mine, groups = _groups(whole, len(seeds))
         told = console if place()[0] == 0 else Console(quiet=True)  # several at once would write over each other
         if len({one.pruner["seed"] for one in recipes}) == 1:
@@ -73,7 +79,7 @@ def search_seeds(
             if number % groups == mine:
                 told.print(f"seed {one.seed}, {number + 1} of {len(seeds)}: {one.folder}", soft_wrap=True)
                 with apart(whole.processes_per_run if groups > 1 else None):
-                    search(one, restart=restart, console=told)
+                    search(one, console=told)
         wait_for_others()
         results = [_found(one) for one in recipes]
         rows = [{"seed": one.seed, **_measured(found)} for one, found in zip(recipes, results, strict=True)]
@@ -98,6 +104,14 @@ def seeds_of(text: str) -> list[int]:
         return [int(word) for word in text.split(",")]
     except ValueError:
         raise SettingError(f"seeds: {text!r} is not valid; give numbers with commas between, such as 0,1,2") from None
+
+
+def _clear(recipes: Sequence[Recipe], folder: Path, console: Console) -> None:
+    for one in recipes:
+        with working_in(one.folder, partial(console.print, soft_wrap=True)):
+            check_folder(one.folder, one, "search", restart=True)
+    if is_writer():
+        (folder / SUMMARY).unlink(missing_ok=True)
 
 
 def _groups(recipe: Recipe, seeds: int) -> tuple[int, int]:

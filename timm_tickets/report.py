@@ -39,7 +39,7 @@ class RichProgress:
 
     def __init__(self, console: Console, trainings: int | None):
         self.console = console
-        self._tells = is_writer()  # a process that works alone later writes, but still only the first one tells
+        self._tells = is_writer()  # later the first of each group writes, but still only the first of all tells
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -105,11 +105,6 @@ class Run:
         return self.subnet.sparsity
 
     @property
-    def alone(self) -> bool:
-        """Whether one process trains it by itself, while others may train the other runs of its round."""
-        return self.processes == 1
-
-    @property
     def whole(self) -> bool:
         """Whether this is a training on all classes and images."""
         return self.classes is None and self.data_part is None and self.limit is None
@@ -219,7 +214,7 @@ class Run:
     def _take_(self, state: State, reached: float) -> None:
         self._taken = state, reached
         if self.single:  # at once: together with the point before it would be two models
-            self.subnet.start = state
+            self.subnet.start, self.subnet.start_epoch = state, reached
 
     def _anneal(self) -> None:
         if self.tweaks is not None:

@@ -32,9 +32,11 @@ class Subnet:
     Attributes:
         model: The plain model.
         names: Names of the prunable weights, in the model's order.
-        gates: The gates before the weights, by name, while a search learns its masks.
+        gates: The gates before the weights, by name, while a search learns its masks; `set_mask_` sets theirs.
         start: The rewind point: a state dict on the CPU. None until a pruner sets it, and while a method searches that
-            ends trained: it never rewinds, and a copy is a model's size.
+            ends trained: it never rewinds, and a copy is a model's size. At the end of a search it becomes the ticket,
+            zero where pruned.
+        start_epoch: How far into training the rewind point lies, in epochs.
         strange: Of the state that the search began with, the tensors with NaN or an infinity in them.
         notes: What a method has to tell of its search, one record after the other, in JSON types; kept in the ticket.
         origin: Where the start comes from, as a method knows it, in JSON types; `starts.Origin` describes it. A ticket
@@ -50,6 +52,7 @@ class Subnet:
         check_supported(self.model)
         self.names = tuple(names)
         self.start: State | None = None
+        self.start_epoch = 0.0
         self.strange: State = {}
         self.notes: list[dict[str, Any]] = []
         self.origin: dict[str, Any] = {}
@@ -208,7 +211,7 @@ class Subnet:
             for module, leaf in self._owners(name):
                 attach_(module, leaf, gate)
             self.gates[name] = gate
-            self._mask[name] = gate.mask.cpu()
+            self._mask[name] = gate.mask.to("cpu", copy=True)
 
     def freeze_(self, parameters: Iterable[nn.Parameter]) -> None:
         """Stop training these parameters until `bake_`."""
@@ -259,9 +262,15 @@ class Subnet:
         self.start = self.state()
 
     def rewind_(self) -> None:
-        """Return to the rewind point: weights, biases, normalisation and buffers; then apply the mask."""
+        """Return to the rewind point: weights, biases, normalisation and buffers; then apply the mask.
+
+        Within a run that has passed a rewind point of its own (`Run.rewind`), that is this point.
+        """
         if self.start is None:
-            raise RuntimeError("the subnet has no rewind point yet; a pruner sets `start` when its search begins")
+            raise RuntimeError(
+                "the subnet has no rewind point: a pruner sets `start` when its search begins, but not for a method "
+                "that ends trained; that calls `restart_` when the model has its ticket's values"
+            )
         self.load_(self.start)
 
     def hold_(self, optimizer: Any, then: Callable[[], None] | None = None) -> None:
