@@ -57,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # keeps that state from its beginning: whoever trains may change the model. One that ends trained has its ticket, values
 # 4 and mask 1, at the end only.
 NEEDS: dict[str, tuple[float, float, str]] = {
-    "imp": (13, 10, "device: + mask; host: start 4, trained weights to rank 4, masks 2"),
+    "imp": (13, 6, "device: + mask; host: start 4, masks 2, as the trained weights are ranked where they are"),
     "colt": (13, 15, "device: + mask; host: start 4, trained weights of two copies 8, mask 1, one of each copy 2"),
     "continuous_sparsification": (
         24,
@@ -78,7 +78,7 @@ NEEDS: dict[str, tuple[float, float, str]] = {
         "host: the ticket, more than the free half's scores 2 and masks 2",
     ),
     "jackpot": (17, 5, "as edge_popup: swaps stay within a layer"),
-    "gradual": (13, 6, "device: + mask; host: weights to rank 4, masks 2"),
+    "gradual": (13, 5, "device: + mask; host: the ticket, as weights are ranked where they are"),
     "set": (13, 5, "device: + mask; host: the ticket, as exchanges stay within a layer"),
     "rigl": (13, 6, "device: + mask; host: the dense gradient, which the step must not see, 4, masks 2"),
     "snip": (12, 10, "device: weight and gradient; host: start 4, scores 4, masks 2"),

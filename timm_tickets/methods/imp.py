@@ -36,11 +36,11 @@ class IMP(Method):
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         remaining = total(subnet.mask)
         for round, keep in enumerate(self.kept_counts(subnet)):
-            (end,) = yield [Run(reads=("state",), rewind=self.rewind if round == 0 else None, from_rewind=round > 0)]
-            subnet.set_mask_(self.pruned_masks(subnet.mask, magnitude(end.weights), remaining - keep, self.scope))
+            yield [Run(reads=(), rewind=self.rewind if round == 0 else None, from_rewind=round > 0)]
+            trained = magnitude(subnet.weights_on_cpu())
+            subnet.set_mask_(self.pruned_masks(subnet.mask, trained, remaining - keep, self.scope))
             subnet.rewind_()
             remaining = keep
-            del end  # a model, which need not wait for the next one
 
     def kept_counts(self, subnet: Subnet) -> list[int]:
         """Weights kept after each round; the last is what the asked sparsity keeps."""
