@@ -156,11 +156,12 @@ def test_by_data_each_process_trains_on_its_part_of_every_batch(tmp_path):
     ("processes", "moment", "of"), [(2, 3, 0), (2, 3, 1), (2, 40, 0), (2, 40, 1), (2, 90, 0), (2, 90, 1), (3, 40, 2)]
 )
 def test_killed_by_data_it_continues_to_what_as_many_processes_find(tmp_path, processes, moment, of):
-    searched(tmp_path / "whole", IMP, processes)
-    done = searched(tmp_path / "killed", IMP, processes, moment=moment, of=of, check=False)
+    settings = [*IMP, "training.batch_size=96"]
+    searched(tmp_path / "whole", settings, processes)
+    done = searched(tmp_path / "killed", settings, processes, moment=moment, of=of, check=False)
     assert done.returncode != 0 or (tmp_path / "killed" / "result.json").exists()
     assert not running(tmp_path / "killed")
-    searched(tmp_path / "killed", IMP, processes)
+    searched(tmp_path / "killed", settings, processes)
     same(tmp_path / "killed", tmp_path / "whole")
     assert not leftovers(tmp_path / "killed")
 
@@ -190,6 +191,14 @@ def test_how_a_search_is_shared_does_not_decide_its_result():
         tt.load_recipe("digits_imp", ["parallel=both"])
 
 
+def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    monkeypatch.setattr("timm_tickets.engine.world_size", lambda: 3)
+    with pytest.raises(tt.SettingError, match=r"training.batch_size: 64 .* 3 processes .* multiple of 3"):
+        tt.search("digits_imp", ["training.batch_size=64", f"output={tmp_path / 'x'}"])
+    assert not (tmp_path / "x").exists()
+
+
 def test_sync_bn_is_refused_where_torch_would(monkeypatch, tmp_path):
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     monkeypatch.setattr("timm_tickets.engine.world_size", lambda: 2)
@@ -203,6 +212,7 @@ def test_working_alone_hides_the_others_from_everything(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr("timm_tickets.processes._by_itself", lambda whole: whole)  # test_groups.py has a real one
     for state in (PartialState, AcceleratorState):  # copies: whatever is written to them is gone after the test
         monkeypatch.setattr(state, "_shared_state", {**state._shared_state, "num_processes": 3, "process_index": 1})
     assert (rank(), world_size()) == (1, 3)

@@ -18,12 +18,19 @@ def check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
     """Refuse, before anything is trained, what `accelerate launch` was told and cannot be done.
 
     Raises:
-        SettingError: DeepSpeed, Megatron or FSDP1; or a part of the recipe that FSDP2 cannot do.
+        SettingError: DeepSpeed, Megatron or FSDP1; a batch that the processes cannot share; or a part of the recipe
+            that FSDP2 cannot do.
     """
     if accelerator.num_processes != world_size():
         raise SettingError(
             f"accelerate: it counts {accelerator.num_processes} processes where {world_size()} work together, so each "
             "would train on everything; let `timm_tickets.processes.join_processes()` be the first to ask Accelerate"
+        )
+    size, count = recipe.training.batch_size, accelerator.num_processes
+    if size % count:
+        raise SettingError(
+            f"training.batch_size: {size} images cannot be shared by {count} processes in equal parts; set a multiple "
+            f"of {count}, or start a number of processes that divides it"
         )
     kind, asked = accelerator.distributed_type, parse_flag_from_env("ACCELERATE_USE_FSDP")
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
