@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import timm_tickets as tt
-from timm_tickets.processes import alone, any_of, apart, place, rank, wait_for_others, world_size
+from timm_tickets.processes import any_of, apart, place, rank, wait_for_others, world_size
 
 dist.init_process_group("gloo")
 number, count = place()
@@ -57,7 +57,7 @@ try:
             raise KeyError
         assert any_of([number == 0, number == 3]) == [number < 2, number > 1]
         wait_for_others()
-        with alone():
+        with apart():
             assert (rank(), world_size(), place()) == (0, 1, (number, count))
             assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
         assert world_size() == dist.get_world_size() == 2

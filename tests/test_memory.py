@@ -141,8 +141,11 @@ def test_the_first_state_is_read_from_the_folder(tmp_path):
     pruner = searched("gradual", model, tmp_path)
     assert torch.equal(pruner.first_state["0.weight"], given)
     assert not torch.equal(model[0].weight, given)
-    with pytest.raises(tt.SettingError, match="folder"):
-        searched("gradual", two_layers()).first_state  # noqa: B018
+    again = tt.create_pruner("gradual", two_layers(), folder=tmp_path, sparsity=0.8, epochs=1, exclude=("1.*",))
+    assert torch.equal(again.first_state["0.weight"], given)  # before it is iterated
+    homeless = searched("gradual", two_layers())
+    with pytest.raises(tt.SettingError, match="create the pruner with one"):
+        homeless.first_state  # noqa: B018
 
 
 def test_masks_are_held_only_where_something_is_pruned():

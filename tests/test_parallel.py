@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from test_faults import leftovers, same
 
 import timm_tickets as tt
-from timm_tickets.processes import alone, any_of, ending_with_others, place, rank, wait_for_others, world_size
+from timm_tickets.processes import any_of, apart, ending_with_others, place, rank, wait_for_others, world_size
 
 DRIVER = Path(__file__).parent / "killed_search.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -216,13 +216,13 @@ def test_working_alone_hides_the_others_from_everything(monkeypatch):
     for state in (PartialState, AcceleratorState):  # copies: whatever is written to them is gone after the test
         monkeypatch.setattr(state, "_shared_state", {**state._shared_state, "num_processes": 3, "process_index": 1})
     assert (rank(), world_size()) == (1, 3)
-    with alone():
+    with apart():
         assert (rank(), world_size(), place()) == (0, 1, (1, 3))
         assert PartialState().num_processes == 1
         assert PartialState().is_main_process
         assert any_of([True, False]) == [True, False]
         wait_for_others()
-    with alone(False):
+    with apart(None):
         assert world_size() == 3
     assert PartialState().num_processes == 3
     assert PartialState().process_index == 1

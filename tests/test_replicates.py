@@ -87,6 +87,9 @@ def test_a_restart_clears_every_seed_before_the_first_is_searched(monkeypatch, t
     assert not (folder / "seeds.csv").exists()
     again = tt.search_seeds(recipe, SEEDS, console=Console(quiet=True))
     assert [one.ticket.fingerprint for one in again] == [one.ticket.fingerprint for one in first]
+    more = tt.search_seeds(recipe, [*SEEDS, 2], console=Console(quiet=True))
+    assert [one.ticket.fingerprint for one in more[:2]] == [one.ticket.fingerprint for one in first]
+    assert [row["seed"] for row in rows(folder)] == ["0", "1", "2", "mean", "std"]
 
 
 @pytest.mark.slow

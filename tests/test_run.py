@@ -492,8 +492,9 @@ def test_what_a_third_party_method_gets_wrong_is_said(model):
             self.prune_(subnet, subnet.weights_on_cpu())
             yield from ()
 
+    pruner = tt.create_pruner("no_values", model, sparsity=0.5)
     with pytest.raises(RuntimeError, match=r"call `subnet.restart_\(\)`"):
-        tt.create_pruner("no_values", model, sparsity=0.5).ticket  # noqa: B018
+        pruner.ticket  # noqa: B018
 
     @tt.register_pruner("own_tensors")
     class OwnTensors(tt.OneShot):

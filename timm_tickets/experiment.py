@@ -120,7 +120,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
             trainers = Trainers(recipe, model, data)
         # Where runs were handed out, one group trains the ticket too: then no number depends on how many there were.
         dense = recipe.dense and not pruner.trained_dense
-        side_by_side = dense and not pruner.method.ends_trained and _hands_out(pruner.parallel, 2, trainers.groups)
+        side_by_side = dense and not pruner.method.ends_trained and hands_out(pruner.parallel, 2, trainers.groups)
         by_itself = pruner.handed_out or side_by_side
         processes = recipe.processes_per_run if by_itself else None
         experiment = Trainings(folder, trainers.of(by_itself), subnet, progress, ticket.metadata, processes=processes)
@@ -275,7 +275,7 @@ def _transfer(
     moved = given.transfer_(model)
     trainers = Trainers(recipe, model, data)
     trained = 1 + len({"dense", "random"}.intersection(controls))
-    by_itself = _hands_out(_parallel(recipe, trainers), trained, trainers.groups)
+    by_itself = hands_out(_parallel(recipe, trainers), trained, trainers.groups)
     trainer, processes = trainers.of(by_itself), recipe.processes_per_run if by_itself else None
     claim_folder(folder, recipe, kind)
     if recompute_batch_norm:
@@ -317,7 +317,7 @@ def _parallel(recipe: Recipe, trainers: Trainers) -> Parallel:
     return "data" if spans and recipe.parallel == "auto" else recipe.parallel
 
 
-def _hands_out(parallel: Parallel, count: int, groups: int) -> bool:
+def hands_out(parallel: Parallel, count: int, groups: int) -> bool:
     """Whether each group trains its own of so many independent trainings, instead of all processes each together."""
     return groups > 1 and (parallel == "runs" or (parallel == "auto" and count >= groups))
 

@@ -27,7 +27,7 @@ class Holder:
     weights; with the weight alone, gradient clipping has counted their gradients in the norm.
 
     Args:
-        subnet: The subnet; behind gates nothing is held, they do it themselves.
+        subnet: The subnet, released; behind gates nothing is held, they do it themselves.
         optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
         then: Called after each optimizer step, once the masks are applied.
 
@@ -36,7 +36,6 @@ class Holder:
     """
 
     def __init__(self, subnet: Subnet, optimizer: Any, then: Callable[[], None] | None = None):
-        release_(subnet.model)
         check_supported(subnet.model)  # again: it may have been prepared since
         self.subnet = subnet
         parameters = subnet.parameters()
@@ -57,10 +56,12 @@ class Holder:
 
     def take_(self, masks: Mapping[str, Tensor]) -> None:
         """Hold these masks from here on. A layer that keeps everything needs none."""
+        gates = self.subnet.gates
+        moved = {n: mask for n, mask in masks.items() if n not in gates and (n in self._held or not bool(mask.all()))}
+        if not moved:  # as after every step behind gates
+            return
         parameters = self.subnet.parameters()
-        for name, mask in masks.items():
-            if name in self.subnet.gates or (name not in self._held and bool(mask.all())):
-                continue
+        for name, mask in moved.items():
             now = part(mask, parameters[name])
             if name in self._held:
                 self._held[name].copy_(now)

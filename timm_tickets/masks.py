@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .lazy import Lazy
 from .seeds import seed_from
 from .settings import SettingError
 from .threshold import check_count, lowest_kept, top, with_ties
@@ -27,6 +28,11 @@ _SHUFFLE = 0x5F1E  # a stream of its own: a model may have been initialised unde
 def full_masks(weights: Mapping[str, Tensor]) -> Masks:
     """Masks that keep every weight, on the CPU."""
     return {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
+
+
+def all_kept(like: Mapping[str, Tensor]) -> Lazy:
+    """As `full_masks`, of tensors of the same shapes, but each is made when it is read."""
+    return Lazy(like, lambda name: torch.ones(like[name].shape, dtype=torch.bool))
 
 
 def total(masks: Mapping[str, Tensor]) -> int:

@@ -3,15 +3,13 @@
 from collections.abc import Generator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
 from .draws import MAX_SEED
 from .end import End
-from .lazy import Lazy
-from .masks import Distribution, Masks, Scope, keep_count, kept, prune, total
+from .masks import Distribution, Masks, Scope, all_kept, keep_count, kept, prune, total
 from .run import Run
 from .settings import SettingError
 from .subnet import Subnet
@@ -63,10 +61,8 @@ class Method:
 
     def best(self, subnet: Subnet, scores: Mapping[str, Tensor], scope: Scope = "global") -> Masks:
         """Of all weights the best, as many as the asked sparsity keeps, whatever is pruned now."""
-        shapes = {name: mask.shape for name, mask in subnet.mask.items()}
-        full = Lazy(shapes, lambda name: torch.ones(shapes[name], dtype=torch.bool))
-        count = sum(shape.numel() for shape in shapes.values())
-        return self.pruned_masks(full, scores, count - keep_count(count, self.sparsity), scope)
+        count = total(subnet.mask)
+        return self.pruned_masks(all_kept(subnet.mask), scores, count - keep_count(count, self.sparsity), scope)
 
     def pruned_masks(
         self,

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -24,7 +24,7 @@ _LOST = re.compile(
 # While this process works apart: its number among those it works with and how many they are; and the same of all.
 _near: tuple[int, int] | None = None
 _all: tuple[int, int] | None = None
-_formed: dict[tuple[Any, int], Any] = {}  # this process's group of several, by all processes' group and its size
+_formed: dict[tuple[Any, int], Any] = {}  # this process's group, by the group it was made within and its size
 _waiting: dict[Any, Any] = {}  # the group that waits, by the group it waits for
 
 
@@ -144,15 +144,6 @@ def _by_itself(whole: Any) -> Any:
         me = torch.distributed.get_rank()
         _formed[whole, 1] = torch.distributed.new_group([me], timeout=PATIENCE, use_local_synchronization=True)
     return _formed[whole, 1]
-
-
-def alone(really: bool = True) -> AbstractContextManager[None]:
-    """Work as if there were no other process: `apart` in a group of one.
-
-    Args:
-        really: False to change nothing.
-    """
-    return apart(1 if really else None)
 
 
 def wait_for_others() -> None:

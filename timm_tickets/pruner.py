@@ -77,7 +77,6 @@ class Pruner(Iterator[Run]):
             "pruner": method.described(),
         }
         self._begun = self._ended = False
-        self._shapes: dict[str, Any] = {}
         self._looked, self._pretrained = False, None
         self._collapsed: list[str] = []
         self._failure: BaseException | None = None
@@ -134,10 +133,11 @@ class Pruner(Iterator[Run]):
 
         Raises:
             SettingError: It has no folder; the search keeps no copy that it does not need.
-            FileNotFoundError: It has not begun.
         """
         if self.folder is None:
             raise SettingError("folder: the first state is kept there; create the pruner with one, or copy the model")
+        if not self._begun:
+            self._start()
         return first_state(self.folder, self._shapes)
 
     def __next__(self) -> Run:

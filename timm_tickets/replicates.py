@@ -1,7 +1,5 @@
 """Replicates: the same search once for each of several seeds, and the mean and spread of what they find."""
 
-import csv
-import io
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,10 +10,11 @@ from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 from rich.table import Table
 
-from .experiment import Result, search
-from .files import appearing, is_writer, write_bytes
+from .experiment import Result, hands_out, search
+from .files import appearing, is_writer
 from .processes import apart, groups_of, place, wait_for_others
 from .recipe import Recipe, load_recipe
+from .report import write_csv
 from .run_folder import RESULT, check_folder, working_in
 from .settings import SettingError
 from .ticket import load_ticket
@@ -86,7 +85,7 @@ def search_seeds(
         over = {"mean": statistics.mean, "std": statistics.stdev}  # of a sample: divided by n - 1
         rows += [{"seed": name, **{key: _over(how, rows, key) for key in _MEASURED}} for name, how in over.items()]
         if is_writer():
-            _write(rows, whole.folder / SUMMARY)
+            write_csv(rows, ("seed", *_MEASURED), whole.folder / SUMMARY)
             _print(rows, console)
     return results
 
@@ -121,7 +120,7 @@ def _groups(recipe: Recipe, seeds: int) -> tuple[int, int]:
     if recipe.parallel == "data" or (recipe.parallel == "auto" and spans):
         return 0, 1
     mine, groups = groups_of(recipe.processes_per_run)
-    return (mine, groups) if recipe.parallel == "runs" or seeds >= groups else (0, 1)
+    return (mine, groups) if hands_out(recipe.parallel, seeds, groups) else (0, 1)
 
 
 def _found(recipe: Recipe) -> Result:
@@ -141,14 +140,6 @@ def _over(how: Callable[[list[Any]], float], rows: list[dict[str, Any]], key: st
     """One number for all seeds; None where one of them has none, as a search without a dense control."""
     values = [row[key] for row in rows]
     return None if None in values else how(values)
-
-
-def _write(rows: list[dict[str, Any]], path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ("seed", *_MEASURED), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
 
 
 def _print(rows: list[dict[str, Any]], console: Console) -> None:

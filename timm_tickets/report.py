@@ -106,10 +106,15 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
 
 def write_summary(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Write summary.csv: one row a training."""
+    write_csv([row(record) for record in records], COLUMNS, path)
+
+
+def write_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
+    """Write rows, each with these columns, under a line of their names."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row(record) for record in records)
+    writer.writerows(rows)
     write_bytes(path, text.getvalue().encode())
 
 

@@ -75,10 +75,10 @@ class COLT(Method):
     def round(self, subnet: Subnet) -> list[Run]:
         """One run a partition: contiguous blocks of classes, sizes differing by one at most, or parts of the images."""
         if self.split == "samples":
-            return [Run(reads=("state",), data_part=(part, self.partitions)) for part in range(self.partitions)]
+            return [Run(data_part=(part, self.partitions)) for part in range(self.partitions)]
         count: Any = subnet.model.num_classes
         classes = np.array_split(np.arange(count), self.partitions)
-        return [Run(reads=("state",), classes=part.tolist()) for part in classes]
+        return [Run(classes=part.tolist()) for part in classes]
 
     def overlap(self, mask: Masks, scores: Sequence[Mapping[str, Tensor]], cut: int) -> Masks:
         """What all copies keep, each having pruned ``cut`` weights."""

@@ -3,15 +3,12 @@
 Source: Otsuka et al. 2024, 2402.14029 (TMLR 2025).
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from ..gates import Gate
 from ..lazy import Lazy
-from ..masks import Distribution, Masks, Scope, budgets, fill, keep_count, prune, total
+from ..masks import Distribution, Masks, Scope, all_kept, budgets, fill, keep_count, prune, total
 from ..registry import register_pruner
 from ..scores import magnitude
 from ..settings import SettingError
@@ -85,23 +82,14 @@ class FrozenSLT(EdgePopup):
 
     def cut(self, subnet: Subnet) -> Masks:
         """Keep the locked and, of the free, the largest |scores|: exactly the asked number of weights is pruned."""
-        masks, gates = subnet.mask, subnet.gates
-        frozen_out, bare = 0, []
-        for name, mask in masks.items():
-            frozen = ~self.free(gates[name])
-            frozen_out += int((~mask & frozen).sum())
-            if self.collapse == "prevent" and not (mask & frozen).any():
-                bare.append(name)
+        masks, gates, frozen = subnet.mask, subnet.gates, self.frozen_counts(subnet)
+        frozen_out = sum(pruned for pruned, _ in frozen.values())
+        bare = [name for name, (_, locked) in frozen.items() if self.collapse == "prevent" and not locked]
         cut = total(masks) - keep_count(total(masks), self.sparsity) - frozen_out
         # In a row as the gates have them: in the weights' shapes they would be twice as many.
         scores = Lazy(gates, lambda name: whole(gates[name].score.detach()).cpu())
         scores = magnitude(dict(scores) if self.scope == "global" else scores)
-        every = Lazy(gates, lambda name: torch.ones(gates[name].score.shape, dtype=torch.bool))
+        every = all_kept({name: gate.score for name, gate in gates.items()})
         found = prune(every, scores, cut, self.scope, spare=bare)
-        return {name: mask.masked_scatter(self.free(gates[name]), found[name]) for name, mask in masks.items()}
-
-    @staticmethod
-    def free(gate: Gate) -> Tensor:
-        """What the search may still choose of a layer, on the CPU."""
-        assert gate.free is not None  # `pattern` has frozen it
-        return gate.free.cpu()
+        free: Any = {name: gate.free for name, gate in gates.items()}  # all of them have one, from `pattern`
+        return {name: mask.masked_scatter(free[name].cpu(), found[name]) for name, mask in masks.items()}
