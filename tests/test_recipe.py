@@ -4,6 +4,8 @@ import pytest
 import yaml
 
 import timm_tickets as tt
+from timm_tickets.build import build_model
+from timm_tickets.data import Data
 from timm_tickets.recipe import json_schema
 
 
@@ -23,6 +25,9 @@ from timm_tickets.recipe import json_schema
         ("training.epochs=0", ["training.epochs", "greater than or equal to 1"]),
         ("training.batch_size=many", ["training.batch_size", "many"]),
         ("name=../x", ["name", "../x"]),
+        ("seed=4294967296", ["seed: 4294967296", "less than 4294967296"]),
+        ("data.split_seed=4294967296", ["data.split_seed", "less than 4294967296"]),
+        ("data.unreadable=1", ["data.unreadable", "less than 1"]),
         ("nonsense", ["--set", "key=value"]),
     ],
 )
@@ -55,9 +60,40 @@ def test_the_resolved_recipe_is_a_recipe_and_means_the_same(tmp_path):
     assert tt.load_recipe(recipe) == recipe
 
 
+FOLLOWING = ["training.epochs=3", "seed=7", "model.in_chans=1"]
+
+
+@pytest.mark.parametrize("again", ["yaml", "loaded"])
+def test_what_follows_another_setting_still_does_when_the_recipe_is_read_again(tmp_path, again):
+    recipe = tt.load_recipe("digits_imp")
+    plain = yaml.safe_load(recipe.to_yaml())
+    assert not {"epochs", "seed"} & plain["pruner"].keys()  # nobody has chosen them
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    source = tmp_path / "again.yaml" if again == "yaml" else recipe
+    moved = tt.load_recipe(source, FOLLOWING)
+    assert moved == tt.load_recipe("digits_imp", FOLLOWING)
+    assert (moved.pruner["epochs"], moved.pruner["seed"]) == (3, 7)
+    assert (moved.data.in_chans, moved.data.input_img_mode) == (1, "L")
+    back = tt.load_recipe(moved, ["model.in_chans=3"])
+    assert (back.data.in_chans, back.data.input_img_mode) == (3, "RGB")
+    assert moved.hash == tt.load_recipe("digits_imp", [*FOLLOWING, "pruner.epochs=3", "pruner.seed=7"]).hash
+    chosen = tt.load_recipe("digits_imp", ["pruner.epochs=15", "pruner.seed=0", "data.input_img_mode=RGB"])
+    (tmp_path / "again.yaml").write_text(chosen.to_yaml())
+    kept = tt.load_recipe(tmp_path / "again.yaml" if again == "yaml" else chosen, FOLLOWING)
+    assert (kept.pruner["epochs"], kept.pruner["seed"], kept.data.input_img_mode) == (15, 0, "RGB")
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_every_seed_that_is_accepted_works(seed):
+    recipe = tt.load_recipe("digits_imp", [f"seed={seed}", f"data.split_seed={seed}", "data.img_size=32"])
+    assert len(Data(recipe.data)._val) == 144
+    build_model(recipe, 10)
+
+
 def test_the_hash_follows_what_decides_the_result():
     recipe = tt.load_recipe("digits_imp")
-    assert tt.load_recipe("digits_imp", ["output=/elsewhere", "training.checkpoint_interval=3"]).hash == recipe.hash
+    free = ["output=/elsewhere", "training.checkpoint_interval=3", "data.unreadable=0.5"]
+    assert tt.load_recipe("digits_imp", free).hash == recipe.hash
     assert tt.load_recipe("digits_imp", ["seed=1"]).hash != recipe.hash
 
 

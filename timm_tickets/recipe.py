@@ -1,7 +1,7 @@
 """Recipes: a YAML file that says model, data, pruner and training, in the words of timm's train.py.
 
 Every key is checked, unknown ones are refused, and the resolved recipe (every default filled in) is what is compared
-when a search is continued and what is saved with it.
+when a search is continued. What is saved with it leaves out what nobody has chosen because it follows another setting.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from .recipe_files import find_recipe, list_recipes, read_recipe, recipes_folder, switch_
 from .settings import SettingError, check, unknown
@@ -24,6 +24,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's and scikit-learn's generators take no larger ones
 
 
 class _Part(BaseModel):
@@ -78,8 +79,10 @@ class DataSettings(_Part):
     test_split: str = "test"
     """scored once for each ticket, never chosen on"""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    split_seed: Natural = 0
+    split_seed: Seed = 0
     """seed of the held-out part; not the recipe's seed, so that seeds are compared on the same images"""
+    unreadable: Fraction = 0.01
+    """largest share of the training images that may be unreadable: the next of its class is taken for each, and said"""
     img_size: Count | None = None
     in_chans: Count | None = None
     mean: tuple[float, ...] | None = None
@@ -220,20 +223,21 @@ class Recipe(_Part):
     """the run folder itself, where it is not output/<name>"""
     source: str | None = None
     """where the settings come from: the paper and its expected number"""
-    seed: Natural = 42
+    seed: Seed = 42
     parallel: Literal["auto", "runs", "data"] = "auto"
     """what several processes share in a search: 'runs' gives each its own runs of a round (all have to see the run
     folder), 'data' splits every batch, 'auto' does the first in rounds of several runs and the second in others"""
     processes_per_run: Count = 1
     """how many processes train a run together where runs are handed out: a divisor of the number of processes"""
     dense: bool = True
-    """train the dense network too, where no run of the search does: the line that tickets are compared with"""
+    """train the dense network as long as the ticket, where no run of the search does: what tickets are compared with"""
     model: ModelSettings
     data: DataSettings = DataSettings()
     pruner: dict[str, Any]
-    """its registered name and its settings; epochs is training.epochs where not given"""
+    """its registered name and its settings; epochs is training.epochs where not given, seed is the recipe's"""
     training: TrainingSettings = TrainingSettings()
     retrain: RetrainSettings = RetrainSettings()
+    _follows: tuple[str, ...] = PrivateAttr(())  # settings that nobody has chosen, because they follow other ones
 
     @field_validator("name")
     @classmethod
@@ -244,15 +248,21 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _resolve_pruner(self) -> "Recipe":
-        """Fill in the pruner's defaults and the images' channels, so that the resolved recipe says everything."""
+        """Fill in the pruner's defaults and the images' channels."""
         from .registry import get_method
 
-        settings = {"epochs": self.training.epochs, "seed": self.seed} | self.pruner
+        follows = {"epochs": self.training.epochs, "seed": self.seed}
+        settings = follows | self.pruner
         name = settings.pop("name", None)
         if not isinstance(name, str):
             raise SettingError("pruner.name: is not set; give a registered name (`timm-tickets list` shows them)")
         pruner = check(get_method(name), settings, "pruner").described()
-        return self.model_copy(update={"pruner": pruner, "data": self.data.with_channels(self.model.in_chans)})
+        found = self.model_copy(update={"pruner": pruner, "data": self.data.with_channels(self.model.in_chans)})
+        mine = [f"pruner.{key}" for key in follows if key not in self.pruner]
+        mine += ["data.in_chans"] * (self.data.in_chans != found.data.in_chans)
+        mine += ["data.input_img_mode"] * ("input_img_mode" not in self.data.model_fields_set)
+        found._follows = tuple(mine)
+        return found
 
     @property
     def folder(self) -> Path:
@@ -264,18 +274,32 @@ class Recipe(_Part):
         """The pruner's settings without its name."""
         return {key: value for key, value in self.pruner.items() if key != "name"}
 
+    @property
+    def ticket_epochs(self) -> int:
+        """How long the ticket is trained, in the search itself where that ends trained."""
+        from .registry import get_method
+
+        if get_method(self.pruner["name"]).ends_trained:
+            return self.pruner["epochs"]
+        return self.retrain.epochs or self.training.epochs
+
     def plain(self) -> dict[str, Any]:
-        """The resolved recipe as JSON types."""
-        return self.model_dump(mode="json")
+        """The resolved recipe as JSON types, without what follows from other settings: read again, it still does."""
+        plain = self.model_dump(mode="json")
+        for setting in self._follows:
+            part, _, key = setting.partition(".")
+            del plain[part][key]
+        return plain
 
     def compared(self) -> dict[str, Any]:
         """The part that decides the result, flat: ``{'training.lr': 0.1, ...}``.
 
-        Where the output goes, how often checkpoints are written and what several processes share do not. Workers do:
-        in them each image draws its own augmentation, without them all draw from one stream.
+        Where the output goes, how often checkpoints are written, what several processes share and when a training is
+        refused do not. Workers do: in them each image draws its own augmentation, without them all draw from one
+        stream.
         """
-        free = {"output", "source", "training.checkpoint_interval", "parallel", "processes_per_run"}
-        return {key: value for key, value in _flat(self.plain()).items() if key not in free}
+        free = {"output", "source", "training.checkpoint_interval", "parallel", "processes_per_run", "data.unreadable"}
+        return {key: value for key, value in _flat(self.model_dump(mode="json")).items() if key not in free}
 
     @property
     def hash(self) -> str:

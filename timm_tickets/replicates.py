@@ -60,11 +60,9 @@ def search_seeds(
             "on, such as 0,1,2, or set `seed` for a single one"
         )
     whole, console = load_recipe(recipe, overrides), console or Console()
-    # A loaded recipe's pruner has been given the recipe's seed already.
-    follows = isinstance(recipe, Recipe) and whole.pruner["seed"] == whole.seed
     recipes = []
     for seed in seeds:
-        one = load_recipe(recipe, [*overrides, f"seed={seed}", *([f"pruner.seed={seed}"] if follows else [])])
+        one = load_recipe(recipe, [*overrides, f"seed={seed}"])
         recipes.append(one.model_copy(update={"output": whole.folder / f"seed_{seed}"}))
     with working_in(whole.folder, partial(console.print, soft_wrap=True)):
         if restart:  # all at once: stopped now, it is continued without asking for a restart again
