@@ -1,10 +1,11 @@
 """What a recipe's model and training part make: the timm model, and the criterion."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import timm
+import torch
 from accelerate.utils import set_seed
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
@@ -57,6 +58,52 @@ def model_kwargs(recipe: Recipe, num_classes: int) -> dict[str, Any]:
     if recipe.data.img_size is not None and config is not None and config.fixed_input_size:
         given["img_size"] = recipe.data.img_size
     return {"num_classes": settings.num_classes or num_classes, **given, **settings.model_kwargs}
+
+
+def channels_of(recipe: Recipe, model: nn.Module) -> int:
+    """How many channels the recipe's model takes."""
+    given = model_kwargs(recipe, 1).get("in_chans")
+    return given or getattr(model, "pretrained_cfg", {}).get("input_size", (3,))[0]
+
+
+@torch.no_grad()
+def check_batch(t: Any, model: nn.Module, count: int, size: Sequence[int]) -> None:
+    """Refuse, before the first step does, a training whose steps have too few images for mixup or batch normalisation.
+
+    Args:
+        t: The training settings.
+        model: The model, of which an image's size at each normalisation is found.
+        count: Images of a step in one process.
+        size: Channels, height and width of an image.
+
+    Raises:
+        SettingError: One image a step, and it is too few.
+    """
+    if count > 1:
+        return
+    told = (
+        f"training.batch_size: {t.batch_size} and the images of this run leave one to a step of each process; %s. Set "
+        "at least two for each process, and train on more images where there are fewer"
+    )
+    if mixes(t):
+        raise SettingError(told % "mixup and cutmix pair them")
+
+    def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            raise SettingError(told % "batch normalisation would see one value a channel")
+
+    kinds = nn.modules.batchnorm._BatchNorm
+    found = [one for one in model.modules() if isinstance(one, kinds) and not isinstance(one, nn.SyncBatchNorm)]
+    hooks = [one.register_forward_pre_hook(see) for one in found]
+    was = model.training
+    try:
+        if hooks:
+            first = next(model.parameters())
+            model.eval()(torch.zeros(1, *size, device=first.device, dtype=first.dtype))
+    finally:
+        model.train(was)
+        for hook in hooks:
+            hook.remove()
 
 
 def mixes(t: Any) -> bool:

@@ -1,147 +1,137 @@
-"""Data: timm data sets and transforms for the trainer, and the embedded digits."""
+"""Data: a recipe's splits through timm's transforms, and the loaders over them."""
 
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from timm.data import create_dataset, create_transform, resolve_data_config
+from accelerate.utils import gather_object
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision import transforms
 
+from .contents import check_apart, contents, record
+from .digits import Digits
+from .images import ImageError, Images, Undecodable, Unreadable
+from .processes import rank, world_size
 from .seeds import seed_from
-from .settings import SettingError, unknown
+from .settings import SettingError
+from .splits import open_splits
 from .subset import Shuffled, labels_of
 
 
-class Digits(Dataset[tuple[Any, int]]):
-    """scikit-learn's 1,797 handwritten digits as RGB images of 32 x 32: real data that needs no network.
-
-    Source: Alpaydin & Kaynak 1998, UCI Optical Recognition of Handwritten Digits; enlarged from 8 x 8 bilinearly.
-
-    Args:
-        split: ``train`` or ``test``. A fixed, stratified fifth (360 images) is the test set.
-        transform: Applied to each PIL image.
-        mode: PIL's mode of the images: RGB, or L for one channel.
-    """
-
-    def __init__(self, split: str, transform: Any = None, mode: str = "RGB"):
-        from PIL import Image
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        if split not in ("train", "test"):
-            raise SettingError(unknown("split of the digits", split, ("train", "test")))
-        bunch: Any = load_digits()
-        train, test = train_test_split(
-            np.arange(len(bunch.target)), test_size=0.2, stratify=bunch.target, random_state=0
-        )
-        chosen = np.sort(train if split == "train" else test)
-        pixels = np.round(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
-        small = [Image.fromarray(image) for image in pixels]
-        self.images = [image.resize((32, 32), Image.Resampling.BILINEAR).convert(mode) for image in small]
-        self.targets = bunch.target[chosen].tolist()
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.images[index]
-        return (image if self.transform is None else self.transform(image)), self.targets[index]
-
-
-def split_dataset(settings: Any, split: str) -> Any:
-    """One split of the recipe's data set, without a transform: the embedded ``digits`` or any of timm's.
-
-    Raises:
-        SettingError: It cannot be opened, or has none of the classes that were asked for.
-    """
-    whole = _open(settings, split)
-    return whole if settings.classes is None else _Classes(whole, settings.classes)
-
-
-def _open(settings: Any, split: str) -> Any:
-    if settings.dataset == "digits":
-        return Digits(split, mode=settings.input_img_mode or "RGB")
-    try:
-        return create_dataset(
-            settings.dataset,
-            root=settings.data_dir,
-            split=split,
-            download=settings.dataset_download,
-            class_map=settings.class_map,
-            input_img_mode=settings.input_img_mode,
-        )
-    except (RuntimeError, ValueError, OSError, AssertionError, ImportError, TypeError, KeyError) as error:
-        raise SettingError(
-            f"data: timm cannot open split {split!r} of {settings.dataset!r} in data_dir {settings.data_dir!r}: "
-            f"{error}; check data.dataset, data.data_dir and the split names, or set data.dataset_download=true"
-        ) from error
-
-
-class _Classes(Dataset[Any]):
-    """The images of some classes, whose labels become their places in the list."""
-
-    def __init__(self, dataset: Any, classes: tuple[int, ...]):
-        labels = labels_of(dataset)
-        missing = sorted(set(classes) - set(labels.tolist()))
-        if missing or len(set(classes)) < len(classes):
-            raise SettingError(
-                f"data.classes: {list(classes)} is not valid; the data has classes {int(labels.min())} to "
-                f"{int(labels.max())}, each to be named once"
-            )
-        place = {label: index for index, label in enumerate(classes)}
-        self.dataset = dataset
-        self.indices = [index for index, label in enumerate(labels.tolist()) if label in place]
-        self.targets = [place[int(labels[index])] for index in self.indices]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.dataset[self.indices[index]][0], self.targets[index]
-
-
 class Data:
-    """The recipe's three splits: training, validation (held out from training), test.
+    """The recipe's three splits: training, validation (held out from training where it has no split), test.
 
     Args:
         settings: The recipe's ``data`` part.
 
     Attributes:
         num_classes: From the settings, else counted in the training labels.
+        record: What is in the splits, by role and class: what tells whether they have changed.
+        unreadable: The training images that could not be decoded; None where they lie in no files.
+
+    Raises:
+        SettingError: A split is not there, is another's too, or has other classes.
     """
 
     def __init__(self, settings: Any):
         from sklearn.model_selection import train_test_split
 
         self.settings = settings
-        train = split_dataset(settings, settings.train_split)
+        self._splits = open_splits(settings)
+        found = [contents(split) for split in self._splits]
+        check_apart(self._splits, found)
+        self.record = record(self._splits, found)
+        train, test = self._splits[0].data, self._splits[-1].data
         labels = labels_of(train)
         classes = int(labels.max()) + 1
+        if labels.min() < 0:
+            raise SettingError(f"data.train_split: {self._splits[0].where} has images without a label")
         self.num_classes = settings.num_classes or classes
         if self.num_classes < classes:
             raise SettingError(f"data.num_classes: {self.num_classes} is too few; the labels go up to {classes - 1}")
-        self._test = split_dataset(settings, settings.test_split)
-        if settings.val_split is not None:
-            self._train, self._val = train, split_dataset(settings, settings.val_split)
-            return
-        try:
-            kept, held = train_test_split(
-                np.arange(len(labels)),
-                test_size=settings.val_fraction,
-                stratify=labels.numpy(),
-                random_state=settings.split_seed,
-            )
-        except ValueError as error:
+        self._test, self._train, self._val = test, train, self._splits[1].data
+        if settings.val_split is None:
+            try:
+                kept, held = train_test_split(
+                    np.arange(len(labels)),
+                    test_size=settings.val_fraction,
+                    stratify=labels.numpy(),
+                    random_state=settings.split_seed,
+                )
+            except ValueError as error:
+                raise SettingError(
+                    f"data.val_fraction: {settings.val_fraction} of {len(labels)} images in {classes} classes cannot "
+                    f"be held out evenly: {error}; choose another fraction, or name a data.val_split"
+                ) from error
+            self._train, self._val = Subset(train, np.sort(kept).tolist()), Subset(train, np.sort(held).tolist())
+        self.unreadable = None
+        if isinstance(self._splits[0].whole, Images):
+            self.unreadable = Unreadable(labels_of(self._train), partial(_name, self._train), settings.unreadable)
+
+    @property
+    def told(self) -> str:
+        """In a sentence, what is read for what."""
+        where = {split.role: split.where for split in self._splits}
+        held = " held out" if "val" not in where else ""
+        places = [f" ({where[role]})" if role in where else "" for role in ("train", "val", "test")]
+        return (
+            f"data: {len(self._train):,} images to train on{places[0]}, {len(self._val):,}{held} to validate on"
+            f"{places[1]}, {len(self._test):,} to test on{places[2]}"
+        )
+
+    def check_channels(self, model: nn.Module, channels: int) -> None:
+        """Refuse, before the first batch does, images that have not as many channels as the model takes.
+
+        Raises:
+            SettingError: They have not.
+        """
+        train = self._splits[0].whole
+        mode = train.mode if isinstance(train, Images) else train[0][0].mode
+        found = None if mode is None else len(Image.new(mode, (1, 1)).getbands())
+        if found not in (None, channels):
+            ours = isinstance(train, Images | Digits)
+            mend = f"data.input_img_mode={'L' if channels == 1 else 'RGB'}, or " if ours and channels in (1, 3) else ""
             raise SettingError(
-                f"data.val_fraction: {settings.val_fraction} of {len(labels)} images in {classes} classes cannot be "
-                f"held out evenly: {error}; choose another fraction, or name a data.val_split"
-            ) from error
-        self._train, self._val = Subset(train, np.sort(kept).tolist()), Subset(train, np.sort(held).tolist())
+                f"data.input_img_mode: the images' mode {mode} has {found} channels, and the model takes {channels}; "
+                f"set {mend}model.in_chans={found}"
+            )
+        config = self._config(model)
+        for name in ("mean", "std"):
+            if len(config[name]) != channels:
+                raise SettingError(
+                    f"data.{name}: has {len(config[name])} values ({', '.join(f'{v:g}' for v in config[name])}), and "
+                    f"the model takes {channels} channels; give one value for all of them, or one for each"
+                )
+
+    def check_scored(self) -> None:
+        """Read every validation and test image once: for one that cannot be read no other may stand.
+
+        Every process has to ask; they share the images.
+
+        Raises:
+            SettingError: In all of them, where there are such images.
+        """
+        if not isinstance(self._splits[0].whole, Images):
+            return
+        images = _Tried(ConcatDataset([self._val, self._test]))
+        mine = Subset(images, range(rank(), len(images), world_size()))
+        loader = DataLoader(mine, 32, num_workers=self.settings.workers, collate_fn=list, generator=torch.Generator())
+        found = [text for texts in loader for text in texts if text]
+        if world_size() > 1:
+            found = gather_object(found)
+        if found:
+            raise SettingError(
+                f"data: {len(found):,} of {len(images):,} images to validate and test on cannot be scored, and no "
+                "other may stand for them; mend or remove\n  "
+                + "\n  ".join(sorted(found)[:8])
+                + (f"\n  and {len(found) - 8:,} more" if len(found) > 8 else "")
+            )
 
     def train_set(self, model: nn.Module) -> Dataset[Any]:
         """The training images, augmented as the settings say."""
@@ -153,14 +143,20 @@ class Data:
         if s.train_interpolation:
             config["interpolation"] = s.train_interpolation
         if s.crop_padding is not None:
-            return _Transformed(self._train, padded_crop(config, s.crop_padding, s.hflip, s.rotation))
-        return _Transformed(self._train, create_transform(**config, **augmentation, **more, is_training=True))
+            transform = padded_crop(config, s.crop_padding, s.hflip, s.rotation)
+        else:
+            transform = create_transform(**config, **augmentation, **more, is_training=True)
+        return _Transformed(self._train, transform, self.unreadable)
 
     def val_set(self, model: nn.Module) -> Dataset[Any]:
         return _Transformed(self._val, create_transform(**self._config(model)))
 
     def test_set(self, model: nn.Module) -> Dataset[Any]:
         return _Transformed(self._test, create_transform(**self._config(model)))
+
+    def input_size(self, model: nn.Module) -> tuple[int, int]:
+        """Height and width of an image as the model gets it."""
+        return self._config(model)["input_size"][1:]
 
     def _config(self, model: nn.Module) -> dict[str, Any]:
         s = self.settings
@@ -200,9 +196,10 @@ def padded_crop(config: dict[str, Any], padding: int, hflip: float = 0.0, rotati
 class _Transformed(Dataset[Any]):
     """A view of a data set through a transform: training and validation share images but not augmentation."""
 
-    def __init__(self, dataset: Any, transform: Any):
+    def __init__(self, dataset: Any, transform: Any, unreadable: Unreadable | None = None):
         self.dataset = dataset
         self.transform = transform
+        self.unreadable = unreadable
 
     @property
     def targets(self) -> Tensor:
@@ -213,8 +210,43 @@ class _Transformed(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         seed_item_(index)
-        image, target = self.dataset[index][:2]
+        image, target = self._item(index)
         return self.transform(image), target
+
+    def _item(self, index: int) -> tuple[Any, int]:
+        while True:
+            try:
+                return self.dataset[index][:2]
+            except ImageError as error:
+                if self.unreadable is None or not isinstance(error, Undecodable):
+                    raise ImageError(
+                        f"{error}. Finished runs are kept; put it back as it was, and the same command continues"
+                    ) from None
+                index = self.unreadable.instead_of(index)
+
+
+class _Tried(Dataset[str]):
+    """Of each image of a data set, what is wrong with it; nothing where it can be read."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.dataset[index]
+        except ImageError as error:
+            return str(error)
+        return ""
+
+
+def _name(dataset: Any, index: int) -> str:
+    """The file of an image of a part of a data set."""
+    while not isinstance(dataset, Images):
+        dataset, index = dataset.dataset, dataset.indices[index]
+    return dataset.name(index)
 
 
 def seed_item_(index: int) -> None:

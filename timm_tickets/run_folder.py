@@ -15,6 +15,7 @@ from .settings import SettingError
 from .stop import stoppable
 
 RESULT = "result.json"
+IMAGES = "images.json"  # what is in the splits
 _RECIPE, _KIND = "recipe.yaml", "experiment.json"
 _MARK = "# timm-tickets: the resolved recipe of this folder's results."
 _RUN_FOLDER = re.compile(r"dense|ticket|random|round_\d+(_part_\d+)?")
@@ -100,7 +101,7 @@ def _clear(folder: Path, recipe: Recipe) -> None:
             with suppress(OSError):  # something of the user's is in it
                 path.rmdir()
     ours = (RESULT, f"{recipe.name}.ticket", "start.safetensors", "pruner.json", "summary.csv", "accuracy.png", _KIND)
-    for name in (*ours, _RECIPE):
+    for name in (*ours, IMAGES, _RECIPE):
         (folder / name).unlink(missing_ok=True)
 
 

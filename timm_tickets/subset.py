@@ -29,20 +29,23 @@ _read_labels: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
 def labels_of(dataset: Any) -> Tensor:
     """The class of every item, int64, without decoding images where the data set says them.
 
-    Looks at ``targets`` (torchvision), ``samples`` (image folders, timm's readers) and ``tensors`` (TensorDataset, the
-    last one); otherwise reads every item once and remembers.
+    Looks at ``targets`` (torchvision), ``samples`` (image folders), ``tensors`` (TensorDataset, the last one) and what
+    timm's readers say; otherwise reads every item once and remembers.
     """
     if isinstance(dataset, Subset):
         return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices, dtype=torch.int64)]
     if isinstance(dataset, ConcatDataset):
         return torch.cat([labels_of(part) for part in dataset.datasets])
-    found: Any = getattr(dataset, "targets", None)
+    reader = getattr(dataset, "reader", None)
+    found: Any = getattr(dataset, "targets", getattr(reader, "targets", None))
     if found is None:
-        samples = getattr(dataset, "samples", getattr(getattr(dataset, "reader", None), "samples", None))
+        samples = getattr(dataset, "samples", getattr(reader, "samples", None))
         if samples is not None:
             found = [sample[1] for sample in samples]
         elif tensors := getattr(dataset, "tensors", None):
             found = tensors[-1]
+        elif reader is not None and hasattr(reader, "iter_targets"):
+            found = list(reader.iter_targets())
     if found is not None:
         change = getattr(dataset, "target_transform", None)
         return torch.as_tensor([change(target) for target in found] if change else found, dtype=torch.int64)

@@ -22,7 +22,7 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
-from .build import building, criterion_of, mixes
+from .build import building, channels_of, check_batch, criterion_of, mixes
 from .data import Data, loader_of
 from .engine import be_deterministic, check_engine
 from .files import write_state
@@ -77,8 +77,11 @@ class Trainer:
         with building("data"):
             train_set, val_set, test_set = data.train_set(model), data.val_set(model), data.test_set(model)
         prepare = self.accelerator.prepare_data_loader
+        self.unreadable = data.unreadable
+        self.input_size = (channels_of(recipe, model), *data.input_size(model))
         workers = recipe.data.workers
         self.train_loader = loader_of(train_set, t.batch_size, workers, shuffle=True)
+        self._check_batch(self.train_loader, model)  # here too, where nothing is written yet
         self.val_loader = prepare(loader_of(val_set, t.batch_size, workers))
         self.test_loader = prepare(loader_of(test_set, t.batch_size, workers))
         with building("training"):
@@ -129,6 +132,7 @@ class Trainer:
         if (draws := own_generator(self.optimizer)) is not None:
             draws.generator.manual_seed(draws.seed)  # or a run would depend on those that this process trained before
         base = run.subset(self.train_loader)
+        self._check_batch(base, self.model if self.splits else run.subnet.model)
         loader = accelerator.prepare_data_loader(base)
         accelerator._dataloaders.clear()  # it keeps every loader it has prepared; runs would pile them up
         updates = math.ceil(len(loader) / t.grad_accum_steps)
@@ -195,6 +199,8 @@ class Trainer:
                 self.optimizer.optimizer.sync_lookahead()
             run.subnet.apply_()
             watch.keep()
+            if self.unreadable is not None:
+                self.unreadable.look(progress.say)
             if run.limit is not None:  # it has only read gradients; the weights are as they were
                 return run.metrics
             run.settle_()
@@ -216,6 +222,9 @@ class Trainer:
             # The metrics are the averaged weights'; the search prunes by the raw ones, in model.safetensors.
             write_state(folder / "model_ema.safetensors", Subnet(ema.module, ()).state())
         return run.metrics
+
+    def _check_batch(self, loader: Any, model: nn.Module) -> None:
+        check_batch(self.settings, model, loader.batch_size // self.accelerator.num_processes, self.input_size)
 
     def _average(self, run: Run) -> ModelEmaV3 | None:
         """The moving average of the run's weights, beginning with those it has now; None where there is to be none."""
