@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
+from pictures import make
 from rich.console import Console
 
 import timm_tickets as tt
+from timm_tickets import experiment, report
 from timm_tickets import trainer as trainer_module
 
 SHORT = ["training.epochs=2", "pruner.sparsity=0.8", "pruner.prune_rate=0.6", "training.checkpoint_interval=0"]
@@ -253,8 +256,6 @@ def test_every_kind_of_search_continues_within_a_run_to_the_same_ticket(tmp_path
 
 @pytest.mark.parametrize("name", ["write_summary", "plot"])
 def test_stopped_after_the_last_training_it_only_reports(whole, tmp_path, monkeypatch, name):
-    from timm_tickets import experiment
-
     def stop(*_):
         raise Stop
 
@@ -463,3 +464,236 @@ def test_data_that_is_not_there_is_named(tmp_path):
     with pytest.raises(tt.SettingError, match=r"data: .*torch/cifar10"):
         search(tmp_path, "data.dataset=torch/cifar10", f"data.data_dir={tmp_path}")
     assert Path(tmp_path).exists()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Settings for a search on 18 pictures, three steps an epoch; their folder is ``root`` beside it."""
+    root = make(tmp_path / "root")
+    return [
+        "data.dataset=folder",
+        f"data.data_dir={root}",
+        "data.val_split=val",
+        "training.batch_size=6",
+        "pruner.sparsity=0.6",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:rigl", "ignore:frozen_slt")  # layers that so few steps empty
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["pruner.epochs=1"], {"dense": 2, "round_00": 1, "round_01": 2}),
+        (["pruner.epochs=3", "retrain.epochs=1"], {"dense": 1, "round_00": 3, "round_01": 1}),
+        (["pruner.epochs=2"], {"round_00": 2, "round_01": 2}),
+        (["pruner.epochs=3", "retrain.epochs=3"], {"round_00": 3, "round_01": 3}),
+        (["pruner.name=rigl", "pruner.epochs=3"], {"dense": 3, "round_00": 3, "round_01": 3}),
+        (["pruner.name=frozen_slt", "pruner.epochs=1"], {"dense": 1, "round_00": 1, "round_01": 1}),
+        (["pruner.name=magnitude", "pruner.epochs=9", "retrain.epochs=1"], {"dense": 1, "round_00": 1}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_the_dense_network_is_trained_as_long_as_the_ticket(tmp_path, pictures, settings, expected):
+    if not settings[0].startswith("pruner.name"):
+        settings = [*settings, "pruner.prune_rate=0.6"]
+    text = io.StringIO()
+    common = ["training.epochs=2", "training.checkpoint_interval=0", f"output={tmp_path / 'run'}", *pictures]
+    result = tt.search("digits_imp", [*common, *settings], console=Console(file=text, width=80))
+    assert {row["name"]: row["epochs"] for row in result.rows} == expected
+    steps = {row["name"]: row["steps"] for row in result.rows}
+    assert all(steps[name] in (0, 3 * epochs) for name, epochs in expected.items())  # 0: scored, trained in the search
+    dense, length = result.rows[0], list(expected.values())[-1]
+    assert (dense["sparsity"], dense["epochs"], dense["steps"]) == (0, length, 3 * length)
+    assert result.ticket.metadata["dense"] == dense["metrics"]
+    table = list(csv.DictReader((result.folder / "summary.csv").open()))
+    assert {row["name"]: int(row["epochs"]) for row in table} == expected
+    assert (" epochs " in text.getvalue()) == (len({*expected.values()}) > 1)
+    assert "…" not in text.getvalue()  # the table has room in 80 columns
+    assert "no dense network to compare with" not in text.getvalue()
+
+
+def test_without_a_dense_network_as_long_none_is_compared_with(tmp_path, pictures, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(experiment, "plot", lambda rows, path, title, dense: drawn.update(rows=rows, dense=dense))
+    settings = [*pictures, "pruner.epochs=1", "pruner.prune_rate=0.4", "dense=false"]
+    result, text = search(tmp_path / "run", *settings)
+    assert [(row["name"], row["epochs"]) for row in result.rows] == [("round_00", 1), ("round_01", 1), ("round_02", 2)]
+    assert "dense" not in result.ticket.metadata
+    assert (
+        "no dense network to compare with: round_00 was trained for 1 epoch, the ticket for 2 epochs; without" in text
+    )
+    assert drawn["dense"] is None
+    seeds = tt.search_seeds("digits_imp", [0, 1], [*SHORT, *settings, f"output={tmp_path / 'seeds'}"])
+    assert all("dense" not in one.ticket.metadata for one in seeds)
+    assert {row["dense_test_top1"] for row in csv.DictReader((tmp_path / "seeds" / "seeds.csv").open())} == {""}
+
+
+def test_the_plot_joins_what_was_trained_equally_long():
+    metrics = {"val_top1": 50.0}
+    rows = [
+        {
+            "name": name,
+            "sparsity": sparsity,
+            "epochs": epochs,
+            "whole": whole,
+            "metrics": {**metrics, "test_top1": top1},
+        }
+        for name, sparsity, epochs, whole, top1 in (
+            ("dense", 0.0, 5, True, 90.0),
+            ("round_00", 0.0, 2, True, 70.0),
+            ("round_01_part_0", 0.5, 2, False, 99.0),
+            ("round_01", 0.5, 2, True, 60.0),
+            ("round_02", 0.75, 5, True, 80.0),
+        )
+    ]
+
+    def lines(dense):
+        (axes,) = report.figure(rows, "a title", dense).axes
+        return {one.get_label(): one for one in axes.lines}
+
+    found = lines(rows[0])
+    assert list(found) == [
+        "test, after 5 epochs",
+        "validation, after 5 epochs",
+        "test, after 2 epochs",
+        "validation, after 2 epochs",
+        "dense, test",
+    ]
+    curve, others = found["test, after 5 epochs"], found["test, after 2 epochs"]
+    assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([1.0, 0.25], [90.0, 80.0])
+    assert (list(others.get_xdata()), list(others.get_ydata())) == ([1.0, 0.5], [70.0, 60.0])
+    assert (curve.get_linestyle(), others.get_linestyle()) == ("-", "None")
+    assert (curve.get_markerfacecolor(), others.get_markerfacecolor()) == ("C0", "none")
+    assert set(found["dense, test"].get_ydata()) == {90.0}
+    assert "dense, test" not in lines(None)
+    del rows[1:4]
+    assert list(lines(None)) == ["test", "validation"]
+
+
+@pytest.mark.parametrize("settings", [[], ["pruner.epochs=1"]], ids=["equal", "unequal"])
+def test_a_folder_of_the_version_before_is_gone_on_with(tmp_path, pictures, monkeypatch, settings):
+    """It wrote out what nobody had chosen, and not how long it had trained."""
+    expected, _ = search(tmp_path / "whole", *pictures, *settings)
+    folder = tmp_path / "run"
+
+    def stop(*_):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "plot", stop)
+        with pytest.raises(Stop):
+            search(folder, *pictures, *settings)
+    mark, text = (folder / "recipe.yaml").read_text().split("\n", 1)
+    recipe = yaml.safe_load(text)
+    recipe["pruner"] |= {"epochs": 1 if settings else 2, "seed": recipe["seed"]}
+    recipe["data"] |= {"input_img_mode": "RGB"}
+    del recipe["data"]["unreadable"]
+    (folder / "recipe.yaml").write_text(mark + "\n" + yaml.safe_dump(recipe))
+    for path in folder.glob("*/run.json"):
+        record = json.loads(path.read_text())
+        del record["epochs"], record["whole"]
+        path.write_text(json.dumps(record))
+    (folder / "images.json").unlink()
+    result, _ = search(folder, *pictures, *settings)
+    assert result.ticket.fingerprint == expected.ticket.fingerprint
+    assert [row["epochs"] for row in result.rows] == [row["epochs"] for row in expected.rows]
+    dense = [one.ticket.metadata["dense"]["test_top1"] for one in (result, expected)]
+    assert dense[0] == dense[1]
+
+
+def test_images_that_have_changed_since_a_search_began_are_noticed(tmp_path, pictures, monkeypatch):
+    folder, gone = tmp_path / "run", tmp_path / "root" / "train" / "bee" / "4.png"
+
+    def stop(*_):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "plot", stop)
+        with pytest.raises(Stop):
+            search(folder, *pictures)
+    gone.unlink()
+    with pytest.raises(tt.SettingError) as error:
+        search(folder, *pictures)
+    assert (
+        f"{folder} was begun with other images:\n  train: 18 images there, 17 now; class 'bee': 6 there, 5 now\n"
+        in (str(error.value))
+    )
+    assert "--restart" in str(error.value)
+    assert (folder / "round_01" / "run.json").exists()
+    result, text = search(folder, *pictures, restart=True)
+    assert "17 images to train on" in text
+    assert result.ticket.sparsity == pytest.approx(0.6, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["data.test_split=tset"], "data.test_split: 'tset' is unknown"),
+        (["data.test_split=train"], "18 of the 18 images are in data.train_split too"),
+        (["training.batch_size=1"], "training.batch_size: 1 and the images of this run leave one to a step"),
+        (["data.input_img_mode=L"], "mode L has 1 channels, and the model takes 3"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_data_that_cannot_be_trained_on_leaves_the_folder_free(tmp_path, pictures, settings, words):
+    with pytest.raises(tt.SettingError, match=words):
+        search(tmp_path / "run", *pictures, *settings)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(tt.SettingError, match=words):
+        tt.train("digits_imp", None, [*SHORT, *pictures, *settings, f"output={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_cannot_be_scored_is_found_before_anything_is_trained(tmp_path, pictures):
+    (tmp_path / "root" / "test" / "cat" / "1.png").write_bytes(b"no image")
+    with pytest.raises(tt.SettingError, match=r"1 of 12 images .* cannot be scored.*\n.*cat/1.png cannot be decoded"):
+        search(tmp_path / "run", *pictures)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings", [[], ["pruner.name=colt", "data.workers=1"]], ids=["imp", "colt"])
+def test_with_unreadable_images_a_search_still_goes_on_to_the_same_ticket(tmp_path, pictures, monkeypatch, settings):
+    """timm puts the next image in their place, of another class at a class's end; COLT died of that."""
+    for name in ("ant/5", "bee/5", "cat/2"):
+        (tmp_path / "root" / "train" / f"{name}.png").write_bytes(b"no image")
+    settings = [*pictures, *settings, "dense=false"]
+    with pytest.raises(tt.TrainingError, match=r"data.unreadable: 1 of 18 training images .* share of 0.01"):
+        search(tmp_path / "refused", *settings)
+    settings.append("data.unreadable=0.2")
+    expected, text = search(tmp_path / "whole", *settings)
+    (told,) = [line for line in text.splitlines() if line.startswith("3 of 18 training images cannot be decoded")]
+    assert all(f"/{name}.png" in told for name in ("ant/5", "bee/5", "cat/2"))
+    loss, seen = tt.Run.loss, {"losses": 0}
+
+    def halting(self, *args):
+        seen["losses"] += 1
+        if seen["losses"] == 5:
+            raise Stop
+        return loss(self, *args)
+
+    monkeypatch.setattr(tt.Run, "loss", halting)
+    with pytest.raises(Stop):
+        search(tmp_path / "halted", *settings)
+    result, _ = search(tmp_path / "halted", *settings)
+    assert result.ticket.fingerprint == expected.ticket.fingerprint
+
+
+def test_a_picture_that_is_removed_while_it_trains_is_named_and_put_back_it_continues(tmp_path, pictures, monkeypatch):
+    expected, _ = search(tmp_path / "whole", *pictures)
+    gone = tmp_path / "root" / "train" / "bee" / "4.png"
+    taken = gone.read_bytes()
+    fit = trainer_module.Trainer.fit
+
+    def removing(self, run, *args):
+        if run.index == 1:
+            gone.unlink()
+        return fit(self, run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.Trainer, "fit", removing)
+        with pytest.raises(tt.TrainingError, match=rf"^{gone} cannot be read: No such file .*same command continues$"):
+            search(tmp_path / "run", *pictures)
+    gone.write_bytes(taken)
+    result, text = search(tmp_path / "run", *pictures)
+    assert "1 finished runs skipped" in text
+    assert result.ticket.fingerprint == expected.ticket.fingerprint

@@ -92,6 +92,23 @@ def test_a_restart_clears_every_seed_before_the_first_is_searched(monkeypatch, t
     assert [row["seed"] for row in rows(folder)] == ["0", "1", "2", "mean", "std"]
 
 
+@pytest.mark.parametrize("again", ["yaml", "loaded"])
+def test_the_pruners_seed_follows_in_a_recipe_that_is_read_again(monkeypatch, tmp_path, again):
+    recipe = tt.load_recipe("digits_magnitude", ["pruner.sparsity=0.8", f"output={tmp_path}"])
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    searched = []
+
+    def search(one, console):
+        searched.append(one)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("timm_tickets.replicates.search", search)
+    for seeds in ([3, 4], [4, 3]):
+        with pytest.raises(KeyboardInterrupt):
+            tt.search_seeds(recipe if again == "loaded" else tmp_path / "again.yaml", seeds)
+    assert [(one.seed, one.pruner["seed"]) for one in searched] == [(3, 3), (4, 4)]
+
+
 @pytest.mark.slow
 def test_sigterm_ends_it_with_code_143_and_the_same_command_continues(one, tmp_path):
     done = searched(tmp_path, IMP, 1, seeds=SEEDS, lives=[600, 0], number=signal.SIGTERM)

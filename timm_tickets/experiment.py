@@ -15,22 +15,24 @@ from rich.console import Console
 from torch import nn
 
 from .adapt import recompute_batch_norm_
-from .build import build_model, criterion_of, model_kwargs
+from .build import build_model, channels_of, criterion_of, model_kwargs
+from .contents import differences
 from .data import Data
 from .files import is_writer, read_json, write_json
+from .images import minding_workers
 from .masks import full_masks, shuffled_masks
-from .processes import apart
+from .processes import any_of, apart
 from .prunable import prunable_names
 from .pruner import Parallel, refuse_split
 from .recipe import Recipe, RetrainSettings, load_recipe
 from .registry import create_pruner, create_tweaks, get_method
 from .report import RichProgress, plot, print_table, write_summary
-from .run_folder import RESULT, check_folder, claim_folder, records, working_in
+from .run_folder import IMAGES, RESULT, check_folder, claim_folder, working_in
 from .settings import SettingError, unknown
 from .subnet import Subnet
 from .ticket import Ticket, describe_model, load_ticket
 from .trainer import Trainer
-from .trainings import Trainers, Trainings
+from .trainings import Trainers, Trainings, control_of, finished
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def search(
     """
     recipe = load_recipe(recipe, overrides)
     console = console or Console()
-    with working_in(recipe.folder, partial(console.print, soft_wrap=True)):
+    with working_in(recipe.folder, partial(console.print, soft_wrap=True)), minding_workers():
         return _search(recipe, restart, console)
 
 
@@ -83,8 +85,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
         print_table(done["rows"], console)
         return Result(folder, load_ticket(final), done["rows"])
 
-    data = Data(recipe.data)
-    model = build_model(recipe, data.num_classes)
+    data, model = _built(recipe, console)
     pruner = create_pruner(recipe.pruner["name"], model, folder=folder, **recipe.method_settings)
     pruner.metadata |= _origin(recipe, data, model)
     if pruner.method.ends_trained and recipe.retrain != RetrainSettings():
@@ -102,9 +103,10 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     pruner.parallel, pruner.processes_per_run = _parallel(recipe, trainers), recipe.processes_per_run
     if trainers.of(recipe.parallel == "runs").splits:
         refuse_split(pruner.method)
-    claim_folder(folder, recipe, "search")  # only now: a recipe that cannot be built leaves no folder behind
-    subnet = pruner.subnet
-    extra = 1 if pruner.runs else 2  # the ticket's own training, and a dense one where no run of the search is
+    _claim(folder, recipe, "search", data)  # only now: a recipe that cannot be built leaves no folder behind
+    subnet, epochs = pruner.subnet, recipe.ticket_epochs
+    as_long = recipe.pruner["epochs"] == epochs
+    extra = 1 if pruner.runs and as_long else 2  # the ticket's own training, and a dense one where no run is as long
     with RichProgress(console, None if pruner.runs is None else pruner.runs + extra) as progress:
         for run in pruner:
             progress.replayed(pruner.replayed, folder)
@@ -119,11 +121,12 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
                 subnet = Subnet(model, subnet.names)
             trainers = Trainers(recipe, model, data)
         # Where runs were handed out, one group trains the ticket too: then no number depends on how many there were.
-        dense = recipe.dense and not pruner.trained_dense
+        dense = recipe.dense and not (pruner.trained_dense and as_long)
         side_by_side = dense and not pruner.method.ends_trained and hands_out(pruner.parallel, 2, trainers.groups)
         by_itself = pruner.handed_out or side_by_side
         processes = recipe.processes_per_run if by_itself else None
-        experiment = Trainings(folder, trainers.of(by_itself), subnet, progress, ticket.metadata, processes=processes)
+        trainer = trainers.of(by_itself)
+        experiment = Trainings(folder, trainer, subnet, progress, ticket.metadata, epochs, processes=processes)
         if dense:
             experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0, by=1)
         experiment = replace(experiment, retrain=recipe.retrain, pretrained=ticket.pretrained)
@@ -137,16 +140,22 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
             ticket.metadata["start_epoch"],
             train=not pruner.method.ends_trained,
         )
-        *found, ticket.metadata["metrics"] = experiment.ended(*(["dense"] if dense else []), name)
-    rows = records(folder)
-    if found or pruner.trained_dense:  # a part's dense run, the first of COLT's, is another task
-        ticket.metadata["dense"] = found[0] if found else rows[0]["metrics"]
+        *_, ticket.metadata["metrics"] = experiment.ended(*(["dense"] if dense else []), name)
+    rows = finished(folder, recipe, epochs, (name,))
+    # A part's dense run, the first of COLT's, is another task.
+    whole = [row for row in rows if row["name"] == "dense" or (pruner.trained_dense and row["name"] != name)]
+    control, why = control_of(whole, epochs, recipe.dense)
+    if control is not None:
+        ticket.metadata["dense"] = control["metrics"]
     if is_writer():
         ticket.save(final)
         write_summary(rows, folder / "summary.csv")
-        plot(rows, folder / "accuracy.png", f"{recipe.name}: {recipe.model.model}, {recipe.pruner['name']}")
+        title = f"{recipe.name}: {recipe.model.model}, {recipe.pruner['name']}"
+        plot(rows, folder / "accuracy.png", title, control)
         write_json(folder / RESULT, {"rows": rows, "fingerprint": ticket.fingerprint})
         print_table(rows, console)
+        if why:
+            console.print(why, soft_wrap=True)
         size = f"{final.stat().st_size:,} bytes"
         console.print(f"ticket: {final} (sparsity {ticket.sparsity:.4f}, {size})", soft_wrap=True)
     return Result(folder, ticket, rows)
@@ -173,15 +182,14 @@ def train(
     given = None if ticket is None else load_ticket(ticket)
     stem = "dense" if ticket is None else Path(ticket).stem
     folder = recipe.output or Path("output") / f"{recipe.name}_train_{stem}"
-    with working_in(folder, partial(console.print, soft_wrap=True)):
+    with working_in(folder, partial(console.print, soft_wrap=True)), minding_workers():
         return _train(recipe, given, folder, restart, console)
 
 
 def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, console: Console) -> Result:
     kind = "training of dense" if given is None else f"training of ticket {given.fingerprint}"
     check_folder(folder, recipe, kind, restart)
-    data = Data(recipe.data)
-    model = build_model(recipe, data.num_classes)
+    data, model = _built(recipe, console)
     if given is None:
         # The masks of the dense network name the weights that the recipe's pruner would prune.
         names = prunable_names(model, *(recipe.pruner[key] for key in ("include", "exclude", "classifier")))
@@ -192,13 +200,14 @@ def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, co
         console.print(f"{folder} is finished; nothing to do (--restart trains again)", soft_wrap=True)
     else:
         trainer = Trainer(recipe, model, data)
-        claim_folder(folder, recipe, kind)
-        subnet = Subnet(model, tuple(given.masks))
+        _claim(folder, recipe, kind, data)
+        subnet, epochs = Subnet(model, tuple(given.masks)), recipe.retrain.epochs or recipe.training.epochs
         with RichProgress(console, 1) as progress:
-            experiment = Trainings(folder, trainer, subnet, progress, given.metadata, recipe.retrain, given.pretrained)
+            more = (epochs, recipe.retrain, given.pretrained)
+            experiment = Trainings(folder, trainer, subnet, progress, given.metadata, *more)
             experiment.train("round_00", given.masks, given.values, 0, 0, given.metadata.get("start_epoch", 0.0))
             experiment.ended("round_00")
-        done = {"rows": records(folder), "fingerprint": given.fingerprint}
+        done = {"rows": finished(folder, recipe, epochs, ("round_00",)), "fingerprint": given.fingerprint}
         if is_writer():
             write_summary(done["rows"], folder / "summary.csv")
             write_json(folder / RESULT, done)
@@ -248,7 +257,7 @@ def transfer(
     console = console or Console()
     given = load_ticket(ticket)
     folder = recipe.output or Path("output") / f"{recipe.name}_transfer_{Path(ticket).stem}"
-    with working_in(folder, partial(console.print, soft_wrap=True)):
+    with working_in(folder, partial(console.print, soft_wrap=True)), minding_workers():
         return _transfer(recipe, given, folder, controls, recompute_batch_norm, restart, console)
 
 
@@ -263,8 +272,7 @@ def _transfer(
 ) -> Result:
     kind = f"transfer of ticket {given.fingerprint}" + ", batch norm recomputed" * recompute_batch_norm
     check_folder(folder, recipe, kind, restart)
-    data = Data(recipe.data)
-    model = build_model(recipe, data.num_classes)
+    data, model = _built(recipe, console)
     _check_tweaks(recipe, model)
     native = recipe
     if get_method(recipe.pruner["name"]).ends_trained:  # it is not trained again, with or without tweaks
@@ -277,7 +285,7 @@ def _transfer(
     trained = 1 + len({"dense", "random"}.intersection(controls))
     by_itself = hands_out(_parallel(recipe, trainers), trained, trainers.groups)
     trainer, processes = trainers.of(by_itself), recipe.processes_per_run if by_itself else None
-    claim_folder(folder, recipe, kind)
+    _claim(folder, recipe, kind, data)
     if recompute_batch_norm:
         device = trainer.accelerator.device
         images = (images.to(device) for images, _ in trainer.train_loader)
@@ -289,17 +297,18 @@ def _transfer(
     starts["random"] = (shuffled_masks(moved.masks, recipe.seed), fresh)
     starts["dense"] = (full_masks(moved.masks), fresh)
     wanted = [name for name in starts if name == "ticket" or name in controls]
-    subnet = Subnet(model, tuple(moved.masks))
+    subnet, epochs = Subnet(model, tuple(moved.masks)), recipe.retrain.epochs or recipe.training.epochs
     with RichProgress(console, len(wanted)) as progress:
-        experiment = Trainings(folder, trainer, subnet, progress, moved.metadata, processes=processes)
+        experiment = Trainings(folder, trainer, subnet, progress, moved.metadata, epochs, processes=processes)
         for number, name in enumerate(wanted):
             retrain = RetrainSettings() if name == "dense" else recipe.retrain
             source = moved.pretrained if name == "ticket" else None
             replace(experiment, retrain=retrain, pretrained=source).train(name, *starts[name], index=0, by=number)
-        for name, metrics in zip(wanted, experiment.ended(*wanted), strict=True):
-            if name != "random":
-                moved.metadata["metrics" if name == "ticket" else "dense"] = metrics
-    rows = records(folder)
+        experiment.ended(*wanted)
+    rows = finished(folder, recipe, epochs, ("ticket", "random"))
+    for row in rows:
+        if row["name"] != "random" and row["epochs"] == epochs:
+            moved.metadata["metrics" if row["name"] == "ticket" else "dense"] = row["metrics"]
     if "native" in controls:
         searched = search(native.model_copy(update={"output": folder / "native", "dense": False}), console=console)
         rows.append({**searched.rows[-1], "name": "native"})
@@ -309,6 +318,38 @@ def _transfer(
         write_json(folder / RESULT, {"rows": rows, "fingerprint": moved.fingerprint})
         print_table(rows, console)
     return Result(folder, moved, rows)
+
+
+def _built(recipe: Recipe, console: Console) -> tuple[Data, nn.Module]:
+    """The recipe's data and model, which have to suit each other."""
+    data = Data(recipe.data)
+    if is_writer():
+        console.print(data.told, highlight=False, soft_wrap=True)
+    model = build_model(recipe, data.num_classes)
+    data.check_channels(model, channels_of(recipe, model))
+    return data, model
+
+
+def _claim(folder: Path, recipe: Recipe, kind: str, data: Data) -> None:
+    """Make the folder this experiment's, for the images that it was begun with.
+
+    Raises:
+        SettingError: It was begun with others; or, before it is begun, an image cannot be scored.
+    """
+    then = read_json(folder / IMAGES)
+    changed = [] if then is None else differences(then, data.record)
+    begins, differs = any_of([then is None and is_writer(), bool(changed)])  # the folder may be the writer's alone
+    if differs:
+        raise SettingError(
+            f"{folder} was begun with other images:\n  "
+            + ("\n  ".join(changed) or "as another process has found")
+            + "\nput them back as they were, choose another output=, or begin again with --restart"
+        )
+    if begins:
+        data.check_scored()
+    claim_folder(folder, recipe, kind)
+    if begins and is_writer():
+        write_json(folder / IMAGES, data.record)
 
 
 def _parallel(recipe: Recipe, trainers: Trainers) -> Parallel:

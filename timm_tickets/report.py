@@ -24,6 +24,7 @@ COLUMNS: tuple[str, ...] = (
     "val_top1_best",
     "val_top1",
     "test_top1",
+    "epochs",
     "steps",
     "seconds",
 )
@@ -99,6 +100,10 @@ class RichProgress:
         )
 
 
+def counted(epochs: int) -> str:
+    return f"{epochs} epoch" + "s" * (epochs != 1)
+
+
 def row(record: dict[str, Any]) -> dict[str, Any]:
     """A run's record as one row of the summary."""
     return {key: (record | record["metrics"]).get(key) for key in COLUMNS}
@@ -119,40 +124,67 @@ def write_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path
 
 
 def print_table(records: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print the table of a search."""
+    """Print the table of a search; with the epochs, where not all were trained equally long."""
     if not is_writer():
         return
-    table = Table(box=None, header_style="bold")
-    for title in ("round", "sparsity", "layers min..max", "val best", "val last", "test top-1", "seconds"):
+    rows = [row(record) for record in records]
+    epochs = len({one["epochs"] for one in rows}) > 1
+    table = Table(box=None, header_style="bold", pad_edge=not epochs)
+    last = ("layers", "val best", "val last", "test top-1", "epochs", "s")  # 80 characters have room for no more
+    if not epochs:
+        last = ("layers min..max", "val best", "val last", "test top-1", "seconds")
+    for title in ("round", "sparsity", *last):
         table.add_column(title, justify="left" if title == "round" else "right", no_wrap=True)
-    for one in map(row, records):
+    for one in rows:
         table.add_row(
             one["name"],
             f"{one['sparsity']:.4f}",
             f"{one['layer_min']:.3f}..{one['layer_max']:.3f}",
             *(f"{one[key]:.2f}" for key in ("val_top1_best", "val_top1", "test_top1")),
+            *([str(one["epochs"])] if epochs else []),
             f"{one['seconds']:.1f}",
         )
     console.print(table)
 
 
-def plot(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw accuracy against sparsity, with the dense network's as a line, into a PNG."""
+def plot(records: Sequence[dict[str, Any]], path: Path, title: str, dense: dict[str, Any] | None) -> None:
+    """Draw `figure` into a PNG."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        figure(records, title, dense).savefig(file, format="png")
+
+
+def figure(records: Sequence[dict[str, Any]], title: str, dense: dict[str, Any] | None) -> Any:
+    """Accuracy against sparsity, a matplotlib figure.
+
+    A curve joins what was trained as long as the ticket, the last record; others are hollow points beside it.
+
+    Args:
+        records: The trainings.
+        title: Above it.
+        dense: The record of the dense network that was trained as long as the ticket: a line.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Runs on some of the classes are another task; their accuracy does not belong on this axis.
-    rows = [row(record) for record in records if record.get("classes") is None]
-    dense = next((one for one in rows if one["sparsity"] == 0), None)
+    # Runs on some of the classes or images are another task; their accuracy does not belong on this axis.
+    rows = sorted((row(record) for record in records if record["whole"]), key=lambda one: one["sparsity"])
     figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    density = [1 - one["sparsity"] for one in rows]
-    order = sorted(range(len(rows)), key=lambda i: -density[i])
-    for key, label, style in (("test_top1", "test", "o-"), ("val_top1", "validation", "s:")):
-        axes.plot([density[i] for i in order], [rows[i][key] for i in order], style, label=label, markersize=4)
+    lengths = sorted({one["epochs"] for one in rows}, key=lambda epochs: epochs != records[-1]["epochs"])
+    for epochs in lengths:
+        told = f", after {counted(epochs)}" if len(lengths) > 1 else ""
+        shown = [one for one in rows if one["epochs"] == epochs]
+        for key, label, colour, marker, line in (
+            ("test_top1", "test", "C0", "o", "-"),
+            ("val_top1", "validation", "C1", "s", ":"),
+        ):
+            looks: Any = {"linestyle": line} if epochs == lengths[0] else {"linestyle": "", "markerfacecolor": "none"}
+            x, y = ([1 - one["sparsity"] for one in shown], [one[key] for one in shown])
+            axes.plot(x, y, color=colour, marker=marker, markersize=4, label=label + told, **looks)
     if dense is not None:
-        axes.axhline(dense["test_top1"], color="black", linestyle="--", linewidth=1, label="dense, test")
+        axes.axhline(row(dense)["test_top1"], color="black", linestyle="--", linewidth=1, label="dense, test")
+    density = [1 - one["sparsity"] for one in rows]
     axes.set_xscale("log")
     axes.invert_xaxis()
     axes.set_xticks(density, [f"{1 - d:.3g}" for d in density], rotation=60, fontsize=7)
@@ -162,5 +194,4 @@ def plot(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        figure.savefig(file, format="png")
+    return figure

@@ -84,6 +84,8 @@ def write_run(folder: Path, run: Run, end: End, ticket: Ticket, baked: Mapping[s
         "sparsity": sparsity(end.mask),
         "layer_min": min(layers.values()),
         "layer_max": max(layers.values()),
+        "epochs": run.epochs,
+        "whole": run.whole,
         "steps": run.step,
         "scored": run.limit is None,
         "scores": bool(end.scores),

@@ -1,5 +1,8 @@
-"""Trainings that are not part of a search, a ticket's own and its controls'; and whose trainer carries them out."""
+"""Trainings that are not part of a search, a ticket's own and its controls'; whose trainer carries them out; and which
+of them may be compared.
+"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,10 @@ from .masks import Masks
 from .processes import apart, groups_of, wait_for_others
 from .recipe import Recipe, RetrainSettings
 from .registry import create_tweaks
-from .report import RichProgress
+from .report import RichProgress, counted
 from .run import Run
 from .run_files import write_run
+from .run_folder import records
 from .starts import Pretrained
 from .subnet import State, Subnet
 from .ticket import Ticket
@@ -46,6 +50,7 @@ class Trainings:
     """Trainings that are not part of a search: a ticket's own and those of its controls, independent of one another.
 
     `processes` is how many carry out each, while others carry out others; None where all of them carry out all.
+    `epochs` is how long each is trained, or was in the search where it is only scored.
     """
 
     folder: Path
@@ -53,6 +58,7 @@ class Trainings:
     subnet: Subnet
     progress: RichProgress
     metadata: dict[str, Any]
+    epochs: int
     retrain: RetrainSettings = field(default_factory=RetrainSettings)
     pretrained: Pretrained | None = None
     processes: int | None = None
@@ -86,8 +92,7 @@ class Trainings:
             return
         self.subnet.set_mask_(masks)
         self.subnet.load_(start)
-        epochs = self.retrain.epochs or self.trainer.settings.epochs
-        run = Run(epochs, index=index, round=round, name=name, start_epoch=start_epoch, subnet=self.subnet)
+        run = Run(self.epochs, index=index, round=round, name=name, start_epoch=start_epoch, subnet=self.subnet)
         if train:
             if self.retrain.tweaks:
                 run.tweaks = create_tweaks(self.subnet.model, self.retrain.tweaks)
@@ -101,3 +106,35 @@ class Trainings:
         self.progress.end(run)
         ticket = Ticket.from_state(start, masks, self.metadata)
         write_run(where, run, end, replace(ticket, pretrained=self.pretrained))
+
+
+def finished(folder: Path, recipe: Recipe, epochs: int, ended: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of a folder's trainings; those of the version before do not say how long it trained them.
+
+    Args:
+        folder: The run folder.
+        recipe: The recipe.
+        epochs: How long the ticket is trained.
+        ended: Names of its own trainings.
+    """
+    rows = records(folder)
+    for row in rows:
+        others = recipe.training.epochs if row["name"] == "dense" else recipe.pruner["epochs"]
+        row.setdefault("epochs", epochs if row["name"] in ended else others)
+        row.setdefault("whole", row["classes"] is None)
+    return rows
+
+
+def control_of(rows: list[dict[str, Any]], epochs: int, wanted: bool) -> tuple[dict[str, Any] | None, str]:
+    """The dense network's record, if it was trained as long as the ticket; else why there is none to compare with."""
+    dense = [row for row in rows if row["whole"] and not row["gated"] and row["sparsity"] == 0]
+    for row in dense:
+        if row["epochs"] == epochs:
+            return row, ""
+    if not dense:
+        return None, ""
+    mend = "--restart trains one as long" if wanted else "without dense=false, one is trained as long"
+    return None, (
+        f"no dense network to compare with: {dense[0]['name']} was trained for {counted(dense[0]['epochs'])}, the "
+        f"ticket for {counted(epochs)}; {mend}"
+    )
