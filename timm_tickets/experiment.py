@@ -12,25 +12,23 @@ from typing import Any
 
 from accelerate.utils import set_seed
 from rich.console import Console
-from torch import nn
 
 from .adapt import recompute_batch_norm_
-from .build import build_model, channels_of, criterion_of, model_kwargs
-from .contents import differences
-from .data import Data
+from .begin import built, check_tweaks, claim, origin_of
+from .build import build_model
 from .files import is_writer, read_json, write_json
 from .images import minding_workers
 from .masks import full_masks, shuffled_masks
-from .processes import any_of, apart
+from .processes import apart
 from .prunable import prunable_names
 from .pruner import Parallel, refuse_split
 from .recipe import Recipe, RetrainSettings, load_recipe
-from .registry import create_pruner, create_tweaks, get_method
+from .registry import create_pruner, get_method
 from .report import RichProgress, plot, print_table, write_summary
-from .run_folder import IMAGES, RESULT, check_folder, claim_folder, working_in
+from .run_folder import RESULT, check_folder, working_in
 from .settings import SettingError, unknown
 from .subnet import Subnet
-from .ticket import Ticket, describe_model, load_ticket
+from .ticket import Ticket, load_ticket
 from .trainer import Trainer
 from .trainings import Trainers, Trainings, control_of, finished
 
@@ -85,15 +83,15 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
         print_table(done["rows"], console)
         return Result(folder, load_ticket(final), done["rows"])
 
-    data, model = _built(recipe, console)
+    data, model = built(recipe, console)
     pruner = create_pruner(recipe.pruner["name"], model, folder=folder, **recipe.method_settings)
-    pruner.metadata |= _origin(recipe, data, model)
+    pruner.metadata |= origin_of(recipe, data, model)
     if pruner.method.ends_trained and recipe.retrain != RetrainSettings():
         raise SettingError(
             f"retrain: {pruner.method.name} ends with a trained ticket, which is not trained again; leave it out, or "
             "train the ticket on with `timm-tickets train`"
         )
-    _check_tweaks(recipe, model)
+    check_tweaks(recipe, model)
     learned = bool(pruner.subnet.gates)
     if learned and recipe.training.model_ema:
         raise SettingError(
@@ -103,7 +101,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     pruner.parallel, pruner.processes_per_run = _parallel(recipe, trainers), recipe.processes_per_run
     if trainers.of(recipe.parallel == "runs").splits:
         refuse_split(pruner.method)
-    _claim(folder, recipe, "search", data)  # only now: a recipe that cannot be built leaves no folder behind
+    claim(folder, recipe, "search", data)  # only now: a recipe that cannot be built leaves no folder behind
     subnet, epochs = pruner.subnet, recipe.ticket_epochs
     as_long = recipe.pruner["epochs"] == epochs
     extra = 1 if pruner.runs and as_long else 2  # the ticket's own training, and a dense one where no run is as long
@@ -189,18 +187,18 @@ def train(
 def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, console: Console) -> Result:
     kind = "training of dense" if given is None else f"training of ticket {given.fingerprint}"
     check_folder(folder, recipe, kind, restart)
-    data, model = _built(recipe, console)
+    data, model = built(recipe, console)
     if given is None:
         # The masks of the dense network name the weights that the recipe's pruner would prune.
         names = prunable_names(model, *(recipe.pruner[key] for key in ("include", "exclude", "classifier")))
-        given = Ticket.of(model, full_masks(Subnet(model, names).weights()), _origin(recipe, data, model))
+        given = Ticket.of(model, full_masks(Subnet(model, names).weights()), origin_of(recipe, data, model))
     given.apply_(model)
-    _check_tweaks(recipe, model)
+    check_tweaks(recipe, model)
     if (done := read_json(folder / RESULT)) is not None:
         console.print(f"{folder} is finished; nothing to do (--restart trains again)", soft_wrap=True)
     else:
         trainer = Trainer(recipe, model, data)
-        _claim(folder, recipe, kind, data)
+        claim(folder, recipe, kind, data)
         subnet, epochs = Subnet(model, tuple(given.masks)), recipe.retrain.epochs or recipe.training.epochs
         with RichProgress(console, 1) as progress:
             more = (epochs, recipe.retrain, given.pretrained)
@@ -272,8 +270,8 @@ def _transfer(
 ) -> Result:
     kind = f"transfer of ticket {given.fingerprint}" + ", batch norm recomputed" * recompute_batch_norm
     check_folder(folder, recipe, kind, restart)
-    data, model = _built(recipe, console)
-    _check_tweaks(recipe, model)
+    data, model = built(recipe, console)
+    check_tweaks(recipe, model)
     native = recipe
     if get_method(recipe.pruner["name"]).ends_trained:  # it is not trained again, with or without tweaks
         native = recipe.model_copy(update={"retrain": RetrainSettings()})
@@ -285,14 +283,14 @@ def _transfer(
     trained = 1 + len({"dense", "random"}.intersection(controls))
     by_itself = hands_out(_parallel(recipe, trainers), trained, trainers.groups)
     trainer, processes = trainers.of(by_itself), recipe.processes_per_run if by_itself else None
-    _claim(folder, recipe, kind, data)
+    claim(folder, recipe, kind, data)
     if recompute_batch_norm:
         device = trainer.accelerator.device
         images = (images.to(device) for images, _ in trainer.train_loader)
         set_seed(recipe.seed)
         recompute_batch_norm_(model, images)
         moved = replace(Ticket.of(model, moved.masks, moved.metadata), pretrained=moved.pretrained)
-    moved.metadata |= _origin(recipe, data, model)
+    moved.metadata |= origin_of(recipe, data, model)
     starts = {"ticket": (moved.masks, moved.values)}
     starts["random"] = (shuffled_masks(moved.masks, recipe.seed), fresh)
     starts["dense"] = (full_masks(moved.masks), fresh)
@@ -320,38 +318,6 @@ def _transfer(
     return Result(folder, moved, rows)
 
 
-def _built(recipe: Recipe, console: Console) -> tuple[Data, nn.Module]:
-    """The recipe's data and model, which have to suit each other."""
-    data = Data(recipe.data)
-    if is_writer():
-        console.print(data.told, highlight=False, soft_wrap=True)
-    model = build_model(recipe, data.num_classes)
-    data.check_channels(model, channels_of(recipe, model))
-    return data, model
-
-
-def _claim(folder: Path, recipe: Recipe, kind: str, data: Data) -> None:
-    """Make the folder this experiment's, for the images that it was begun with.
-
-    Raises:
-        SettingError: It was begun with others; or, before it is begun, an image cannot be scored.
-    """
-    then = read_json(folder / IMAGES)
-    changed = [] if then is None else differences(then, data.record)
-    begins, differs = any_of([then is None and is_writer(), bool(changed)])  # the folder may be the writer's alone
-    if differs:
-        raise SettingError(
-            f"{folder} was begun with other images:\n  "
-            + ("\n  ".join(changed) or "as another process has found")
-            + "\nput them back as they were, choose another output=, or begin again with --restart"
-        )
-    if begins:
-        data.check_scored()
-    claim_folder(folder, recipe, kind)
-    if begins and is_writer():
-        write_json(folder / IMAGES, data.record)
-
-
 def _parallel(recipe: Recipe, trainers: Trainers) -> Parallel:
     """The recipe's, but that what spans the processes, a split model or synchronised statistics, is not handed out."""
     spans = trainers.of(recipe.parallel == "runs").splits or recipe.training.sync_bn
@@ -361,18 +327,3 @@ def _parallel(recipe: Recipe, trainers: Trainers) -> Parallel:
 def hands_out(parallel: Parallel, count: int, groups: int) -> bool:
     """Whether each group trains its own of so many independent trainings, instead of all processes each together."""
     return groups > 1 and (parallel == "runs" or (parallel == "auto" and count >= groups))
-
-
-def _check_tweaks(recipe: Recipe, model: nn.Module) -> None:
-    """Refuse now, and not after the search, tweaks that the model or the training's criterion cannot have."""
-    tweaks = create_tweaks(model, recipe.retrain.tweaks)
-    try:
-        tweaks.criterion(criterion_of(recipe.training))
-    finally:
-        tweaks.remove_()
-
-
-def _origin(recipe: Recipe, data: Data, model: Any) -> dict[str, Any]:
-    """What a ticket says of where it comes from."""
-    described = describe_model(model) | {"kwargs": model_kwargs(recipe, data.num_classes)}
-    return {"model": described, "recipe": {"name": recipe.name, "hash": recipe.hash, "dataset": recipe.data.dataset}}
