@@ -1,10 +1,12 @@
 import contextlib
+import io
 import json
 import os
 import shutil
 import signal
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import timm_tickets as tt
 from timm_tickets.build import check_batch
 from timm_tickets.contents import differences
 from timm_tickets.data import Data, loader_of, padded_crop
-from timm_tickets.images import minding_workers
+from timm_tickets.images import Images, minding_workers
 from timm_tickets.recipe import DataSettings, TrainingSettings
 
 CONFIG = {"input_size": (3, 4, 4), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bicubic"}
@@ -372,6 +374,33 @@ def test_images_in_tars_are_read_named_and_compared(root, model):
     assert "6 of the 6 images are in data.val_split too, such as ant/0.png" in told(
         root, **{**words, "test_split": "val.tar"}
     )
+
+
+class Table:
+    """As timm's reader of hfds/: bytes in a table, labels that can be had without them."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def iter_targets(self):
+        return iter([0, 1] * (len(self.files) // 2))
+
+    def __getitem__(self, index):
+        return io.BytesIO(self.files[index]), index % 2
+
+    def filename(self, index, **_):
+        return None
+
+
+def test_images_in_a_table(root):
+    files = [path.read_bytes() for path in sorted((root / "train").rglob("*.png"))]
+    files[6] = b"no image"
+    images = Images(SimpleNamespace(reader=Table(files)), "L")
+    assert images.targets.tolist() == [0, 1] * 9
+    assert images[3][0].mode == "L"
+    assert images.files(range(18)) is None
+    with pytest.raises(tt.TrainingError, match=r"^image 6 cannot be decoded: it is no image$"):
+        images[6]
 
 
 @pytest.mark.parametrize(

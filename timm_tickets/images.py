@@ -223,6 +223,8 @@ def minding_workers() -> Iterator[None]:
     """
     try:
         yield
+    except TrainingError:
+        raise
     except (RuntimeError, EOFError, ConnectionError) as error:
         found = _DEATH.search(str(error))
         if found is None and not isinstance(error, RuntimeError):  # its pipe broke; torch's signal is just behind
