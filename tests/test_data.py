@@ -336,9 +336,11 @@ def test_too_many_unreadable_images_are_refused(root, model, workers):
 @pytest.mark.parametrize(
     ("change", "reason"), [(spoil, "cannot be decoded: "), (os.unlink, "cannot be read: No such file or directory")]
 )
-def test_an_image_that_is_scored_or_gone_has_no_stand_in(root, model, workers, change, reason):
+def test_an_image_that_is_scored_or_gone_has_no_stand_in(root, model, monkeypatch, workers, change, reason):
     data = Data(settings(root, workers=workers, unreadable=0.9))
-    data.check_scored()
+    said = []
+    data.check_scored(said.append)
+    assert not said
     for path in ("test/cat/1.png", "val/ant/0.png"):
         change(root / path)
     for images, path in ((data.test_set(model), "test/cat/1.png"), (data.val_set(model), "val/ant/0.png")):
@@ -347,8 +349,10 @@ def test_an_image_that_is_scored_or_gone_has_no_stand_in(root, model, workers, c
         assert str(error.value).startswith(f"{root / path} {reason}")
         assert "put it back as it was, and the same command continues" in str(error.value)
         assert "\n" not in str(error.value)
+    monkeypatch.setattr("timm_tickets.data._MANY", 11)
     with pytest.raises(tt.SettingError) as error:
-        data.check_scored()
+        data.check_scored(said.append)
+    assert said == ["reading the 12 images to validate and test on once, as each will have to be scored"]
     first, *others = str(error.value).splitlines()
     assert first.startswith("data: 2 of 12 images to validate and test on cannot be scored")
     assert [line.split()[0] for line in others] == [str(root / "test/cat/1.png"), str(root / "val/ant/0.png")]

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -642,6 +643,14 @@ def test_data_that_cannot_be_trained_on_leaves_the_folder_free(tmp_path, picture
     with pytest.raises(tt.SettingError, match=words):
         tt.train("digits_imp", None, [*SHORT, *pictures, *settings, f"output={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_part_that_leaves_one_image_a_step_is_refused(tmp_path, pictures):
+    shutil.rmtree(tmp_path / "root")
+    make(tmp_path / "root", dict.fromkeys(("train", "val", "test"), 1))
+    settings = [*pictures, "pruner.name=colt", "pruner.partitions=3"]  # of one class each
+    with pytest.raises(tt.SettingError, match=r"training.batch_size: 6 and the images of this run leave one to a step"):
+        search(tmp_path / "run", *settings)
 
 
 def test_an_image_that_cannot_be_scored_is_found_before_anything_is_trained(tmp_path, pictures):

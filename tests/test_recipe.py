@@ -27,6 +27,7 @@ from timm_tickets.recipe import json_schema
         ("name=../x", ["name", "../x"]),
         ("seed=4294967296", ["seed: 4294967296", "less than 4294967296"]),
         ("data.split_seed=4294967296", ["data.split_seed", "less than 4294967296"]),
+        ("data.input_img_mode=rgb", ["data.input_img_mode", "'rgb' is no mode of PIL's"]),
         ("data.unreadable=1", ["data.unreadable", "less than 1"]),
         ("nonsense", ["--set", "key=value"]),
     ],

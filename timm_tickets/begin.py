@@ -1,5 +1,6 @@
 """What every experiment does before it trains: its data, model and folder, each refused now or not at all."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def built(recipe: Recipe, console: Console) -> tuple[Data, nn.Module]:
     return data, model
 
 
-def claim(folder: Path, recipe: Recipe, kind: str, data: Data) -> None:
+def claim(folder: Path, recipe: Recipe, kind: str, data: Data, console: Console) -> None:
     """Make the folder this experiment's, for the images that it was begun with.
 
     Raises:
@@ -44,7 +45,7 @@ def claim(folder: Path, recipe: Recipe, kind: str, data: Data) -> None:
             + "\nput them back as they were, choose another output=, or begin again with --restart"
         )
     if begins:
-        data.check_scored()
+        data.check_scored(partial(console.print, soft_wrap=True) if is_writer() else lambda text: None)
     claim_folder(folder, recipe, kind)
     if begins and is_writer():
         write_json(folder / IMAGES, data.record)

@@ -26,10 +26,12 @@ class Contents:
         classes: By class, how many images, and a digest of them. Of images in files a digest of their names and sizes,
             of arrays one of every value, of other data sets (hfds/, where reading takes long) one of the labels.
         files: Of each image, what all names of its file share, links included; None where it lies in none.
+        exact: Whether the digest is one of every value.
     """
 
     classes: dict[str, tuple[int, str]]
-    files: list[Any] | None = field(repr=False)
+    files: list[Any] | None = field(default=None, repr=False)
+    exact: bool = False
 
 
 def contents(split: Split) -> Contents:
@@ -41,8 +43,10 @@ def contents(split: Split) -> Contents:
     labels = labels_of(split.data).tolist()
     looked_up = split.whole.files(split.chosen) if isinstance(split.whole, Images) else None
     if looked_up is None:
-        digest = hashlib.sha256(np.asarray(labels).tobytes() + (_values(split.whole) or b""))
-        return Contents({"": (len(labels), digest.hexdigest())}, None)
+        digest, values = hashlib.sha256(np.asarray(labels).tobytes()), _values(split.whole)
+        for value in values:
+            digest.update(value)
+        return Contents({"": (len(labels), digest.hexdigest())}, exact=bool(values))
     names, counts, sums, files = class_names(split), defaultdict(int), defaultdict(int), []
     try:
         for label, (name, size, file) in zip(labels, looked_up, strict=True):
@@ -60,12 +64,12 @@ def contents(split: Split) -> Contents:
     )
 
 
-def _values(data: Any) -> bytes | None:
-    """The images of a data set that holds them in memory."""
+def _values(data: Any) -> list[Any]:
+    """The images of a data set that holds them in memory; none of others."""
     if isinstance(data, Digits):
-        return b"".join(image.tobytes() for image in data.images)
+        return [image.tobytes() for image in data.images]
     values = getattr(data, "data", None)  # torchvision's
-    return None if values is None else np.asarray(values).tobytes()
+    return [] if values is None else [np.ascontiguousarray(values)]
 
 
 def check_apart(splits: Sequence[Split], found: Sequence[Contents]) -> None:
@@ -95,8 +99,7 @@ def _shared(one: Split, its: Contents, other: Split, others: Contents) -> str | 
             return f"{len(double):,} of the {len(others.files):,} images are in {one.setting} too, such as {name}"
         same = its.classes == others.classes and _copied(one, other)
         return f"{other.where} is a copy of {one.where}, which is {one.setting}" if same else None
-    known = _values(one.whole) is not None
-    same = its.classes == others.classes if known else _overlap(one.word, other.word)
+    same = its.classes == others.classes if its.exact else _overlap(one.word, other.word)
     return f"{other.where} has images of {one.setting} ({one.word!r})" if same else None
 
 

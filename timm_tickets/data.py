@@ -1,13 +1,14 @@
 """Data: a recipe's splits through timm's transforms, and the loaders over them."""
 
 import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
+from PIL import ImageMode
 from timm.data import create_transform, resolve_data_config
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from .seeds import seed_from
 from .settings import SettingError
 from .splits import open_splits
 from .subset import Shuffled, labels_of
+
+# So many images take long to read.
+_MANY = 10_000
 
 
 class Data:
@@ -93,7 +97,7 @@ class Data:
         """
         train = self._splits[0].whole
         mode = train.mode if isinstance(train, Images) else train[0][0].mode
-        found = None if mode is None else len(Image.new(mode, (1, 1)).getbands())
+        found = None if mode is None else len(ImageMode.getmode(mode).bands)
         if found not in (None, channels):
             ours = isinstance(train, Images | Digits)
             mend = f"data.input_img_mode={'L' if channels == 1 else 'RGB'}, or " if ours and channels in (1, 3) else ""
@@ -109,10 +113,13 @@ class Data:
                     f"the model takes {channels} channels; give one value for all of them, or one for each"
                 )
 
-    def check_scored(self) -> None:
+    def check_scored(self, say: Callable[[str], None]) -> None:
         """Read every validation and test image once: for one that cannot be read no other may stand.
 
         Every process has to ask; they share the images.
+
+        Args:
+            say: Told beforehand where that takes long.
 
         Raises:
             SettingError: In all of them, where there are such images.
@@ -120,6 +127,8 @@ class Data:
         if not isinstance(self._splits[0].whole, Images):
             return
         images = _Tried(ConcatDataset([self._val, self._test]))
+        if len(images) > _MANY:
+            say(f"reading the {len(images):,} images to validate and test on once, as each will have to be scored")
         mine = Subset(images, range(rank(), len(images), world_size()))
         loader = DataLoader(mine, 32, num_workers=self.settings.workers, collate_fn=list, generator=torch.Generator())
         found = [text for texts in loader for text in texts if text]

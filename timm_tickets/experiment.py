@@ -64,9 +64,11 @@ def search(
         console: Where progress and tables go; standard output where None.
 
     Raises:
-        SettingError: A wrong recipe, another recipe's folder, or one that another command works in.
+        SettingError: A wrong recipe, splits that cannot be compared, another recipe's folder, one that was begun with
+            other images, or one that another command works in.
         Stopped: SIGTERM came; a checkpoint is written, the same call continues. Not caught, it exits with code 143.
-        TrainingError: A training's loss was NaN, or another process has died; finished rounds are kept.
+        TrainingError: A training's loss was NaN, an image cannot be read, or another process has died; finished rounds
+            are kept.
         OSError: The folder cannot be written; what was written before is kept.
     """
     recipe = load_recipe(recipe, overrides)
@@ -101,7 +103,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     pruner.parallel, pruner.processes_per_run = _parallel(recipe, trainers), recipe.processes_per_run
     if trainers.of(recipe.parallel == "runs").splits:
         refuse_split(pruner.method)
-    claim(folder, recipe, "search", data)  # only now: a recipe that cannot be built leaves no folder behind
+    claim(folder, recipe, "search", data, console)  # only now: a recipe that cannot be built leaves no folder behind
     subnet, epochs = pruner.subnet, recipe.ticket_epochs
     as_long = recipe.pruner["epochs"] == epochs
     extra = 1 if pruner.runs and as_long else 2  # the ticket's own training, and a dense one where no run is as long
@@ -198,7 +200,7 @@ def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, co
         console.print(f"{folder} is finished; nothing to do (--restart trains again)", soft_wrap=True)
     else:
         trainer = Trainer(recipe, model, data)
-        claim(folder, recipe, kind, data)
+        claim(folder, recipe, kind, data, console)
         subnet, epochs = Subnet(model, tuple(given.masks)), recipe.retrain.epochs or recipe.training.epochs
         with RichProgress(console, 1) as progress:
             more = (epochs, recipe.retrain, given.pretrained)
@@ -283,7 +285,7 @@ def _transfer(
     trained = 1 + len({"dense", "random"}.intersection(controls))
     by_itself = hands_out(_parallel(recipe, trainers), trained, trainers.groups)
     trainer, processes = trainers.of(by_itself), recipe.processes_per_run if by_itself else None
-    claim(folder, recipe, kind, data)
+    claim(folder, recipe, kind, data, console)
     if recompute_batch_norm:
         device = trainer.accelerator.device
         images = (images.to(device) for images, _ in trainer.train_loader)
