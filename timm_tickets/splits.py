@@ -23,6 +23,7 @@ from .subset import labels_of
 TRAIN = ("train", "training")
 EVAL = ("val", "valid", "validation", "eval", "evaluation")
 _TWO_PARTS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+_FOLDERS = ("folder", "image_folder")
 _STREAMS = ("hfids", "tfds", "wds")
 
 
@@ -112,7 +113,7 @@ def _open(settings: Any, role: str, word: str) -> Split:
         )
     if prefix == "torch" and rest in _TWO_PARTS and word not in (*TRAIN, "test", *EVAL):
         raise SettingError(unknown(setting, word, (*TRAIN, "test", *EVAL)))
-    if prefix.partition("/")[0] not in ("torch", "hfds") or rest in ("folder", "image_folder"):
+    if prefix.partition("/")[0] not in ("torch", "hfds") or (prefix == "torch" and rest in _FOLDERS):
         where = root = str(_folder_of(settings, role, word))
         search = False
     try:
