@@ -85,7 +85,7 @@ def write_run(folder: Path, run: Run, end: End, ticket: Ticket, baked: Mapping[s
         "layer_min": min(layers.values()),
         "layer_max": max(layers.values()),
         "steps": run.step,
-        "scored": run.limit is None,
+        "scored": run.read is None,
         "scores": bool(end.scores),
         "gated": baked is not None,
         "rewind": end.rewind is not None,
