@@ -1,11 +1,13 @@
 """Every pruner against its controls on scikit-learn's digits, several seeds, from recipes: one command, resumable.
 
     python benchmarks/digits_table.py [--seeds 3] [--sparsity 0.9 0.95 0.98] [--jobs 2] [--output output/digits_table]
+                                      [--rows "edge*" ...] [--model test_resnet]
 
-Every search is the recipe `digits_imp` with another pruner and fewer epochs. The controls stand on IMP's own ticket:
-the same start under a random mask with the same number of weights in every layer, and the same masks over another
-random start. Printed, and written to table.md in the output folder: mean and sample standard deviation of test top-1,
-and what was spent, in steps of one dense training. Cells are independent, one thread each.
+Every search is the recipe `digits_imp` with another pruner and fewer epochs; `--rows` takes those that match. The
+controls stand on IMP's own ticket: the same start under a random mask with the same number of weights in every layer,
+and the same masks over another random start. Printed, and written to table.md in the output folder: mean and sample
+standard deviation of test top-1, and what was spent, in steps of one dense training. Cells are independent, one thread
+each.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import platform
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import sklearn
@@ -33,14 +36,17 @@ PRUNERS = {
     "imp, one shot": ["pruner.name=imp", "pruner.prune_rate={s}"],
     "colt, 2 partitions": ["pruner.name=colt"],
     "continuous_sparsification": ["pruner.name=continuous_sparsification"],
+    "continuous_sparsification, c left out": ["pruner.name=continuous_sparsification", "pruner.bake_scale=false"],
     "jackpot": ["pruner.name=jackpot", "model.initial_checkpoint={dense}"],
     "edge_popup": ["pruner.name=edge_popup", "pruner.scale=dynamic"],
+    "edge_popup, normal scores": ["pruner.name=edge_popup", "pruner.scale=dynamic", "pruner.first_scores=normal"],
     "frozen_slt": ["pruner.name=frozen_slt", "pruner.scale=dynamic"],
-    "gradual": ["pruner.name=gradual", "pruner.interval=10"],
-    "rigl": ["pruner.name=rigl", "pruner.interval=20"],
-    "set": ["pruner.name=set", "pruner.interval=20"],
+    "frozen_slt, uniform scores": ["pruner.name=frozen_slt", "pruner.scale=dynamic", "pruner.first_scores=uniform"],
+    "gradual": ["pruner.name=gradual"],
+    "rigl": ["pruner.name=rigl"],
+    "set": ["pruner.name=set"],
     "snip": ["pruner.name=snip", "pruner.batches=4"],
-    "grasp": ["pruner.name=grasp", "pruner.batches=4"],
+    "grasp": ["pruner.name=grasp"],
     "synflow": ["pruner.name=synflow", "pruner.input_size=[3,32,32]"],
     "magnitude": ["pruner.name=magnitude"],
     "random": ["pruner.name=random"],
@@ -49,26 +55,32 @@ CONTROLS = ("imp's layer counts, random mask", "imp's mask, other start")
 Cell = dict[str, tuple[float, float]]
 
 
-def one_cell(seed: int, sparsity: float, epochs: int, output: Path) -> Cell:
+def one_cell(seed: int, sparsity: float, epochs: int, model: str, rows: tuple[str, ...], output: Path) -> Cell:
     """(test top-1, trainings spent) by row of the table."""
     torch.set_num_threads(1)
     console = Console(file=io.StringIO())
     out: Cell = {}
     common = [f"seed={seed}", f"training.epochs={epochs}", f"pruner.sparsity={sparsity}", "dense=false"]
+    common.append(f"model.model={model}")
 
     def folder(name: str) -> Path:
         return output / f"{sparsity}_{seed}" / name.replace(" ", "_").replace(",", "").replace("'", "")
 
-    dense_steps, imp, dense = 0, None, folder("imp") / "round_00" / "model.safetensors"
-    for row, pruner in PRUNERS.items():
+    imp, dense = None, folder("imp") / "round_00" / "model.safetensors"
+    for row in rows:
+        if row in CONTROLS:
+            continue
+        pruner = PRUNERS[row]
         settings = [setting.format(s=sparsity, dense=dense) for setting in pruner]
         result = tt.search(RECIPE, [*common, *settings, f"output={folder(row)}"], console=console)
-        if imp is None:
-            imp, dense_steps = result.ticket, result.rows[0]["steps"]
+        if row == "imp":
+            imp = result.ticket
             out["dense"] = result.rows[0]["metrics"]["test_top1"], 1.0
+        dense_steps = result.rows[-1]["steps"]
         steps = sum(one["steps"] for one in result.rows) + (dense_steps if row == "jackpot" else 0)
         out[row] = result.rows[-1]["metrics"]["test_top1"], steps / dense_steps
-    assert imp is not None
+    if imp is None:
+        return out
     same, other = (build_model(tt.load_recipe(RECIPE, [f"seed={s}"]), 10) for s in (seed, seed + 1000))
     tickets = (tt.Ticket.of(same, tt.shuffled_masks(imp.masks, seed)), tt.Ticket.of(other, imp.masks))
     for row, ticket in zip(CONTROLS, tickets, strict=True):
@@ -88,26 +100,29 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95, 0.98])
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--model", default="test_resnet")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="wildcards; the controls come with imp")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("output/digits_table"))
     args = parser.parse_args()
+    rows = tuple(row for row in (*PRUNERS, *CONTROLS) if any(fnmatchcase(row, pattern) for pattern in args.rows))
     # Spawned, not forked: a forked process inherits torch's threads in no usable state.
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         waiting = {
-            (sparsity, seed): pool.submit(one_cell, seed, sparsity, args.epochs, args.output)
+            (sparsity, seed): pool.submit(one_cell, seed, sparsity, args.epochs, args.model, rows, args.output)
             for seed in range(args.seeds)
             for sparsity in args.sparsity
         }
         cells = {key: future.result() for key, future in waiting.items()}
     versions = f"torch {torch.__version__}, timm {timm.__version__}, scikit-learn {sklearn.__version__}"
-    setting = f"test_resnet, {args.epochs} epochs a run, {args.seeds} seeds, test top-1 (360 images)"
+    setting = f"{args.model}, {args.epochs} epochs a run, {args.seeds} seeds, test top-1 (360 images)"
     lines = [
         f"{date.today()}, {versions}, Python {platform.python_version()}; {setting}",
         "",
         "| |" + "".join(f" {s} | spent |" for s in args.sparsity),
         "|---|" + "---|---|" * len(args.sparsity),
     ]
-    for row in ("dense", *PRUNERS, *CONTROLS):
+    for row in next(iter(cells.values())):
         line = f"| {row} |"
         for sparsity in args.sparsity:
             values, spent = zip(*(cells[sparsity, seed][row] for seed in range(args.seeds)), strict=True)

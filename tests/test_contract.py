@@ -62,12 +62,14 @@ every_method = pytest.mark.parametrize("row", METHODS, ids=ids)
 
 
 # Jackpots warn of a model that was never trained; late rewinding of a run of one epoch; timm's zeros of what is before
-# them; high sparsities of emptied layers (tests/test_collapse.py).
+# them; high sparsities of emptied layers (tests/test_collapse.py); a few steps do not move every mask.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:jackpot",
     "ignore:.*without passing its rewind point",
     "ignore:.*no gradient reaches",
     "ignore:.*layers are pruned to nothing",
+    "ignore:.*has not moved its mask",
+    "ignore:.*have a score above zero",
 )
 
 
@@ -172,7 +174,8 @@ def test_the_classifier_is_not_pruned_and_trains(row):
         head = model.fc.weight.detach().clone()
         assert model.fc.weight.requires_grad
         train_run(run, model)
-        assert not torch.equal(head, model.fc.weight)
+        # What only reads gradients undoes its steps.
+        assert torch.equal(head, model.fc.weight) == (run.read is not None)
     assert model.fc.weight.requires_grad
 
 
@@ -260,6 +263,7 @@ def test_include_and_exclude_choose_the_layers(row):
 
 
 @every_method
+@pytest.mark.filterwarnings("ignore:.*of a schedule of 2", "ignore:.*not at the asked")
 def test_a_run_may_end_early_or_late(row):
     model = fresh()
     pruner = pruner_of(row, model, epochs=2)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import timm
@@ -60,8 +61,10 @@ def test_sigmoid_gate_and_its_gradient_by_hand():
     assert to_score.item() == pytest.approx(4 * 2 * 3 / 16)
     gate.beta.fill_(200)
     assert gate(torch.tensor([4.0])).item() == pytest.approx(8)
-    gate.eval()
     gate.mask.fill_(False)
+    gate.eval()  # the release validates the soft network
+    assert gate(torch.tensor([4.0])).item() == pytest.approx(8)
+    gate.soft = False
     assert gate(torch.tensor([4.0])).item() == 0
 
 
@@ -137,6 +140,22 @@ def test_cs_left_to_its_penalty_keeps_scores_above_zero(model):
     assert all(torch.equal(mask, scores[name] > 0) for name, mask in pruner.ticket.masks.items())
 
 
+def test_first_scores_by_hand(model):
+    # A 3x3 convolution of 16 channels has fan_in 144: uniform in +-1/12, or normal of deviation sqrt(2/144).
+    def first(name, **settings):
+        pruner = tt.create_pruner(name, copy.deepcopy(model), sparsity=0.5, **settings)
+        next(pruner)
+        scores = pruner.subnet.scores()
+        return next(s for s in scores.values() if s[0].numel() == 144).flatten()
+
+    uniform = first("edge_popup")
+    assert uniform.abs().max() < 1 / 12
+    assert uniform.std().item() == pytest.approx(1 / 12 / 3**0.5, rel=0.05)
+    for normal in (first("edge_popup", first_scores="normal"), first("frozen_slt", frozen=0.0)):
+        assert normal.std().item() == pytest.approx((2 / 144) ** 0.5, rel=0.1)
+        assert normal.abs().max() > 0.25
+
+
 def test_edge_popup_keeps_the_largest_magnitudes_exactly_with_ties(model):
     pruner = tt.create_pruner("edge_popup", model, sparsity=0.75, scope="layerwise")
     next(pruner)
@@ -187,8 +206,33 @@ def test_feasible_ratios_by_hand():
         ratios(sparsity=0.8, pruned=0.6, locked=0.1, frozen=0.7)
 
 
+def test_the_released_split_of_what_is_frozen_by_hand():
+    # Layers of 8 and 64 weights, 36 pruned and 12 locked. epl leaves 24 free, 8 and 16, so 0 and 48 are frozen. Of the
+    # 36 that are left at density 1/2, epl gives 8 and 28: as released 0 and 36 are pruned, 0 and 12 locked.
+    # With erk (shares 4 + 2 and 8 + 8 of 22) 36 left are 8 and 28 too, 24 free are 7 and 17, so 1 and 47 are frozen:
+    # the small layer's one is locked as released; in equal shares, three of four are pruned.
+    layers = nn.Sequential(nn.Linear(4, 2, bias=False), nn.Linear(8, 8, bias=False))
+    half, sixth = 0.5, 1 / 6
+    for freezing, split, expected in (
+        ("epl", "shares", [(0, 0), (36, 12)]),
+        ("epl", "released", [(0, 0), (36, 12)]),
+        ("erk", "shares", [(1, 0), (35, 12)]),
+        ("erk", "released", [(0, 1), (36, 11)]),
+        ("uniform", "released", [(4, 1), (32, 11)]),
+    ):
+        settings = {"pruned": half, "locked": sixth, "freezing": freezing, "split": split}
+        pruner = tt.create_pruner("frozen_slt", copy.deepcopy(layers), sparsity=0.6, **settings)
+        assert list(pruner.method.frozen_counts(pruner.subnet).values()) == expected, (freezing, split)
+
+
 @pytest.mark.parametrize(
-    "settings", [{"frozen": 0.6}, {"pruned": 0.3, "locked": 0.05}, {"frozen": 0.6, "freezing": "uniform"}]
+    "settings",
+    [
+        {"frozen": 0.6},
+        {"pruned": 0.3, "locked": 0.05},
+        {"frozen": 0.6, "freezing": "uniform"},
+        {"frozen": 0.6, "freezing": "erk", "split": "released"},
+    ],
 )
 def test_frozen_counts_are_exact_and_frozen_weights_keep_their_fate(model, settings):
     pruner = tt.create_pruner("frozen_slt", model, sparsity=0.7, seed=5, **settings)
@@ -247,7 +291,7 @@ def trained(model):
 def test_a_jackpot_keeps_layer_densities_and_pretrained_values(trained):
     before = {name: value.clone() for name, value in trained.state_dict().items()}
     with pytest.warns(UserWarning, match=r"not the weights of timm's test_resnet\.r160_in1k as stored"):
-        pruner = tt.create_pruner("jackpot", trained, sparsity=0.9)
+        pruner = tt.create_pruner("jackpot", trained, sparsity=0.9, epochs=1)
     run = next(pruner)
     first = pruner.subnet.mask
     by_magnitude = tt.create_pruner(
@@ -311,6 +355,119 @@ def test_scores_have_their_own_weight_decay_and_one_group(model):
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
 
 
+LEARNED = ("edge_popup", "frozen_slt", "jackpot", "continuous_sparsification")
+
+
+def few_steps(pruner, count=3):
+    """The first run, trained for so many steps, and what was warned of."""
+    run, model = next(pruner), pruner.subnet.model
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer, run.batches_per_epoch = run.attach(torch.optim.SGD(trainable, 0.1)), count
+    for _ in range(count):
+        run.loss(nn.functional.cross_entropy, model(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return run
+
+
+class Behind(nn.Module):
+    """Behind a scale of zero that does not train, no gradient reaches the first layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_classes = 10
+        self.shut, self.open = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(3, 10, 3, bias=False)
+
+    def forward(self, x):
+        return (0 * self.shut(x).mean(1, keepdim=True) + self.open(x)).mean((2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:jackpot")
+@pytest.mark.parametrize("name", LEARNED)
+def test_layers_whose_scores_get_no_gradient_are_named_after_the_first_steps(name):
+    """Whatever adds to the gradient without telling weights apart, such as a penalty, does not hide it."""
+    pruner = tt.create_pruner(name, Behind(), sparsity=0.5, epochs=1)
+    with pytest.warns(UserWarning, match=r"round_00: no gradient reaches 1 of 2 layers \(shut\.weight\)") as told:
+        few_steps(pruner)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("norm_affine", [True, False])
+def test_train_rest_false_alone_shuts_no_branch(model, norm_affine):
+    """timm begins the last scale of each branch at zero; frozen there, 9 of 15 layers would never learn."""
+    assert not model.layer1[0].bn2.weight.any()
+    pruner = tt.create_pruner("edge_popup", model, sparsity=0.5, epochs=1, train_rest=False, norm_affine=norm_affine)
+    few_steps(pruner)  # no warning
+    assert (model.layer1[0].bn2.weight == 1).all()
+
+
+def test_cs_is_validated_as_the_soft_network_in_anyones_loop(model):
+    """The hard mask of a search that has just begun keeps all, or a stale half: it says nothing of the network."""
+    pruner = tt.create_pruner("continuous_sparsification", model, sparsity=0.9, rounds=1, rewind="0ep", epochs=1)
+    run = few_steps(pruner)
+    image = torch.randn(4, 3, 32, 32)
+    gates = pruner.subnet.gates.values()
+    model.eval()
+    soft = model(image)
+    for gate in gates:  # by hand: what the layers are given is w c sigmoid(beta s)
+        gate.mask.fill_(False)
+    assert torch.equal(model(image), soft)
+    run.settle_()
+    with pruner.subnet.hard():
+        hard = model(image)
+    assert not torch.allclose(hard, soft, atol=1e-3)
+    assert torch.equal(model(image), soft)
+    kept = sum(int(gate.mask.sum()) for gate in gates) / sum(gate.mask.numel() for gate in gates)
+    assert kept == pytest.approx(0.1, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*without an optimizer step")
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_cs_notes_both_densities_and_says_where_it_filled_up(model, sparsity):
+    pruner = tt.create_pruner("continuous_sparsification", model, sparsity=sparsity, rounds=1, rewind="0ep")
+    run = next(pruner)
+    run.attach(torch.optim.SGD(model.parameters(), 0.1))
+    scores = pruner.subnet.scores()
+    pruner.subnet.load_scores_({name: torch.linspace(-4, 1, s.numel()).view(s.shape) for name, s in scores.items()})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert next(pruner, None) is None
+    filled = [str(one.message) for one in told if "score above zero" in str(one.message)]
+    assert len(filled) == (sparsity == 0.5)  # a fifth of the scores is above zero
+    if filled:
+        assert filled[0].startswith(
+            "continuous_sparsification: 0.2 of the weights have a score above zero, and 0.5 are"
+        )
+    (note,) = pruner.ticket.metadata["notes"]
+    assert note == {
+        "density_of_scores_above_zero": pytest.approx(0.2, abs=1e-3),
+        "density": pytest.approx(1 - sparsity, abs=1e-4),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*without an optimizer step", "ignore:.*score above zero", "ignore:.*to nothing")
+@pytest.mark.parametrize("bake_scale", [True, False])
+def test_c_is_in_the_tickets_weights_or_not(model, bake_scale):
+    before = copy.deepcopy(model.state_dict())
+    settings = {"s0": -0.1, "rounds": 1, "rewind": "0ep", "bake_scale": bake_scale}
+    pruner = tt.create_pruner("continuous_sparsification", model, sparsity=0.5, **settings)
+    next(pruner).attach(torch.optim.SGD(model.parameters(), 0.1))
+    assert next(pruner, None) is None
+    c = 1 + math.exp(0.1) if bake_scale else 1.0
+    for name, mask in pruner.ticket.masks.items():
+        assert torch.allclose(model.get_parameter(name)[mask], c * before[name][mask], rtol=1e-6)
+
+
+def test_the_penalty_counts_c_where_asked(model):
+    def loss(**settings):
+        pruner = tt.create_pruner(
+            "continuous_sparsification", copy.deepcopy(model), sparsity=0.5, s0=-0.1, penalty=1e-3, **settings
+        )
+        return next(pruner).loss(lambda output, target: torch.tensor(0.0), None, None).item()
+
+    assert loss(penalise_scale=True) == pytest.approx((1 + math.exp(0.1)) * loss(), rel=1e-5)
+
+
 def test_train_rest_false_leaves_only_scores_to_train(model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pruner = tt.create_pruner(
@@ -360,7 +517,7 @@ def test_scores_leave_every_group_they_are_in(model):
         assert decays[id(model.fc.weight)] == 0.1
 
 
-@pytest.mark.filterwarnings("ignore:.*without an optimizer step", "ignore:.*without passing its rewind point")
+@pytest.mark.filterwarnings("ignore:.*trained up to epoch 1 of a schedule of 3", "ignore:.*score above zero")
 def test_cs_rounds_carry_weights_on_and_begin_their_schedule_anew(model):
     pruner = tt.create_pruner("continuous_sparsification", model, sparsity=0.5, rounds=2, epochs=3, rewind="1it")
     starts = []

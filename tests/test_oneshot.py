@@ -82,12 +82,103 @@ def test_grasp_by_hand():
     products = {"a.weight": torch.tensor([[306.0]]), "b.weight": torch.tensor([[264.0]])}
     found = scores.grasp(model.state_dict(), products)
     assert (found["a.weight"].item(), found["b.weight"].item()) == (612.0, 792.0)
+    assert products_of(TwoLayers([2.0], [3.0]), [[1.0]]) == pytest.approx({"a.weight": 306, "b.weight": 264})
+
+
+def products_of(model, inputs, autocast=False, **settings):
+    """GraSP's H g after its two runs, a batch an input, at temperature 1 unless told."""
+    pruner = tt.create_pruner("grasp", model, **{"sparsity": 0.5, "batches": len(inputs), "temperature": 1} | settings)
+    for run in pruner:
+        optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1))
+        for x in inputs:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = run.loss(lambda output, _: output.square().sum() / 2, model(torch.tensor([x])), None)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if run.index == 1:
+            return {name: run.scores[name].item() for name in pruner.subnet.names}
+    raise AssertionError("no second run")
+
+
+def test_grasp_takes_the_gradient_of_all_batches_first():
+    # For input x, g and H are x^2 times those of 1: of 1 and 2 together g = 5 g1, H g = 5 H1 5 g1 = 25 * (306, 264).
+    # A sum of each batch's own H g would be (1 + 16) times that.
+    found = products_of(TwoLayers([2.0], [3.0]), [[1.0], [2.0]])
+    assert found == pytest.approx({"a.weight": 25 * 306, "b.weight": 25 * 264})
+
+
+@pytest.mark.filterwarnings("ignore:.*layers are pruned to nothing")
+def test_the_classifier_is_in_grasps_gradient():
+    # Only a is pruned, but its H g has b's part: 9 * 18 + 12 * 12 = 306; without the classifier it would be 162.
+    model = TwoLayers([2.0, 1.0], [3.0, 0.0])
+    model.pretrained_cfg = {"classifier": "b"}
+    pruner = tt.create_pruner("grasp", model, sparsity=0.5, batches=1, temperature=1)
+    read(pruner, model, [[1.0]])
+    assert list(pruner.ticket.masks) == ["a.weight"]
+    model = TwoLayers([2.0], [3.0])
+    assert products_of(model, [[1.0]], exclude=("b*",), sparsity=0.0) == pytest.approx({"a.weight": 306})
+
+
+def test_grasp_divides_the_logits_by_its_temperature():
+    # L = (ab / 2)^2 / 2: g is a quarter, H g a sixteenth.
+    found = products_of(TwoLayers([2.0], [3.0]), [[1.0]], temperature=2)
+    assert found == pytest.approx({"a.weight": 306 / 16, "b.weight": 264 / 16})
+    assert tt.get_method("grasp")(sparsity=0.5).temperature == 200  # the released code's
+
+
+def test_gradients_are_read_in_full_precision_whatever_the_autocast():
+    """1.00390625 is 1 + 2^-8, which bfloat16 rounds to 1."""
+    model, x = TwoLayers([1.00390625], [3.0]), [[1.00390625]]
+    assert products_of(model, x, autocast=True) == products_of(model, x)
+    for autocast in (False, True):
+        pruner = tt.create_pruner("snip", copy.deepcopy(model), sparsity=0.5)
+        run = next(pruner)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = pruner.subnet.model(torch.tensor(x))
+            run.loss(lambda output, _: output.sum(), output, None)
+        assert run.scores["b.weight"].item() == 1.00390625**2  # in bfloat16 it would be 1
+
+
+def test_a_second_derivative_is_read_through_attention():
+    """The loop's own forward pass may use a fused kernel that has none; and its graph is not used."""
+    torch.manual_seed(0)
+    vit = timm.create_model("test_vit", num_classes=4, img_size=32)
+    pruner = tt.create_pruner("grasp", vit, sparsity=0.5, batches=1)
+    for run in pruner:
+        optimizer = run.attach(torch.optim.SGD(vit.parameters(), 0.1))
+        run.loss(nn.functional.cross_entropy, vit(torch.randn(8, 3, 32, 32)), torch.arange(8) % 4).backward()
+        optimizer.step()
+    assert pruner.ticket.sparsity == pytest.approx(0.5, abs=1e-5)
+    assert not vit._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:.*no gradient reaches", "ignore:.*layers are pruned to nothing")
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_as_many_images_of_each_class_are_read_and_the_same_ones_twice(model, batch_size):
+    labels = torch.tensor([0] * 50 + [1] * 7 + [2] * 2 + [3] * 20)
+    images = torch.randn(len(labels), 3, 32, 32)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(images, labels), batch_size=batch_size, shuffle=True, drop_last=True
+    )
+    pruner, seen = tt.create_pruner("grasp", model, sparsity=0.5, images_per_class=5), []
+    for run in pruner:
+        optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1))
+        batches = list(run.subset(loader))
+        assert max(len(y) for _, y in batches) - min(len(y) for _, y in batches) <= len(batches)
+        seen.append(torch.cat([x for x, _ in batches]).sum(0))
+        assert torch.cat([y for _, y in batches]).bincount().tolist() == [5, 5, 2, 5]  # all of a class with fewer
+        for x, y in batches:
+            run.loss(nn.functional.cross_entropy, model(x), y).backward()
+            optimizer.step()
+    assert torch.allclose(*seen, atol=1e-5)
+
+
+def test_images_without_a_class_are_refused():
+    model = TwoLayers([2.0], [3.0])
     pruner = tt.create_pruner("grasp", model, sparsity=0.5)
-    run = next(pruner)
-    run.attach(torch.optim.SGD(model.parameters(), 0.1))
-    run.loss(lambda output, _: output.square().sum() / 2, model(torch.tensor([[1.0]])), None).backward()
-    assert run.scores["a.weight"].item() == pytest.approx(306)
-    assert run.scores["b.weight"].item() == pytest.approx(264)
+    with pytest.raises(ValueError, match=r"no single class.*`batches`"):
+        read(pruner, model, [[1.0]])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 42])
@@ -105,7 +196,7 @@ def test_random_masks_do_not_follow_weights_drawn_under_the_same_seed(seed):
 def test_grasp_removes_what_the_paper_removes():
     """The highest -w * Hg: of -612 and -792 that is the first."""
     model = TwoLayers([2.0], [3.0])
-    pruner = tt.create_pruner("grasp", model, sparsity=0.5)
+    pruner = tt.create_pruner("grasp", model, sparsity=0.5, batches=1)
     read(pruner, model, [[1.0]])
     assert not pruner.ticket.masks["a.weight"].item()
     assert pruner.ticket.masks["b.weight"].item()
@@ -166,4 +257,27 @@ def test_layers_that_no_gradient_reaches_are_told(name, zero_init_last):
     blind = [str(one.message) for one in told if "no gradient reaches" in str(one.message)]
     assert len(blind) == zero_init_last
     if blind:
-        assert "reaches 9 of 15 layers (layer1.0.conv1.weight is one)" in blind[0]
+        assert "reaches 9 of 15 layers (layer1.0.conv1.weight, layer1.0.conv2.weight" in blind[0]
+
+
+@pytest.mark.parametrize("zero_init_last", [True, False])
+def test_layers_without_flow_are_told(zero_init_last):
+    model = timm.create_model("test_resnet", num_classes=10, zero_init_last=zero_init_last)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert tt.create_pruner("synflow", model, sparsity=0.1, iterations=2).ticket
+    blind = [str(one.message) for one in told]
+    assert len(blind) == zero_init_last
+    assert not blind or blind[0].startswith("synflow: no gradient reaches 9 of 15 layers")
+
+
+def test_synflow_conserves_flow_where_batch_norm_has_been_trained():
+    """Running means would add to the flow, as biases would: they count as nothing, not as their absolute values."""
+    chain = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3, bias=False))
+    with torch.no_grad():
+        chain[1].running_mean.normal_()
+        chain[1].running_var.uniform_(0.5, 2)
+        chain[1].bias.normal_()
+    masks = {name: torch.ones_like(chain.state_dict()[name], dtype=torch.bool) for name in ("0.weight", "3.weight")}
+    sums = [score.sum().item() for score in scores.synflow(chain, masks, (3, 6, 6)).values()]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-12)

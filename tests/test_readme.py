@@ -1,6 +1,7 @@
 """The README's Python is run as it stands, but for a smaller model and fewer epochs."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,14 @@ def test_the_loop_the_ticket_and_the_new_pruner_work_as_written(tmp_path, monkey
             run.loss(names["criterion"], names["model"](images), labels).backward()
             optimizer.step()
     assert pruner.ticket.sparsity == pytest.approx(0.5, abs=1e-5)
+    kept = {}
+    for collapse in ("prevent", "warn"):  # a cut as the README writes it minds this setting
+        small_layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        torch.nn.init.constant_(small_layers[0].weight, 1e-3)
+        torch.nn.init.constant_(small_layers[1].weight, 1.0)
+        pruner = tt.create_pruner("train_then_prune", small_layers, sparsity=0.5, collapse=collapse)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nothing is trained here, and a layer is emptied
+            assert [run.name for run in pruner] == ["round_00"]
+        kept[collapse] = [int(mask.sum()) for mask in pruner.ticket.masks.values()]
+    assert kept == {"prevent": [1, 15], "warn": [0, 16]}

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from typing import Annotated
 
@@ -7,6 +8,13 @@ from pydantic import Field
 import timm_tickets as tt
 from timm_tickets import registry
 from timm_tickets.masks import keep_count, prune, total
+
+
+@pytest.mark.parametrize("module", ["masks", "networks", "processes", "scores"])
+def test_the_modules_that_the_readme_names_are_there_without_being_imported(module):
+    code = f"import timm_tickets; print(timm_tickets.{module}.__name__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == f"timm_tickets.{module}"
 
 
 def test_names_are_sorted_and_filtered():

@@ -400,6 +400,7 @@ def test_epochs_cannot_be_counted_without_subset_and_the_warning_says_so(model):
         assert_rewound_to(pruner, states[-1])
 
 
+@pytest.mark.filterwarnings("ignore:round_01 trained up to epoch 1.25 of a schedule of 20")
 def test_late_rewinding_tells_later_runs_where_to_go_on(model):
     pruner = tt.create_pruner("imp", model, sparsity=0.7, prune_rate=0.5, rewind="2it")
     starts = []
@@ -411,6 +412,80 @@ def test_late_rewinding_tells_later_runs_where_to_go_on(model):
             run.loss(nn.CrossEntropyLoss(), model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])).backward()
             optimizer.step()
     assert starts == [0, 0.5]
+
+
+class Batches:
+    """A loader of so many batches of noise."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return iter([(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))] * self.count)
+
+
+def readme_loop(pruner, loader, epochs=None, stop=True):
+    """The README's loop; the positions in the schedule where each run began and ended."""
+    model, found = pruner.subnet.model, []
+    for run in pruner:
+        optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1))
+        for _ in range(run.epochs if run.index == 0 else epochs or run.epochs):
+            for images, labels in run.subset(loader):
+                if stop and run.complete:
+                    break
+                run.loss(nn.CrossEntropyLoss(), model(images), labels).backward()
+                optimizer.step()
+        found.append((run.start_epoch, run.epochs, run.position))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rewind", "expected"),
+    [
+        ("2ep", [(0, 5, 5), (2, 3, 5)]),  # the second run begins at epoch 2: three are left
+        ("6it", [(0, 5, 5), (1.5, 4, 5)]),  # three and a half are left, and `complete` ends the fourth
+    ],
+)
+def test_a_loop_over_the_runs_epochs_trains_what_is_left_of_the_schedule(model, rewind, expected):
+    pruner = tt.create_pruner("imp", model, sparsity=0.7, prune_rate=0.5, epochs=5, rewind=rewind)
+    assert readme_loop(pruner, Batches(4)) == expected
+
+
+@pytest.mark.parametrize(("epochs", "reached"), [(1, "3"), (5, "7")])
+def test_a_schedule_that_is_not_kept_is_told_at_the_users_line(model, epochs, reached):
+    pruner = tt.create_pruner("imp", model, sparsity=0.7, prune_rate=0.5, epochs=5, rewind="2ep")
+    told = rf"round_01 trained up to epoch {reached} of a schedule of 5"
+    with pytest.warns(UserWarning, match=told) as warned:
+        readme_loop(pruner, Batches(4), epochs, stop=False)
+    assert {one.filename for one in warned} == {__file__}
+
+
+@pytest.mark.filterwarnings("ignore:.*layers are pruned to nothing")
+def test_imp_without_late_rewinding_may_train_as_long_as_it_likes(model):
+    readme_loop(tt.create_pruner("imp", model, sparsity=0.7, prune_rate=0.5, epochs=5), Batches(2), 1, stop=False)
+
+
+def untrained_jackpot(model):
+    tt.create_pruner("jackpot", model, sparsity=0.5)
+
+
+def emptied_layer(model):
+    tt.create_pruner("magnitude", model, sparsity=0.9999).ticket  # noqa: B018
+
+
+def no_step(model):
+    list(tt.create_pruner("imp", model, sparsity=0.1))
+
+
+@pytest.mark.parametrize("warns", [untrained_jackpot, emptied_layer, no_step])
+def test_warnings_point_at_the_users_line(model, warns):
+    with pytest.warns(UserWarning, match=r"jackpot|pruned to nothing|without an optimizer step") as told:
+        warns(model)
+    assert {one.filename for one in told} == {__file__}
+    assert {one.lineno for one in told} == {warns.__code__.co_firstlineno + 1}
 
 
 def test_a_run_is_complete_though_its_last_step_was_left_out(model):

@@ -64,6 +64,7 @@ _MODULES = {
     "tweak": ("Tweak", "Tweaks"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
+_DOCUMENTED = ("masks", "networks", "processes", "scores")  # modules that README names: there without being imported
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - grouped by module, as above
@@ -87,6 +88,8 @@ __all__ = [  # noqa: RUF022 - grouped by module, as above
 
 
 def __getattr__(name: str) -> Any:
+    if name in _DOCUMENTED:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     importlib.import_module(".networks", __name__)

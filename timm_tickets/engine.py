@@ -1,7 +1,6 @@
 """What Accelerate trains with: refused at the start where masks cannot be kept in it, and made deterministic."""
 
 import os
-import warnings
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from .processes import world_size
 from .recipe import Recipe
 from .settings import SettingError
+from .warn import warn
 
 
 def check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
@@ -41,8 +41,7 @@ def check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
             "or FSDP2 (`--use_fsdp --fsdp_version 2`)"
         )
     if asked and kind != DistributedType.FSDP and accelerator.num_processes > 1:
-        told = "accelerate: FSDP was asked for and is not there on CPUs; every process holds the whole model"
-        warnings.warn(told, stacklevel=4)
+        warn("accelerate: FSDP was asked for and is not there on CPUs; every process holds the whole model")
     if kind != DistributedType.FSDP:
         return
     plugin: Any = accelerator.state.fsdp_plugin

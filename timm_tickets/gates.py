@@ -34,8 +34,13 @@ class Gate(nn.Module):
         by_magnitude: Whether scores are ranked by their absolute value.
         free: Bool, of the weight's shape: what the search may still choose; everything where None. Frozen weights have
             no score at all, so they get no gradient and take no memory in the optimizer.
+
+    Attributes:
+        soft: Whether the weight passes a soft mask instead of the hard one; `Subnet.hard` says for how long it does
+        not.
     """
 
+    soft: bool = False
     mask: Tensor
     scale: Tensor
     free: Tensor | None
@@ -112,7 +117,7 @@ class SigmoidSum(torch.autograd.Function):
 
 
 class SigmoidGate(Gate):
-    """``weight * scale * sigmoid(beta * score)`` while training, ``weight * scale * mask`` in evaluation.
+    """``weight * scale * sigmoid(beta * score)`` in training and evaluation; ``weight * scale * mask`` if not soft.
 
     Source: Savarese et al. 2019, 1912.04427, section 3.
     """
@@ -122,6 +127,7 @@ class SigmoidGate(Gate):
     def __init__(self, score: Tensor, mask: Tensor):
         super().__init__(score, mask, by_magnitude=False)
         self.register_buffer("beta", torch.ones((), dtype=score.dtype), persistent=False)
+        self.soft = True
         self._sum: tuple[Tensor, Any] | None = None
 
     def harden_(self, beta: float) -> None:
@@ -151,7 +157,7 @@ class SigmoidGate(Gate):
         return id(self.score), self.score.device, self.score._version, self.beta._version
 
     def value(self, dtype: torch.dtype) -> Tensor:
-        return (torch.sigmoid(self.beta * self.score) if self.training else self.mask).to(dtype)
+        return (torch.sigmoid(self.beta * self.score) if self.soft else self.mask).to(dtype)
 
 
 def attach_(module: nn.Module, leaf: str, gate: Gate) -> None:

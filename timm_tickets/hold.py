@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class Holder:
         parameters = subnet.parameters()
         _check_optimizer(subnet.model, optimizer)
         self._held: dict[str, Tensor] = {}  # on the weights' devices
+        self._kept_of: dict[str, Any] = {}  # the gradients that `dense_gradients` remembers, as weak references
         self.take_(subnet.mask)
         hooks: list[Any] = [
             parameter.register_post_accumulate_grad_hook(partial(self._mask_gradient, name))
@@ -74,13 +75,19 @@ class Holder:
             return
         held = self._on(parameter.grad.device, name) if name in self._held else None
         if self.subnet.tap:
-            self._keep(name, parameter.grad.detach(), held)
+            self._keep(name, parameter.grad, held)
         if held is not None:
             local(parameter.grad).mul_(held)
 
-    def _keep(self, name: str, dense: Tensor, held: Tensor | None) -> None:
+    def _keep(self, name: str, gradient: Tensor, held: Tensor | None) -> None:
         """Remember a gradient from before it is masked."""
+        dense = gradient.detach()
         kept = self.subnet.dense_gradients
+        # A gradient scaler may skip the step, and what it could not use would stay: the next gradient is another one.
+        before = self._kept_of.get(name, lambda: None)()
+        if name in kept and (before is not gradient or not local(kept[name]).isfinite().all()):
+            del kept[name]
+        self._kept_of[name] = ref(gradient)
         # Under accumulation, what was pruned has lost its earlier batches to the mask.
         if held is not None and name in kept:
             dense = dense.clone()

@@ -8,7 +8,6 @@ Resuming is replay: a pruner with a folder writes down what each run ended with;
 folder feeds these ends to the generator and yields only the runs that are missing.
 """
 
-import warnings
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from .sharded import local, reshard_
 from .starts import Pretrained, cached_pretrained, digest
 from .subnet import State, Subnet, sharing
 from .ticket import Ticket, describe_model
+from .warn import warn
 from .wrappers import check_same_everywhere, share_
 
 Parallel = Literal["runs", "data", "auto"]
@@ -268,7 +268,7 @@ class Pruner(Iterator[Run]):
         told += f" and {len(empty) - 8} more" if len(empty) > 8 else ""
         if self.method.collapse == "warn":
             hint = "nothing passes through them. collapse=prevent keeps the best weight of each, collapse=error stops"
-            warnings.warn(f"{self.method.name}: {told}; {hint}", stacklevel=4)
+            warn(f"{self.method.name}: {told}; {hint}")
             return
         raise SettingError(
             f"collapse: {told}; lower the sparsity, choose scope=layerwise, leave these layers out with exclude, or "
@@ -297,9 +297,8 @@ class Pruner(Iterator[Run]):
                 raise ValueError(f"reads: {sorted(unknown)} is no part of an end; a run may read 'state' and 'scores'")
             run.single = base is None
             run.name = f"round_{run.round:02d}" + ("" if run.single else f"_part_{part}")
-            run.epochs = run.epochs or self.method.epochs
+            run.plan_(run.epochs or self.method.epochs, subnet.start_epoch if run.from_rewind else 0.0)
             run.seed = self.method.seed
-            run.start_epoch = subnet.start_epoch if run.from_rewind else 0.0
             run.processes = self.processes_per_run if hand_out else None
         ends: dict[int, End] = {}
         for run in requests:

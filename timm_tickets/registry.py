@@ -6,7 +6,6 @@ An entry point of the group ``timm_tickets.pruners`` or ``timm_tickets.tweaks`` 
 
 import importlib
 import pkgutil
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
@@ -24,6 +23,7 @@ from .pruner import Pruner
 from .settings import SettingError, check, unknown
 from .sharded import reshard_
 from .tweak import Tweak, Tweaks
+from .warn import warn
 
 C = TypeVar("C")
 M = TypeVar("M", bound=type[Method])
@@ -62,8 +62,7 @@ class _Registry(Generic[C]):
                 try:
                     point.load()
                 except Exception as error:  # another package's code: whatever it raises must not stop ours
-                    text = f"the {self.kind}s of {point.value} cannot be loaded: {error!r}"
-                    warnings.warn(text, stacklevel=4)
+                    warn(f"the {self.kind}s of {point.value} cannot be loaded: {error!r}")
         return self.classes
 
     def names(self, filter: str) -> list[str]:

@@ -74,10 +74,10 @@ class RichProgress:
             self._done = len(names)
 
     def begin(self, run: Run, steps: int) -> None:
-        self.epochs, self.steps = run.epochs, steps
-        total = None if self.trainings is None else self.trainings * run.epochs
+        self.epochs, self.steps = run.schedule_epochs, steps
+        total = None if self.trainings is None else self.trainings * run.schedule_epochs
         self._name = f"{run.name}, sparsity {run.sparsity:.3f}"
-        self._bars.update(self._search, total=total, completed=self._done * run.epochs)
+        self._bars.update(self._search, total=total, completed=self._done * run.schedule_epochs)
         self._bars.update(self._epoch, description=self._name, total=steps, completed=0)
 
     def step(self) -> None:
@@ -91,7 +91,7 @@ class RichProgress:
     def end(self, run: Run) -> None:
         self._done += 1
         m = run.metrics
-        if run.limit is not None:
+        if run.read is not None:
             self.say(f"{run.name}  read the gradients of {run.batches} batches")
             return
         self.say(

@@ -143,7 +143,9 @@ class Saving:
             draws.generator.set_state(saved["draws"])
         self.done |= saved["done"]
         batches = f" and {self.done['batch']} batches" if self.done["batch"] else ""
-        progress.say(f"{self.run.name} goes on after {self.done['epoch']} of {self.run.epochs} epochs{batches}")
+        progress.say(
+            f"{self.run.name} goes on after {self.done['epoch']} of {self.run.schedule_epochs} epochs{batches}"
+        )
         states = saved["random"]
         if states is not None and len(states) != world_size():
             progress.say(

@@ -58,7 +58,7 @@ def grasp(weights: Mapping[str, Tensor], products: Mapping[str, Tensor]) -> Lazy
 
 
 def synflow(model: nn.Module, masks: Masks, input_size: Sequence[int]) -> Scores:
-    """Synaptic flow ``|w| * dR/d|w|``, R the sum of outputs for an input of ones, absolute weights and no biases.
+    """Synaptic flow ``|w| * dR/d|w|``, R the sum of outputs for an input of ones, absolute weights, no biases or means.
 
     Works on a copy in double precision, in which the products of many layers do not overflow; the model is unchanged.
 
@@ -73,8 +73,8 @@ def synflow(model: nn.Module, masks: Masks, input_size: Sequence[int]) -> Scores
     scores: Scores = {}
     with torch.no_grad():
         for name, value in linear.state_dict().items():
-            # R is a product of weights: what biases add would let layers before them be cut off unnoticed.
-            value.zero_() if name.endswith(".bias") else value.abs_()
+            # R is a product of weights: what biases and means add would let layers before them be cut off unnoticed.
+            value.zero_() if name.endswith((".bias", ".running_mean")) else value.abs_()
         weights = {name: parameter for name, parameter in linear.named_parameters() if name in masks}
         for name, weight in weights.items():
             weight.mul_(masks[name].to(weight.device))

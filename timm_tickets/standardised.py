@@ -13,7 +13,7 @@ from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .gates import Gate, SigmoidGate
+from .gates import Gate
 
 
 class _Masked(nn.Module):
@@ -32,7 +32,7 @@ class _Masked(nn.Module):
             weight = weight * value
         else:  # already before the weight; its scale goes in standardising
             value = gate.value(weight.dtype)
-            if isinstance(gate, SigmoidGate):  # a soft mask starts at 1 / scale
+            if gate.soft:  # a soft mask starts at 1 / scale
                 value = value * gate.scale
         weight = functional.batch_norm(
             weight.reshape(1, layer.out_channels, -1),

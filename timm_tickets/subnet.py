@@ -4,7 +4,8 @@ The invariant it keeps: outside a search that learns its masks, the model is a p
 are exactly zero. Nothing is wrapped and no key is renamed; two hooks do the work while an optimizer steps.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -213,6 +214,23 @@ class Subnet:
             self.gates[name] = gate
             self._mask[name] = gate.mask.to("cpu", copy=True)
 
+    @property
+    def soft(self) -> bool:
+        """Whether what the model computes is not yet what its masks say: it is trained behind soft ones."""
+        return any(gate.soft for gate in self.gates.values())
+
+    @contextmanager
+    def hard(self) -> Iterator[None]:
+        """Within the block the model computes what its masks say, behind soft masks too; settle these before."""
+        soft = [gate for gate in self.gates.values() if gate.soft]
+        for gate in soft:
+            gate.soft = False
+        try:
+            yield
+        finally:
+            for gate in soft:
+                gate.soft = True
+
     def freeze_(self, parameters: Iterable[nn.Parameter]) -> None:
         """Stop training these parameters until `bake_`."""
         for parameter in parameters:
@@ -231,6 +249,7 @@ class Subnet:
         if reshard_(self.model):
             self.sealed = True
             for name, gate in self.gates.items():
+                gate.soft = False
                 weight = self.parameters()[name]
                 local(weight).copy_(part(gate.hard(whole(weight)), weight))
                 gate.scale.fill_(1)

@@ -1,6 +1,7 @@
 """Subsets of data sets and loaders: by class, by part, by number of batches."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,17 +63,19 @@ class Selection:
         classes: Only these classes.
         part: ``(i, n)``: the i-th of n parts of all items, drawn by the seed.
         batches: Only so many batches of a loader, all processes' together, drawn by the seed.
+        per_class: Only so many items of each class, or all where it has fewer, drawn by the seed.
         seed: Of what is drawn.
     """
 
     classes: Sequence[int] | None = None
     part: tuple[int, int] | None = None
     batches: int | None = None
+    per_class: int | None = None
     seed: int = 0
 
     @property
     def everything(self) -> bool:
-        return self.classes is None and self.part is None and self.batches is None
+        return self.classes is None and self.part is None and self.batches is None and self.per_class is None
 
     def indices(self, dataset: Any, batch_size: int | None) -> list[int]:
         """The selected items, in their order."""
@@ -85,6 +88,17 @@ class Selection:
             mine = torch.zeros_like(chosen)
             mine[order[number::parts]] = True
             chosen &= mine
+        if self.per_class is not None:
+            labels = labels_of(dataset)
+            if labels.ndim != 1:
+                raise ValueError(
+                    "subset: images of each class cannot be drawn where an image has no single class; let the method "
+                    "read whole batches instead (`batches`)"
+                )
+            labels = labels[order]
+            few = [order[(labels == label) & chosen[order]][: self.per_class] for label in labels.unique()]
+            chosen = torch.zeros_like(chosen)
+            chosen[torch.cat(few)] = True
         if self.batches is not None and batch_size is not None:
             few = order[chosen[order]][: self.batches * batch_size]
             chosen = torch.zeros_like(chosen)
@@ -127,11 +141,16 @@ def subset_of(data: Any, selection: Selection) -> Any:
     items = data.dataset
     together = _drawn_together(shard, batches.sampler)
     part: Any = Subset(items, selection.indices(items, batches.batch_size * together))
+    batch_size, drop_last = min(batches.batch_size, max(1, len(part) // together)), batches.drop_last
+    if selection.per_class is not None:  # in batches of one size, none left out
+        parts = together * (shard.num_processes if getattr(shard, "split_batches", False) else 1)
+        count = math.ceil(len(part) / (batches.batch_size * together))
+        batch_size, drop_last = math.ceil(len(part) / (count * parts)) * (parts // together), False
     loader = DataLoader(
         part,
-        batch_size=min(batches.batch_size, max(1, len(part) // together)),
+        batch_size=batch_size,
         sampler=_sampler_for(part, batches.sampler),
-        drop_last=batches.drop_last,
+        drop_last=drop_last,
         num_workers=data.num_workers,
         collate_fn=data.collate_fn,
         pin_memory=data.pin_memory,

@@ -232,7 +232,7 @@ def _next_run(pruner: Pruner, model: nn.Module) -> Run | None:
             "with a folder and train again with the same one until the ticket is trained"
         )
     run = next(pruner, None)
-    if run is not None and run.limit is not None:
+    if run is not None and run.read is not None:
         raise SettingError(
             f"pruner: {name} reads the gradients of a few batches before any training; run it in a loop of your own or "
             "with `timm-tickets search`, then give TicketTask the ticket"

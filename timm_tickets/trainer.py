@@ -114,6 +114,8 @@ class Trainer:
     def fit(self, run: Run, folder: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
         """Train a run to its end, validate after every epoch, score the test set once.
 
+        Behind soft masks the epochs' validation is the soft network's; what is scored at the end is the hard one.
+
         Args:
             run: The run; its `metrics` are filled.
             folder: Where checkpoints within the run go; a run found half done there is continued.
@@ -136,7 +138,7 @@ class Trainer:
         loader = accelerator.prepare_data_loader(base)
         accelerator._dataloaders.clear()  # it keeps every loader it has prepared; runs would pile them up
         updates = math.ceil(len(loader) / t.grad_accum_steps)
-        schedule: Any = scheduler_kwargs(t) | {"num_epochs": run.epochs, "updates_per_epoch": updates}
+        schedule: Any = scheduler_kwargs(t) | {"num_epochs": run.schedule_epochs, "updates_per_epoch": updates}
         with building("training.sched"):
             scheduler: Any = create_scheduler_v2(self.optimizer, **schedule)[0]
         if accelerator.scaler is not None and self._fresh_scaler is not None:
@@ -145,10 +147,10 @@ class Trainer:
 
         # Late rewinding goes on from its point of the schedule.
         update = round(run.start_epoch * updates)
-        if update >= run.epochs * updates:
+        if update >= run.schedule_epochs * updates:
             raise SettingError(
-                f"{run.name} starts at epoch {run.start_epoch:g} (its rewind point) of {run.epochs}: nothing is left "
-                "to train; set training.epochs higher, or rewind to an earlier point"
+                f"{run.name} starts at epoch {run.start_epoch:g} (its rewind point) of {run.schedule_epochs}: nothing "
+                "is left to train; set training.epochs higher, or rewind to an earlier point"
             )
         batch = update % updates * t.grad_accum_steps
         done: dict[str, Any] = {"epoch": update // updates, "batch": batch, "update": update}
@@ -171,10 +173,12 @@ class Trainer:
             scheduler.step_update(update)
         progress.begin(run, len(loader))
         watch = Watch(run, accelerator.device, folder)
-        for epoch in range(done["epoch"], run.epochs):
+        for epoch in range(done["epoch"], run.schedule_epochs):
             self._mix(epoch)
             self.model.train()
-            for images, target in epochs.batches(seed_from(self.seed, run.index, epoch), done["batch"], saving.states):
+            # Runs that only read see the same images, each augmented alike.
+            seed = seed_from(self.seed, 0 if run.read is not None else run.index, epoch)
+            for images, target in epochs.batches(seed, done["batch"], saving.states):
                 images, target = self._mixed(images, target)
                 with accelerator.accumulate(self.model):
                     loss = run.loss(self.criterion, self.model(images), target)
@@ -201,30 +205,39 @@ class Trainer:
             watch.keep()
             if self.unreadable is not None:
                 self.unreadable.look(progress.say)
-            if run.limit is not None:  # it has only read gradients; the weights are as they were
+            if run.read is not None:  # it has only read gradients; the weights are as they were
                 return run.metrics
             run.settle_()
-            if run.tweaks is not None and epoch + 1 == run.epochs:
+            if run.tweaks is not None and epoch + 1 == run.schedule_epochs:
                 run.tweaks.remove_()  # a last step that the scaler skipped would leave them
             val = self.evaluate(self.val_loader, run, ema)
             if scheduler is not None:
                 scheduler.step(epoch + 1)
-            # What is scored while tweaks are there is another model than the one that is left.
-            plain = run.tweaks is None or run.tweaks.gone
+            # What is scored behind tweaks or soft masks is another model than the one that is left.
+            plain = (run.tweaks is None or run.tweaks.gone) and not run.subnet.soft
             best = {**val, "epoch": epoch} if plain and val["top1"] > done["best"]["top1"] else done["best"]
             done |= {"epoch": epoch + 1, "batch": 0, "best": best, "val": val}
             saving.states = None
             progress.epoch(epoch, val)
             saving.look()
-        seconds = saving.seconds()
-        run.metrics |= self._metrics(done["best"], done["val"], self.evaluate(self.test_loader, run, ema), seconds)
+        seconds, val, best = saving.seconds(), done["val"], done["best"]
+        soft = run.subnet.soft
+        with run.subnet.hard():  # as it is written down
+            if soft:
+                run.metrics["val_top1_soft"] = val["top1"]
+                val = best = self.evaluate(self.val_loader, run, ema)
+            test = self.evaluate(self.test_loader, run, ema)
+        run.metrics |= self._metrics(best, val, test, seconds)
         if ema is not None and folder is not None and accelerator.is_main_process:
             # The metrics are the averaged weights'; the search prunes by the raw ones, in model.safetensors.
             write_state(folder / "model_ema.safetensors", Subnet(ema.module, ()).state())
         return run.metrics
 
     def _check_batch(self, loader: Any, model: nn.Module) -> None:
-        check_batch(self.settings, model, loader.batch_size // self.accelerator.num_processes, self.input_size)
+        count, processes = loader.batch_size, self.accelerator.num_processes
+        if not loader.drop_last and processes == 1:  # among several, Accelerate fills the last batch up
+            count = len(loader.dataset) % count or count
+        check_batch(self.settings, model, count // processes, self.input_size)
 
     def _average(self, run: Run) -> ModelEmaV3 | None:
         """The moving average of the run's weights, beginning with those it has now; None where there is to be none."""

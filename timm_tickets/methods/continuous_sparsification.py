@@ -19,6 +19,7 @@ from ..method import Method
 from ..registry import register_pruner
 from ..run import Rewind, Run
 from ..subnet import Subnet
+from ..warn import warn
 
 
 @register_pruner("continuous_sparsification")
@@ -29,6 +30,8 @@ class ContinuousSparsification(Method):
     Cost: one training a round. With `parallel` one run for each s0 instead, all in one round; the one whose s > 0 is
     nearest to the asked sparsity is taken.
     `meet`: ``top`` keeps the largest s, exactly as many as asked; ``penalty`` keeps s > 0, whatever sparsity that is.
+    Both figures are in the ticket's notes, and where ``top`` has to keep what the search suppressed, that is said.
+    A model that is evaluated in the middle of the search is the soft network, as in the released code.
     Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says: what was suppressed
     stays so; the released code resets beta first, and so revives it. Momentum starts anew with each round; the paper
     carries it on.
@@ -41,6 +44,10 @@ class ContinuousSparsification(Method):
     rewind: Rewind = "2ep"
     meet: Annotated[Literal["top", "penalty"], Field(description="what decides the ticket's sparsity")] = "top"
     parallel: Annotated[tuple[float, ...], Field(description="several s0 to search at once")] = ()
+    bake_scale: Annotated[bool, Field(description="multiply the ticket's weights by c = 1 / sigmoid(s0)")] = True
+    penalise_scale: Annotated[bool, Field(description="penalise c times the soft mask, as the released code does")] = (
+        False
+    )
 
     def prepare_(self, subnet: Subnet) -> None:
         full = full_masks(subnet.weights())
@@ -55,7 +62,7 @@ class ContinuousSparsification(Method):
             chosen = min(range(len(ends)), key=lambda i: abs(density(ends[i].scores) - (1 - self.sparsity)))
             subnet.start = ends[chosen].rewind
             subnet.load_scores_(ends[chosen].scores)
-            self.scale_(subnet, self.parallel[chosen])
+            self.scale_(subnet, 1 / sigmoid(self.parallel[chosen]))
             ends.clear()
         else:
             for round in range(self.rounds):
@@ -65,8 +72,23 @@ class ContinuousSparsification(Method):
                 del end  # as large as a model
         subnet.rewind_()
         self.settle_(subnet)
+        self.tell(subnet)
+        if not self.bake_scale:
+            self.scale_(subnet, 1.0)
         subnet.bake_()
         subnet.restart_()
+
+    def tell(self, subnet: Subnet) -> None:
+        """Note what the scores alone would keep, beside what the ticket keeps, and warn where it keeps more."""
+        found = density(subnet.present_scores())
+        subnet.notes.append({"density_of_scores_above_zero": found, "density": 1 - subnet.sparsity})
+        if 1 - subnet.sparsity > found:
+            warn(
+                f"continuous_sparsification: {found:.4g} of the weights have a score above zero, and "
+                f"{1 - self.sparsity:.4g} are to be kept, so the ticket keeps weights that the search suppressed, "
+                "those of the highest scores. Raise s0 or lower the penalty for a denser search, ask for a higher "
+                "sparsity, or set meet=penalty"
+            )
 
     def run(self, first: bool, setup: Callable[[Subnet], None] | None = None) -> Run:
         return Run(
@@ -82,12 +104,13 @@ class ContinuousSparsification(Method):
         """Every score at s0, and c = 1 / sigmoid(s0), so that weights pass unchanged at the start."""
         scores = subnet.present_scores()
         subnet.load_scores_(Lazy(scores, lambda name: torch.full_like(scores[name], s0)))
-        self.scale_(subnet, s0)
+        self.scale_(subnet, 1 / sigmoid(s0))
         self.soften_(subnet)
 
-    def scale_(self, subnet: Subnet, s0: float) -> None:
+    def scale_(self, subnet: Subnet, scale: float) -> None:
+        """Set c, what weights are multiplied with beside their mask."""
         for gate in subnet.gates.values():
-            gate.scale.fill_(1 / sigmoid(s0))
+            gate.scale.fill_(scale)
 
     def soften_(self, subnet: Subnet) -> None:
         """beta back to 1, for the next round."""
@@ -100,8 +123,10 @@ class ContinuousSparsification(Method):
             gate.harden_(self.final_beta**run.progress)  # pyright: ignore[reportCallIssue]
 
     def penalised(self, run: Run, loss: Tensor) -> Tensor:
-        """Plus the penalty times the sum of the soft mask, c left out (equation 8)."""
-        return loss + self.penalty * sum(gate.sum() for gate in run.subnet.gates.values())  # pyright: ignore
+        """Plus the penalty times the sum of the soft mask (equation 8, where there is no c)."""
+        gates = run.subnet.gates.values()
+        scale = next(iter(gates)).scale if self.penalise_scale else 1.0
+        return loss + self.penalty * scale * sum(gate.sum() for gate in gates)  # pyright: ignore
 
     def reset(self, score: Tensor) -> Tensor:
         """min(beta s, s0) with the final beta: the suppressed stay suppressed, the others return to s0."""

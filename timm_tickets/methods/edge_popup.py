@@ -24,6 +24,8 @@ from ..scores import magnitude
 from ..sharded import local, part
 from ..subnet import Subnet
 
+FirstScores = Literal["uniform", "normal"]
+
 
 @register_pruner("edge_popup")
 class EdgePopup(Method):
@@ -34,6 +36,8 @@ class EdgePopup(Method):
     train_rest=false, norm_affine=false``.
     Cost: one training of scores as large as the weights. The ticket's values are the random weights.
     Random weights are Kaiming's, standard deviation sqrt(2 / fan_in), from draws.py: a ticket regenerates them.
+    First scores are uniform, as in the released code (Kaiming's with a = sqrt 5): drawn wider than the learning rate
+    can move them, the first mask stays.
     Departures: what is not pruned trains by default, so that any timm model works. On weight-standardised layers the
     scale has no effect: standardising cancels it.
     """
@@ -53,6 +57,12 @@ class EdgePopup(Method):
     train_rest: Annotated[bool, Field(description="train what is not pruned: biases, norms, the classifier")] = True
     norm_affine: Annotated[bool, Field(description="false: normalisation without learned scale and shift")] = True
     weight_decay: Annotated[float, Field(ge=0, description="weight decay of the scores")] = 1e-4
+    first_scores: Annotated[
+        FirstScores,
+        Field(
+            description="draw of the first scores: uniform in +-1/sqrt(fan_in), or Kaiming normal, 2.45 times as wide"
+        ),
+    ] = "uniform"
 
     def prepare_(self, subnet: Subnet) -> None:
         """Freeze what does not train and put gates before the weights; their values come when the search begins."""
@@ -98,19 +108,14 @@ class EdgePopup(Method):
             "frozen": None if counts is None else [list(pair) for pair in counts.values()],
         }
         subnet.load_scores_(
-            Lazy(
-                weights,
-                lambda name: torch.from_numpy(
-                    draw("kaiming_normal", weights[name].shape, self.seed, numbers[name], SCORES)
-                ),
-            )
+            Lazy(weights, lambda name: first_scores(self.first_scores, weights[name].shape, self.seed, numbers[name]))
         )
-        if not self.norm_affine:
-            for norm in norms(subnet.model):
-                if norm.weight is not None:
-                    norm.weight.fill_(1)
-                if norm.bias is not None:
-                    norm.bias.zero_()
+        for norm in norms(subnet.model):
+            # Where it does not train, a last scale of zero would keep its branch shut, and all gradients out, for good.
+            if norm.weight is not None and not (self.norm_affine and (self.train_rest or norm.weight.any())):
+                norm.weight.fill_(1)
+            if norm.bias is not None and not self.norm_affine:
+                norm.bias.zero_()
         self.settle_(subnet)
 
     def settle_(self, subnet: Subnet) -> None:
@@ -147,3 +152,18 @@ class EdgePopup(Method):
 
     def runs(self, subnet: Subnet) -> int:
         return 1
+
+
+def first_scores(kind: FirstScores, shape: torch.Size, seed: int, layer: int) -> Tensor:
+    """Scores to begin with, float32, the same for a seed on every platform.
+
+    Args:
+        kind: ``uniform``: in (-1, 1) / sqrt(fan_in), torch's Kaiming uniform with a = sqrt 5, standard deviation
+            0.577 / sqrt(fan_in); ``normal``: Kaiming normal, standard deviation 1.414 / sqrt(fan_in).
+        shape: Of the weight.
+        seed: The method's.
+        layer: Position of the weight among the prunable ones.
+    """
+    if kind == "normal":
+        return torch.from_numpy(draw("kaiming_normal", shape, seed, layer, SCORES))
+    return torch.from_numpy(draw("kaiming_uniform", shape, seed, layer, SCORES)) * 6**-0.5

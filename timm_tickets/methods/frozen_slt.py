@@ -3,7 +3,7 @@
 Source: Otsuka et al. 2024, 2402.14029 (TMLR 2025).
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ from ..scores import magnitude
 from ..settings import SettingError
 from ..sharded import whole
 from ..subnet import Subnet
-from .edge_popup import EdgePopup
+from .edge_popup import EdgePopup, FirstScores
 
 
 @register_pruner("frozen_slt")
@@ -38,6 +38,14 @@ class FrozenSLT(EdgePopup):
         float | None, Field(ge=0, lt=1, description="fraction frozen as kept; with pruned instead of frozen")
     ] = None
     freezing: Annotated[Distribution, Field(description="density of the free weights in each layer")] = "epl"
+    split: Annotated[
+        Literal["shares", "released"],
+        Field(
+            description="what of a layer's frozen weights is pruned: the same share in each layer, or, as released, "
+            "what `freezing` at the density 1 - pruned leaves out; the rest is locked"
+        ),
+    ] = "shares"
+    first_scores: Annotated[FirstScores, Field(description="draw of the first scores, as edge_popup's")] = "normal"
 
     def ratios(self) -> tuple[float, float]:
         """The fractions frozen as pruned and as kept.
@@ -62,7 +70,7 @@ class FrozenSLT(EdgePopup):
         return self.pruned, self.locked
 
     def frozen_counts(self, subnet: Subnet) -> dict[str, tuple[int, int]]:
-        """How many weights of each layer are frozen as pruned and as kept: the same shares of both in every layer."""
+        """How many weights of each layer are frozen as pruned and as kept."""
         shapes = {name: weight.shape for name, weight in subnet.weights().items()}
         sizes = {name: shape.numel() for name, shape in shapes.items()}
         count = sum(sizes.values())
@@ -77,7 +85,13 @@ class FrozenSLT(EdgePopup):
                 f"pruner.frozen: {pruned} weights are to leave as pruned, {most_gone} can where every layer keeps one; "
                 "lower frozen or the sparsity, or set collapse=warn"
             )
-        gone = fill(pruned, frozen, most) if pruned + locked else dict.fromkeys(sizes, 0)
+        if self.split == "released":
+            left = budgets(shapes, count - pruned, self.freezing)
+            # Rounded by itself, a layer's budget may exceed what is frozen by a weight, which then goes to any other.
+            shares = {name: (sizes[name] - left[name]) * count + most[name] for name in sizes}
+        else:
+            shares = frozen
+        gone = fill(pruned, shares, most) if pruned else dict.fromkeys(sizes, 0)
         return {name: (gone[name], frozen[name] - gone[name]) for name in sizes}
 
     def cut(self, subnet: Subnet) -> Masks:

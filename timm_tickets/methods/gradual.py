@@ -16,13 +16,15 @@ from ..run import Run
 from ..scores import magnitude
 from ..settings import SettingError
 from ..subnet import Subnet
+from ..warn import warn
 
 
 @register_pruner("gradual")
 class Gradual(OneShot):
     """Prune the smallest weights while training, for good; the ticket's values are the final weights.
 
-    Suggested: begin 0.0 to 0.2, end 0.75, so that the sparse network trains on; interval 100 steps, less in short runs.
+    Suggested: begin 0.0 to 0.2, end 0.75, so that the sparse network trains on; interval 100 steps. Where it is not set
+    it is 100 too, but at most a twentieth of the steps between begin and end.
     Cost: one training.
     Departures: the sparsity goes by the fraction of training done, not by a count of steps.
     """
@@ -30,7 +32,9 @@ class Gradual(OneShot):
     ends_trained: ClassVar[bool] = True
     begin: Annotated[float, Field(ge=0, lt=1, description="fraction of training at which pruning begins")] = 0.0
     end: Annotated[float, Field(gt=0, le=1, description="fraction of training at which it is complete")] = 0.75
-    interval: Annotated[int, Field(ge=1, description="optimizer steps between two prunings")] = 100
+    interval: Annotated[
+        int | None, Field(ge=1, description="optimizer steps between two prunings; 100 or less where not given")
+    ] = None
 
     def prepare_(self, subnet: Subnet) -> None:
         super().prepare_(subnet)
@@ -39,12 +43,18 @@ class Gradual(OneShot):
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         (yield [Run(after_step=self.step_, reads=())]).clear()
+        if kept(subnet.mask) > keep_count(total(subnet.mask), self.sparsity):
+            warn(
+                f"gradual: its run ended at sparsity {subnet.sparsity:.4f}, not at the asked {self.sparsity}; the rest "
+                "is pruned now, and what is left has not trained since. Create the pruner with the epochs that are "
+                "trained"
+            )
         # However long the run was, the asked sparsity is met.
         self.prune_(subnet, magnitude(subnet.weights_on_cpu()))
         subnet.restart_()
 
     def step_(self, run: Run) -> None:
-        if run.step % self.interval and run.progress < 1:
+        if run.step % run.every(self.interval, (self.end - self.begin) / 20) and run.progress < 1:
             return
         subnet = run.subnet
         keep = keep_count(total(subnet.mask), self.scheduled(run.progress))

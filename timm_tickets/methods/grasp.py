@@ -3,58 +3,79 @@
 Source: Wang et al. 2020, 2002.07376.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..blind import warn_of_blind_scores
 from ..end import End
 from ..method import OneShot
+from ..prunable import prunable_names
 from ..registry import register_pruner
 from ..run import Run
 from ..scores import grasp
 from ..subnet import Subnet
-from ..wrappers import mean_over_processes
-from .snip import gathered, reading_run, warn_of_blind_layers
+from .snip import add, reading_run
 
 
 @register_pruner("grasp")
 class GraSP(OneShot):
     """Prune once, before training, the weights whose removal least reduces the gradient's norm.
 
-    Needs a second derivative: the model must not be compiled, and kernels without one (some fused attentions) fail.
-    Suggested: ten images of each class in all, as in the paper.
-    Cost: `batches` Hessian-vector products, each about two training steps.
-    Departures: several batches add their own H g, without cross terms; no temperature on the logits (the released code
-    divides them by 200, the paper does not say so).
+    First the gradient g of all the images is read, of every weight and the classifier's; then, batch by batch, H g.
+    Suggested (the paper's): ten images of each class; logits divided by 200, as in the released code, which evens out
+    the first predictions.
+    Cost: a gradient and a Hessian-vector product of each batch, about three training steps; the weights are restored
+    after each of the two short runs. In full precision and without fused attention, whatever the training uses; models
+    whose own kernels have no second derivative fail.
+    Departures: the classifier has its part in g but is not pruned by default; the released code prunes it too. Images
+    are drawn again for H g with whatever augmentation the loader makes; in the package's trainer it is the same.
     """
 
     reads_gradients: ClassVar[bool] = True
-    batches: Annotated[int, Field(ge=1, description="batches to read gradients from")] = 1
+    images_per_class: Annotated[int, Field(ge=1, description="images of each class to read, drawn by the seed")] = 10
+    batches: Annotated[
+        int | None, Field(ge=1, description="read so many batches of the loader instead, classes as they come")
+    ] = None
+    temperature: Annotated[float, Field(gt=0, description="logits are divided by it before the loss")] = 200.0
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        (end,) = yield [reading_run(self.batches, _add_products)]
+        (end,) = yield [self.reading(add_gradients)]
+        (end,) = yield [self.reading(partial(add_products, end.scores))]
         subnet.rewind_()
-        warn_of_blind_layers(self.name, end.scores)
+        warn_of_blind_scores(self.name, subnet.names, end.scores)
         assert subnet.start is not None  # where the weights are now, on the CPU already
         self.prune_(subnet, grasp(subnet.start, end.scores))
 
+    def reading(self, read: Callable[..., None]) -> Run:
+        """A run that reads the same images as the other one."""
+        images = self.images_per_class if self.batches is None else None
+        return reading_run(partial(read, temperature=self.temperature), self.batches, images)
+
     def runs(self, subnet: Subnet) -> int:
-        return 1
+        return 2
 
 
-def _add_products(run: Run, loss: Tensor) -> Tensor:
-    """Add H g of this batch: the gradient of ``g . g`` with one of the two held fixed.
+def differentiated(run: Run) -> dict[str, Tensor]:
+    """The weights that g is taken of: all that multiply activations, the classifier's too, whatever is pruned."""
+    names = {*prunable_names(run.subnet.model, classifier=True), *run.subnet.names}
+    return {n: weight for n, weight in run.subnet.model.named_parameters() if n in names and weight.requires_grad}
 
-    The fixed one is that of all processes' images: the mean of each process's own H g, of its own g, would not be the
-    H g of the whole batch.
-    """
-    weights = run.subnet.parameters()
-    gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-    fixed = mean_over_processes({name: g.detach() for name, g in zip(weights, gradients, strict=True)})
-    product = torch.stack([(fixed[name] * g).sum() for name, g in zip(weights, gradients, strict=True)]).sum()
-    for name, one in zip(weights, torch.autograd.grad(product, list(weights.values()), retain_graph=True), strict=True):
-        run.scores[name] = run.scores.get(name, 0) + gathered(one)
-    return loss
+
+def add_gradients(run: Run, loss: Callable[..., Tensor], temperature: float) -> None:
+    weights = differentiated(run)
+    add(run, weights, torch.autograd.grad(loss(temperature), list(weights.values()), materialize_grads=True))
+
+
+def add_products(gradient: Mapping[str, Tensor], run: Run, loss: Callable[..., Tensor], temperature: float) -> None:
+    """Add this batch's H g: the gradient of ``g . dL/dw`` with g, that of all batches, held fixed."""
+    weights = differentiated(run)
+    own = torch.autograd.grad(loss(temperature), list(weights.values()), create_graph=True, materialize_grads=True)
+    fixed = (gradient[name].to(weight.device) for name, weight in weights.items())
+    product = torch.stack([(g * one).sum() for g, one in zip(fixed, own, strict=True)]).sum()
+    pruned = run.subnet.parameters()
+    add(run, pruned, torch.autograd.grad(product, list(pruned.values()), materialize_grads=True))

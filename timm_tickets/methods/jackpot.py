@@ -4,7 +4,6 @@ Source: Zhang et al. 2021, 2104.08700 (TPAMI 2023).
 """
 
 import math
-import warnings
 from collections.abc import Generator
 from typing import Annotated, ClassVar, Literal
 
@@ -23,6 +22,7 @@ from ..run import Run
 from ..scores import magnitude
 from ..starts import is_pretrained, pretrained_tag
 from ..subnet import Subnet
+from ..warn import warn
 
 
 @register_pruner("jackpot")
@@ -53,17 +53,15 @@ class Jackpot(Method):
     def prepare_(self, subnet: Subnet) -> None:
         """Freeze everything but scores and classifier, and put gates before the weights."""
         if looks_untrained(subnet.model):
-            warnings.warn(
+            warn(
                 "jackpot: this model's normalisation layers have never been trained, so its weights look random; a "
                 "jackpot is searched in pretrained weights (pretrained=True, or a checkpoint)",
-                stacklevel=5,
             )
         elif not is_pretrained(subnet.model, subnet.names):
             tag = pretrained_tag(subnet.model) or "pretrained models"
-            warnings.warn(
+            warn(
                 f"jackpot: these are not the weights of timm's {tag} as stored on this machine; it goes on, and "
                 "its ticket will hold the kept weights, not a tag",
-                stacklevel=5,
             )
         heads = tuple(f"{name}." for name in (classifier_names(subnet.model) if self.train_classifier else ()))
         subnet.freeze_(p for name, p in subnet.model.named_parameters() if not name.startswith(heads))

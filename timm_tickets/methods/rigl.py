@@ -7,6 +7,7 @@ import math
 
 from torch import Tensor
 
+from ..blind import warn_of_blind_layers
 from ..lazy import Lazy
 from ..processes import world_size
 from ..registry import register_pruner
@@ -21,6 +22,8 @@ class RigL(SET):
     """Train sparse; now and then drop each layer's smallest weights and grow where gradients are largest.
 
     Suggested (the paper's): erk, drop_rate 0.3 falling along a cosine, interval 100 steps, until 0.75 of training.
+    Where `interval` is not set it is 100 too, but at most a tenth of the steps until then: a short training has ten
+    exchanges.
     Cost: one training, at the asked sparsity throughout; a dense gradient is read at each exchange.
     """
 
@@ -28,7 +31,7 @@ class RigL(SET):
 
     def step_(self, run: Run) -> None:
         subnet = run.subnet
-        if subnet.dense_gradients and run.step % self.interval == 0 and run.progress < self.until:
+        if subnet.dense_gradients and run.step % self.every(run) == 0 and run.progress < self.until:
             weights, gradients = subnet.weights(), subnet.dense_gradients
 
             def mean(name: str) -> Tensor:
@@ -36,9 +39,16 @@ class RigL(SET):
                 there = gradients[name].to(weights[name].device) if world_size() > 1 else gradients[name]
                 return mean_over_processes({name: there})[name].cpu()
 
-            self.exchange_(run, magnitude(Lazy(weights, mean)), self.scheduled(run.progress))
+            dense = magnitude(Lazy(weights, mean))
+            if run.step == self.every(run):
+                blind = [name for name in weights if not dense[name].any()]
+                warn_of_blind_layers(self.name, blind, len(weights), "so what grows in them is arbitrary")
+            self.exchange_(run, dense, self.scheduled(run.progress))
         subnet.dense_gradients.clear()
-        subnet.tap = (run.step + 1) % self.interval == 0
+        subnet.tap = (run.step + 1) % self.every(run) == 0
+
+    def every(self, run: Run) -> int:
+        return run.every(self.interval, self.until / 10)
 
     def scheduled(self, progress: float) -> float:
         """Fraction to exchange after this fraction of training (section 3, cosine annealing)."""

@@ -3,14 +3,14 @@
 Source: Lee et al. 2018, 1810.02340.
 """
 
-import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..blind import warn_of_blind_scores
 from ..end import End
 from ..method import OneShot
 from ..processes import world_size
@@ -33,9 +33,9 @@ class SNIP(OneShot):
     batches: Annotated[int, Field(ge=1, description="batches to read gradients from")] = 1
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        (end,) = yield [reading_run(self.batches, _add_gradients)]
+        (end,) = yield [reading_run(add_gradients, limit=self.batches)]
         subnet.rewind_()
-        warn_of_blind_layers(self.name, end.scores)
+        warn_of_blind_scores(self.name, subnet.names, end.scores)
         assert subnet.start is not None  # where the weights are now, on the CPU already
         self.prune_(subnet, snip(subnet.start, end.scores))
 
@@ -43,44 +43,25 @@ class SNIP(OneShot):
         return 1
 
 
-def reading_run(batches: int, add: Callable[[Run, Tensor], Tensor]) -> Run:
-    """A short run that adds up something of the loss of a few batches, all of them at the same weights."""
-
-    def on_loss(run: Run, loss: Tensor) -> Tensor:
-        return add(run, loss) if run.batches < batches else loss
-
+def reading_run(
+    read: Callable[[Run, Callable[..., Tensor]], None], limit: int | None = None, images_per_class: int | None = None
+) -> Run:
+    """A short run that adds up something of the gradients of a few images, all of them at the same weights."""
     return Run(
-        epochs=1, limit=batches, reads=("scores",), on_loss=on_loss, after_step=_restore if batches > 1 else None
+        epochs=1, read=read, limit=limit, images_per_class=images_per_class, reads=("scores",), after_step=_restore
     )
 
 
-def warn_of_blind_layers(pruner: str, gradients: Mapping[str, Tensor]) -> None:
-    """Say which layers no gradient reaches: all of their scores are 0, so they are cut first, whatever they are worth.
-
-    timm starts the last scale of a residual branch at zero in many models; what is before it has no gradient then.
-    """
-    blind = [name for name, gradient in gradients.items() if not gradient.any()]
-    if blind:
-        warnings.warn(
-            f"{pruner}: no gradient reaches {len(blind)} of {len(gradients)} layers ({blind[0]} is one), so their "
-            "scores say nothing; build the model with zero_init_last=False where it has that argument, or prune a "
-            "trained one",
-            stacklevel=2,
-        )
-
-
-def _add_gradients(run: Run, loss: Tensor) -> Tensor:
+def add_gradients(run: Run, loss: Callable[..., Tensor]) -> None:
+    """Add this batch's gradients to the run's scores."""
     weights = run.subnet.parameters()
-    for name, gradient in zip(
-        weights, torch.autograd.grad(loss, list(weights.values()), retain_graph=True), strict=True
-    ):
-        run.scores[name] = run.scores.get(name, 0) + gathered(gradient)
-    return loss
+    add(run, weights, torch.autograd.grad(loss(), list(weights.values()), materialize_grads=True))
 
 
-def gathered(reading: Tensor) -> Tensor:
-    """On the CPU, where scores are compared; several processes' on their devices, where they are averaged."""
-    return reading if world_size() > 1 else reading.cpu()
+def add(run: Run, names: Iterable[str], readings: Iterable[Tensor]) -> None:
+    """Add readings to the run's scores, on the CPU where scores are compared, unless processes have to average them."""
+    for name, reading in zip(names, readings, strict=True):
+        run.scores[name] = run.scores.get(name, 0) + (reading if world_size() > 1 else reading.cpu())
 
 
 def _restore(run: Run) -> None:

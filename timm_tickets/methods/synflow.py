@@ -8,8 +8,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from ..blind import warn_of_blind_scores
 from ..end import End
-from ..masks import keep_count, kept, total
+from ..masks import Scores, keep_count, kept, total
 from ..method import OneShot
 from ..registry import register_pruner
 from ..run import Run
@@ -41,8 +42,15 @@ class SynFlow(OneShot):
         for step in range(1, self.iterations + 1):
             keep = max(goal, round(count * (goal / count) ** (step / self.iterations)))
             # Without a name: scores of one step would be held while the next ones are made.
-            self.cut_(subnet, synflow(subnet.model, subnet.mask, size), kept(subnet.mask) - keep)
+            self.cut_(subnet, self.scores(subnet, size), kept(subnet.mask) - keep)
         yield from ()
+
+    def scores(self, subnet: Subnet, size: tuple[int, int, int]) -> Scores:
+        """The scores under the present mask; before the first cut, layers without any flow are told."""
+        found = synflow(subnet.model, subnet.mask, size)
+        if kept(subnet.mask) == total(subnet.mask):
+            warn_of_blind_scores(self.name, subnet.names, found)
+        return found
 
 
 def _input_size(subnet: Subnet) -> tuple[int, int, int]:
