@@ -209,7 +209,7 @@ def test_stopped_at_any_epoch_it_continues_to_the_same_ticket(whole, tmp_path, m
     assert all(torch.equal(left[name], right[name]) for name in right)
 
 
-@pytest.mark.filterwarnings("ignore:jackpot")
+@pytest.mark.filterwarnings("ignore:jackpot", "ignore:.*no gradient reaches", "ignore:continuous_sparsification")
 @pytest.mark.parametrize(
     "settings",
     [

@@ -196,7 +196,7 @@ def test_a_ticket_is_transferred_with_its_controls(found, tmp_path):
 def test_the_dense_control_of_a_transfer_is_trained_as_long_as_the_ticket(found, tmp_path):
     settings = ["training.epochs=1", "retrain.epochs=2", "pruner.epochs=3", "pruner.sparsity=0.8", HIGH]
     text = io.StringIO()
-    settings += ["pruner.name=rigl", f"output={tmp_path}"]  # ends trained: what it finds is not trained again
+    settings += ["pruner.name=gradual", f"output={tmp_path}"]  # ends trained: what it finds is not trained again
     result = tt.transfer("digits_imp", found, settings, console=Console(file=text, width=80))
     assert {row["name"]: row["epochs"] for row in result.rows} == {"ticket": 2, "random": 2, "dense": 2, "native": 3}
     assert len({row["steps"] for row in result.rows if row["name"] != "native"}) == 1
