@@ -6,7 +6,6 @@ FOLDER holds tickets, and state.safetensors for those that need pretrained weigh
 """
 
 import ctypes
-import gc
 import json
 import random
 import re
@@ -108,7 +107,6 @@ def peak(reset=False):
     """Bytes that the process has held at most since the last reset; on Linux."""
     status, kind = Path("/proc/self/status"), "VmRSS" if reset else "VmHWM"
     if reset:
-        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what is kept for later use would hide what is taken next
         Path("/proc/self/clear_refs").write_text("5")
     return int(re.search(rf"{kind}:\s+(\d+)", status.read_text())[1]) * 1024

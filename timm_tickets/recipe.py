@@ -338,7 +338,7 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["pruner"] = {"anyOf": choices}
     schema["properties"]["extends"] = {
         "type": "string",
-        "description": "shipped recipe, or path relative to this file, whose settings hold where this one has none",
+        "description": "shipped recipe, or file in this one's folder, whose settings hold where this one has none",
     }
     parts = {name: {"required": schema["$defs"][f"{name.title()}Settings"].pop("required")} for name in ("model",)}
     parts["pruner"] = {"required": ["name", "sparsity"]}
