@@ -237,7 +237,7 @@ def test_resolvers_are_refused_by_name(recipe, tmp_path, value, resolver, way):
     with pytest.raises(tt.SettingError, match="recipes may refer to other settings") as error:
         recipe(*lines, overrides=[f"source={value}"] if way == "override" else ())
     assert hostile_recipes.SECRET not in str(error.value)
-    assert resolver is None or f"not to resolvers, as '{resolver}' is" in str(error.value)
+    assert resolver is None or f"but not to resolvers, such as '{resolver}'" in str(error.value)
 
 
 def test_references_to_other_settings_stay(recipe):
@@ -333,8 +333,9 @@ LAUGHS = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" f
         (["a: " + "1:" * 100_000 + "1"], "more than 10,000 characters"),
         (["# " + "x" * 2**20], "more than 1,048,576 bytes"),
         (["source: " + "${" * 4000], "recipes may refer"),
-        (["seed: " + "9" * 5000], "a value that cannot be read"),
-        (["seed: 0x" + "f" * 5000], "numbers end at 2^64 - 1"),
+        (["seed: " + "9" * 5000], "line 2, column 7: a number has more than 1,000 digits"),
+        (["seed: 0x" + "f" * 5000], "a number has more than 1,000 digits"),
+        (["seed: 0x" + "f" * 500], "numbers end at 2^64 - 1"),
         (["seed: 18446744073709551616"], "numbers end at 2^64 - 1"),
         (["training: {epochs: -18446744073709551616}"], "numbers end at 2^64 - 1"),
         (["a: !!int ''"], "a value that cannot be read"),

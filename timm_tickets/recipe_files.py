@@ -21,6 +21,7 @@ _MOST_CHARACTERS = 10_000  # of one of them: YAML reads 1:1:1 as a number, in qu
 _DEEPEST = 20
 _LARGEST = 2**64
 _REFERENCE = re.compile(r"\$\{([\w-]+(?:\.[\w-]+)*)\}")
+_NUMBER = re.compile(r"[-+]?\d[\w:]{1000,}")
 _RESOLVER = re.compile(r"\$\{\s*([^{}:]*?)\s*:")
 # What steers a terminal, or turns the text around it.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -245,12 +246,14 @@ def _check_events(text: str, wrong: str, by_name: str = "") -> None:
         elif isinstance(event, yaml.ScalarEvent):
             if len(event.value) > _MOST_CHARACTERS:
                 why = f"a value has more than {_MOST_CHARACTERS:,} characters"
+            elif event.implicit[0] and _NUMBER.fullmatch(event.value):
+                why = "a number has more than 1,000 digits"
             elif _CONTROL.search(event.value):
                 why = "a value has a control character"
             elif "${" in _REFERENCE.sub("", event.value):
                 named = _RESOLVER.search(event.value)
-                why = "recipes may refer to other settings, as ${training.epochs} does" + (
-                    f", not to resolvers, as '{shown(named[1])}' is" if named else ""
+                why = "recipes may refer to other settings, such as ${training.epochs}" + (
+                    f", but not to resolvers, such as '{shown(named[1])}'" if named else ", by their names only"
                 )
         if why:
             raise SettingError(f"{wrong}: {_place(event.start_mark)}{why}")

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from . import ticket_reader, ticket_writer
@@ -21,12 +20,6 @@ from .sharded import load_state_
 from .starts import Pretrained
 from .subnet import State, Subnet, aliases, plain_model
 from .ticket_header import fingerprint, masked
-
-
-class _KnownMetadata(BaseModel):
-    """The metadata that this package reads; a ticket may say more."""
-
-    start_epoch: Annotated[float, Field(ge=0, le=1e6, strict=True)] = 0.0
 
 
 @dataclass(eq=False)
@@ -227,8 +220,6 @@ def load_ticket(path: str | Path, pretrained: Mapping[str, Tensor] | None = None
     if not path.is_file():
         raise FileNotFoundError(f"there is no ticket at {path}")
     masks, values, metadata, source = ticket_reader.read(path, pretrained)
-    with ticket_reader.damage(path):
-        _KnownMetadata.model_validate(metadata)
     return Ticket(masks, values, metadata, source)
 
 

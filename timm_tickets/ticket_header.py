@@ -45,6 +45,12 @@ class Envelope(BaseModel):
     writer: str = ""
 
 
+class KnownMetadata(BaseModel):
+    """The metadata that this package reads; a ticket may say more."""
+
+    start_epoch: Annotated[float, Field(ge=0, le=1e6, strict=True)] = 0.0
+
+
 class Header(BaseModel):
     """What a file says of its contents. Shapes and counts decide every size; all are checked before memory is taken.
 

@@ -38,6 +38,7 @@ from .ticket_header import (
     WEIGHTS_PER_BYTE,
     Envelope,
     Header,
+    KnownMetadata,
     check,
     check_tensors,
     fingerprint,
@@ -139,9 +140,11 @@ def open_(path: Path) -> "Opened | ticket_format1.Opened":
         tensors = {name: file.get_tensor(name) for name in names}
     size = path.stat().st_size
     if envelope.format == 1:
-        return ticket_format1.open_(text, tensors, size)
-    opened = Opened(path, size, _header(tensors), tensors)
-    _check_sizes(opened)
+        opened = ticket_format1.open_(text, tensors, size)
+    else:
+        opened = Opened(path, size, _header(tensors), tensors)
+        _check_sizes(opened)
+    KnownMetadata.model_validate(opened.header.metadata)
     return opened
 
 
