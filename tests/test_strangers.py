@@ -15,7 +15,7 @@ from safetensors.torch import load, save_file
 from typer.testing import CliRunner
 
 import timm_tickets as tt
-from timm_tickets import cli, hub, starts
+from timm_tickets import cli, hub, starts, ticket_reader
 
 sys.path.insert(0, str(Path(__file__).parent))
 import forged_files
@@ -63,7 +63,7 @@ REST = {
 def test_a_pretrained_model_is_not_built_for_what_the_architecture_is_not(tmp_path, monkeypatch, rest):
     entry, padding = REST[rest]
     write(tmp_path / "a.ticket", [LAYER], [entry], pretrained(), padding)
-    monkeypatch.setattr(starts, "fetch_pretrained", lambda *_: pytest.fail("it was built, or fetched"))
+    monkeypatch.setattr(ticket_reader, "fetch_pretrained", lambda *_: pytest.fail("it was built, or fetched"))
     with pytest.raises(tt.TicketError, match=r"claims|needs the pretrained weights|which gives|more than the \d"):
         tt.load_ticket(tmp_path / "a.ticket")
 
