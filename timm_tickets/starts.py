@@ -218,7 +218,7 @@ def sizes_of(tag: str, shapes: Shapes) -> dict[str, int]:
 
 
 def outline(tag: str, sizes: Mapping[str, int]) -> State:
-    """The state dict of an architecture on the meta device, where nothing is allocated: at most 1.7 s and 10 MiB.
+    """The state dict of an architecture on the meta device, where nothing is allocated: at most 1.7 s and 16 MiB.
 
     Args:
         tag: architecture.tag.
