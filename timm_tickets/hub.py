@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import replacing, write_bytes
 from .masks import layer_sparsities
 from .settings import SettingError, TicketError, shown
 
@@ -181,8 +182,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _fill(folder: Path, ticket: "Ticket", file: Path, plot: str | Path | None, address: str) -> None:
-    if file.resolve() != (folder / FILE).resolve():
-        shutil.copyfile(file, folder / FILE)
-    if plot is not None and Path(plot).resolve() != (folder / PLOT).resolve():
-        shutil.copyfile(plot, folder / PLOT)
-    (folder / CARD).write_text(card(ticket, address, plot is not None))
+    for source, target in ((file, folder / FILE), (plot, folder / PLOT)):
+        if source is not None and Path(source).resolve() != target.resolve():
+            with replacing(target) as temporary:
+                shutil.copyfile(source, temporary)
+    write_bytes(folder / CARD, card(ticket, address, plot is not None).encode())
