@@ -157,14 +157,13 @@ def test_a_ticket_that_rewinds_past_the_training_is_refused(whole, tmp_path):
 
 def test_a_checkpoint_stays_until_its_run_is_written(whole, tmp_path, monkeypatch):
     """The disk fills at the very end of a training: the next call only scores and writes."""
-    from timm_tickets import pruner, run_files
+    from timm_tickets import run_files
 
     def full(path, state):
         raise OSError("cannot write: No space left")
 
     with monkeypatch.context() as patch:
         patch.setattr(run_files, "write_state", full)
-        patch.setattr(pruner.Pruner, "_first_state", lambda self: self.subnet.state())
         with pytest.raises(OSError, match="No space left"):
             search(tmp_path)
     assert (tmp_path / "round_00" / "checkpoint.pt").exists()
@@ -380,7 +379,7 @@ def test_nan_stops_says_the_step_and_keeps_the_last_good_state(tmp_path, monkeyp
 def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     began = time.monotonic()
-    with pytest.raises(OSError, match=r"cannot write .*experiment\.json"):
+    with pytest.raises(OSError, match=r"cannot write .*recipe\.yaml"):
         search(tmp_path / "file" / "run")
     assert time.monotonic() - began < 5
 

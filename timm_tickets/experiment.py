@@ -17,7 +17,7 @@ from torch import nn
 from .adapt import recompute_batch_norm_
 from .build import build_model, criterion_of, model_kwargs
 from .data import Data
-from .files import is_writer, read_json, write_json
+from .files import is_writer
 from .masks import full_masks, shuffled_masks
 from .processes import apart
 from .prunable import prunable_names
@@ -25,7 +25,7 @@ from .pruner import Parallel, refuse_split
 from .recipe import Recipe, RetrainSettings, load_recipe
 from .registry import create_pruner, create_tweaks, get_method
 from .report import RichProgress, plot, print_table, write_summary
-from .run_folder import RESULT, check_folder, claim_folder, records, working_in
+from .run_folder import check_folder, claim_folder, finished, records, working_in, write_result
 from .settings import SettingError, unknown
 from .subnet import Subnet
 from .ticket import Ticket, describe_model, load_ticket
@@ -78,7 +78,7 @@ def search(
 def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     folder, final = recipe.folder, recipe.folder / f"{recipe.name}.ticket"
     check_folder(folder, recipe, "search", restart)
-    if (done := read_json(folder / RESULT)) is not None:
+    if (done := finished(folder, final)) is not None:
         console.print(f"{folder} is finished; nothing to do (--restart searches again)", soft_wrap=True)
         print_table(done["rows"], console)
         return Result(folder, load_ticket(final), done["rows"])
@@ -124,6 +124,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
         by_itself = pruner.handed_out or side_by_side
         processes = recipe.processes_per_run if by_itself else None
         experiment = Trainings(folder, trainers.of(by_itself), subnet, progress, ticket.metadata, processes=processes)
+        experiment = replace(experiment, follows=pruner.lineage[-1])
         if dense:
             experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0, by=1)
         experiment = replace(experiment, retrain=recipe.retrain, pretrained=ticket.pretrained)
@@ -138,14 +139,14 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
             train=not pruner.method.ends_trained,
         )
         *found, ticket.metadata["metrics"] = experiment.ended(*(["dense"] if dense else []), name)
-    rows = records(folder)
+    rows = records(folder, pruner.lineage)
     if found or pruner.trained_dense:  # a part's dense run, the first of COLT's, is another task
         ticket.metadata["dense"] = found[0] if found else rows[0]["metrics"]
     if is_writer():
         ticket.save(final)
         write_summary(rows, folder / "summary.csv")
         plot(rows, folder / "accuracy.png", f"{recipe.name}: {recipe.model.model}, {recipe.pruner['name']}")
-        write_json(folder / RESULT, {"rows": rows, "fingerprint": ticket.fingerprint})
+        write_result(folder, rows, ticket.fingerprint)
         print_table(rows, console)
         size = f"{final.stat().st_size:,} bytes"
         console.print(f"ticket: {final} (sparsity {ticket.sparsity:.4f}, {size})", soft_wrap=True)
@@ -188,7 +189,7 @@ def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, co
         given = Ticket.of(model, full_masks(Subnet(model, names).weights()), _origin(recipe, data, model))
     given.apply_(model)
     _check_tweaks(recipe, model)
-    if (done := read_json(folder / RESULT)) is not None:
+    if (done := finished(folder)) is not None:
         console.print(f"{folder} is finished; nothing to do (--restart trains again)", soft_wrap=True)
     else:
         trainer = Trainer(recipe, model, data)
@@ -201,7 +202,7 @@ def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, co
         done = {"rows": records(folder), "fingerprint": given.fingerprint}
         if is_writer():
             write_summary(done["rows"], folder / "summary.csv")
-            write_json(folder / RESULT, done)
+            write_result(folder, **done)
     print_table(done["rows"], console)
     return Result(folder, given, done["rows"])
 
@@ -306,7 +307,7 @@ def _transfer(
     if is_writer():
         moved.save(folder / f"{recipe.name}.ticket")
         write_summary(rows, folder / "summary.csv")
-        write_json(folder / RESULT, {"rows": rows, "fingerprint": moved.fingerprint})
+        write_result(folder, rows, moved.fingerprint)
         print_table(rows, console)
     return Result(folder, moved, rows)
 

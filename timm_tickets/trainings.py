@@ -1,6 +1,7 @@
 """Trainings that are not part of a search, a ticket's own and its controls'; and whose trainer carries them out."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ from .data import Data
 from .end import End, plain_metrics
 from .files import appearing
 from .masks import Masks
-from .processes import apart, groups_of, wait_for_others
+from .processes import apart, decided, groups_of, wait_for_others
 from .recipe import Recipe, RetrainSettings
 from .registry import create_tweaks
 from .report import RichProgress
 from .run import Run
-from .run_files import write_run
+from .run_files import read_run_record, replayed, write_run
+from .run_folder import experiment_of
 from .starts import Pretrained
 from .subnet import State, Subnet
 from .ticket import Ticket
@@ -46,6 +48,7 @@ class Trainings:
     """Trainings that are not part of a search: a ticket's own and those of its controls, independent of one another.
 
     `processes` is how many carry out each, while others carry out others; None where all of them carry out all.
+    `follows` is what a search's runs were followed by; None where there is no search.
     """
 
     folder: Path
@@ -56,6 +59,7 @@ class Trainings:
     retrain: RetrainSettings = field(default_factory=RetrainSettings)
     pretrained: Pretrained | None = None
     processes: int | None = None
+    follows: str | None = None
 
     def train(self, name: str, *args: Any, by: int = 0, **kwargs: Any) -> None:
         """As `_train`; where groups work apart, the one of this number does it, and `ended` waits for it."""
@@ -67,7 +71,11 @@ class Trainings:
     def ended(self, *names: str) -> list[dict[str, Any]]:
         """The metrics of these trainings, once every process has ended its own."""
         wait_for_others()
-        return [appearing(self.folder / name / "run.json")["metrics"] for name in names]
+        read = partial(read_run_record, lineage=[self._follows()])
+        return [appearing(self.folder / name, read)["metrics"] for name in names]
+
+    def _follows(self) -> str | None:
+        return self.follows or experiment_of(self.folder)
 
     def _train(
         self,
@@ -81,13 +89,15 @@ class Trainings:
     ) -> None:
         """Train these masks from this start into the folder of this name, or only score them; skip what is finished."""
         where = self.folder / name
-        if (where / "run.json").exists():
+        follows = decided(self._follows)
+        if replayed(where, follows) is not None:
             self.progress.say(f"{name} is finished; skipped")
             return
         self.subnet.set_mask_(masks)
         self.subnet.load_(start)
         epochs = self.retrain.epochs or self.trainer.settings.epochs
         run = Run(epochs, index=index, round=round, name=name, start_epoch=start_epoch, subnet=self.subnet)
+        run.follows = follows
         if train:
             if self.retrain.tweaks:
                 run.tweaks = create_tweaks(self.subnet.model, self.retrain.tweaks)
