@@ -76,7 +76,7 @@ def one_cell(seed: int, sparsity: float, epochs: int, model: str, rows: tuple[st
         if row == "imp":
             imp = result.ticket
             out["dense"] = result.rows[0]["metrics"]["test_top1"], 1.0
-        dense_steps = result.rows[-1]["steps"]
+        dense_steps = max(one["steps"] for one in result.rows)
         steps = sum(one["steps"] for one in result.rows) + (dense_steps if row == "jackpot" else 0)
         out[row] = result.rows[-1]["metrics"]["test_top1"], steps / dense_steps
     if imp is None:

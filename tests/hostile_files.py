@@ -5,8 +5,10 @@
 FOLDER holds tickets, and state.safetensors for those that need pretrained weights; COUNT files are made of each.
 """
 
+import ctypes
 import json
 import random
+import re
 import resource
 import struct
 import sys
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, load_file, save
 
+ESC = "\x1b[2J\x1b]0;owned\x07"
 POOL = [None, True, -1, 0, 1, 3, 2**31, 2**40, 2**62, 2**70, 1.5, float("nan"), "", "float64", "stored", "pretrained"]
 POOL += ["00000000", "x" * 2000, [], {}, [2**62, 2**62], [0, 2**70], [-3], [1] * 500, ["a", [3], "float32", 1]]
 
@@ -98,6 +101,15 @@ def damaged(data, generator):
             lie(header, generator)
 
     return with_header(data, change), True
+
+
+def peak(reset=False):
+    """Bytes that the process has held at most since the last reset; on Linux."""
+    status, kind = Path("/proc/self/status"), "VmRSS" if reset else "VmHWM"
+    if reset:
+        ctypes.CDLL(None).malloc_trim(0)  # what is kept for later use would hide what is taken next
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(re.search(rf"{kind}:\s+(\d+)", status.read_text())[1]) * 1024
 
 
 def main(folder, count):

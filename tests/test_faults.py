@@ -181,6 +181,44 @@ def test_a_lock_ends_with_its_process_and_not_with_its_children(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_exist_is_refused_at_once(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for place in ("output/run", "/proc/x"):
+        with (
+            pytest.raises(tt.SettingError, match=rf"output: the folder {place} cannot be made \(No such file or dir"),
+            lock.locked(Path(place), print),
+        ):
+            pass
+
+
+HOLDERS = {
+    "{}": "another command",
+    "[]": "another command",
+    "": "another command",
+    "[" * 900: "another command",
+    '{"pid": 1, "host": "a", "since": 3}': "another command",
+    '{"pid": 1, "host": "\\u001b[2Jh", "since": "2026-11-20T10:00:00+00:00"}': "another command",
+    '{"pid": "\\u001b", "host": "h", "since": "2026-11-20T10:00:00+00:00"}': "another command",
+    '{"pid": 1, "host": "h", "since": "2026-11-20T10:00:00+00:00"' + " " * 2000 + "}": "another command",
+    '{"pid": 1, "host": "h", "since": "2026-11-20T10:00:00+00:00"}': "process 1 on h, since 2026-11-20T10:00:00+00:00,",
+}
+
+
+@pytest.mark.parametrize(("text", "who"), HOLDERS.items(), ids=range(len(HOLDERS)))
+def test_the_holder_of_a_lock_is_named_only_as_we_would_write_it(tmp_path, text, who):
+    with lock.locked(tmp_path, print):
+        (tmp_path / lock._HOLDER).write_text(text)
+        assert lock._refusal(tmp_path) == (
+            f"{tmp_path} is in use: {who} works in it. Wait until it has ended, or choose another output="
+        )
+        (tmp_path / lock._HOLDER).unlink()
+        os.mkfifo(tmp_path / lock._HOLDER)
+        assert "another command works in it" in lock._refusal(tmp_path)
+
+
 def test_where_there_are_no_locks_it_goes_on_and_says_so(tmp_path, monkeypatch):
     def none(*_):
         raise OSError(37, "No locks available")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,30 @@ def test_colt_by_runs_finds_the_same_ticket_on_any_number_of_processes(one, tmp_
     searched(tmp_path, [*COLT, "parallel=runs"], processes)
     same(tmp_path, one)
     assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["runs", pytest.param("data", marks=pytest.mark.slow)])
+def test_a_damaged_run_is_done_again_by_whoever_trains_it_and_all_agree(one, tmp_path, how):
+    """One that the others have to wait for; and as it becomes what it was, no run after it is done again."""
+    folder, settings = tmp_path / "damaged", [*COLT, f"parallel={how}"]
+    if how == "data":  # which finds another ticket
+        one = tmp_path / "whole"
+        searched(one, settings, 2)
+    shutil.copytree(one, folder)
+    (folder / "result.json").unlink()
+    path = folder / "round_00_part_1" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    (folder / "start.safetensors").unlink()
+    said = searched(folder, settings, 2).stderr
+    assert sorted(line.partition("Warning: ")[2] for line in said.splitlines() if "Warning: /" in line) == [
+        f"{path} is damaged (its checksum differs); round_00_part_1 is done again",
+        f"{folder}/start.safetensors is missing; it is written again: the model as given is the same",
+    ]
+    same(folder, one)
+    records = {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
+    assert [name for name in records if records[name] != (one / name / "run.json").stat().st_mtime_ns] == [
+        "round_00_part_1"
+    ]
 
 
 @pytest.mark.slow

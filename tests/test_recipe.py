@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -7,6 +10,9 @@ import timm_tickets as tt
 from timm_tickets.build import build_model
 from timm_tickets.data import Data
 from timm_tickets.recipe import json_schema
+
+sys.path.insert(0, str(Path(__file__).parent))
+import hostile_recipes
 
 
 @pytest.mark.parametrize(
@@ -231,3 +237,187 @@ def test_augmentations_that_exclude_each_other_are_refused(overrides, words):
     with pytest.raises(tt.SettingError) as error:
         tt.load_recipe("digits_imp", overrides)
     assert words in str(error.value)
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Loads a recipe of these lines; the environment and the folder above have what it may not read."""
+    monkeypatch.setenv("SECRET", hostile_recipes.SECRET)
+    path = hostile_recipes.outside(tmp_path)
+
+    def load(*lines, overrides=()):
+        path.write_text("\n".join(["name: main", *lines]))
+        return tt.load_recipe(path, overrides)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("value", "resolver"),
+    [
+        ("${oc.env:SECRET}", "oc.env"),
+        ("${oc.env:SECRET,none}", "oc.env"),
+        ("a ${ oc.env:SECRET} b", "oc.env"),
+        ("${oc.decode:'${oc.env:SECRET}'}", "oc.decode"),
+        ("${oc.create:{}}", "oc.create"),
+        ("${oc.${name}:SECRET}", None),
+        ("${${name}}", None),
+        ("${training.epochs", None),
+        ("\\${oc.env:SECRET}", "oc.env"),
+    ],
+)
+@pytest.mark.parametrize("way", ["file", "override", "extended"])
+def test_resolvers_are_refused_by_name(recipe, tmp_path, value, resolver, way):
+    line = f'source: "{value}"'.replace("\\", "\\\\")
+    (tmp_path / "inside" / "beside.yaml").write_text(line if way == "extended" else "extends: digits_imp")
+    lines = ["extends: beside.yaml", *([line] if way == "file" else [])]
+    with pytest.raises(tt.SettingError, match="recipes may refer to other settings") as error:
+        recipe(*lines, overrides=[f"source={value}"] if way == "override" else ())
+    assert hostile_recipes.SECRET not in str(error.value)
+    assert resolver is None or f"but not to resolvers, such as '{resolver}'" in str(error.value)
+
+
+def test_references_to_other_settings_stay(recipe):
+    lines = (
+        "extends: digits_imp",
+        "seed: ${training.epochs}",
+        "source: of ${name}, ${model.model}",
+        "output: o/${name}",
+    )
+    found = recipe(*lines, overrides=["training.epochs=7", "training.warmup_epochs=${training.epochs}"])
+    assert (found.seed, found.training.warmup_epochs) == (7, 7)
+    assert (found.source, str(found.output)) == ("of main, test_resnet", "o/main")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["source: ${nothing}"],
+        ["source: ${training}"],
+        ["source: ${training.lr.x}"],
+        ["source: ${name}", "name: ${source}"],
+        ["output: ${source}", "source: a ${name}"],
+        ["source: '" + "${output}" * 1000 + "'", "output: " + "x" * 5000],
+        [f"b{i}: ${{b{i + 1}}}${{b{i + 1}}}" for i in range(40)],
+    ],
+)
+def test_references_that_lead_nowhere_or_grow_are_refused(recipe, lines):
+    with pytest.raises(tt.SettingError, match=r"a reference names one setting|grows to more than|found duplicate key"):
+        recipe("extends: digits_imp", *lines)
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ("../outside.yaml", "lies outside the folder"),
+        ("below/../../outside.yaml", "lies outside the folder"),
+        ("link.yaml", "lies outside the folder"),
+        ("/etc/passwd", "lies outside the folder"),
+        ("../outside", "lies outside the folder"),
+        ("loop.yaml", "'loop.yaml' is unknown"),
+        ("beside.txt", "'beside.txt' is unknown"),
+        ("x" * 5000, "... (4,880 more)' is unknown"),
+        ('"\\0.yaml"', "control character"),
+        ("nothing.yaml", "or the path of a .yaml file beside this one"),
+    ],
+)
+def test_extends_stays_in_its_folder(recipe, base, words):
+    with pytest.raises(tt.SettingError) as error:
+        recipe(f"extends: {base}")
+    assert words in str(error.value)
+    assert hostile_recipes.SECRET not in str(error.value)
+    assert len(str(error.value)) < 4096
+
+
+def test_extends_beside_and_below_and_shipped(recipe):
+    assert recipe("extends: beside.yaml").training == recipe("extends: below/one.yaml").training
+    assert recipe("extends: digits_imp").name == "main"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{hostile_recipes.SECRET}: [",
+        f"{hostile_recipes.SECRET} 'a\n: b",
+        f"{hostile_recipes.SECRET}:x:0\n{hostile_recipes.SECRET}:y:1",
+        f"*{hostile_recipes.SECRET}",
+        f"a: !{hostile_recipes.SECRET} b",
+        f"{hostile_recipes.SECRET}: 1\n{hostile_recipes.SECRET}: 2",
+        f"%{hostile_recipes.SECRET}\n---\na: 1",
+        f'a: "\\{hostile_recipes.SECRET}"',
+        f"a: !!int {hostile_recipes.SECRET}",
+        f"- {hostile_recipes.SECRET}",
+    ],
+)
+def test_what_is_no_recipe_is_not_repeated(recipe, tmp_path, text):
+    """A file beside the recipe, which its reader may not know: the message has the place, not the words."""
+    (tmp_path / "inside" / "beside.yaml").write_text(text)
+    with pytest.raises(tt.SettingError, match=r"beside\.yaml is not a recipe: ") as error:
+        recipe("extends: beside.yaml")
+    assert hostile_recipes.SECRET not in str(error.value)
+
+
+LAUGHS = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (LAUGHS, "YAML node expansion exceeds the configured limit of 10000"),
+        (["a: " + "[" * 400_000], "20 deep"),
+        (["- " * 400_000], "not"),
+        (["a: [" + "1," * 20_000 + "]"], "more than 10,000 keys and values"),
+        (["a: " + "1:" * 100_000 + "1"], "more than 10,000 characters"),
+        (["# " + "x" * 2**20], "more than 1,048,576 bytes"),
+        (["source: " + "${" * 4000], "recipes may refer"),
+        (["seed: " + "9" * 5000], "line 2, column 7: a number has more than 1,000 digits"),
+        (["seed: 0x" + "f" * 5000], "a number has more than 1,000 digits"),
+        (["seed: 0x" + "f" * 500], "numbers end at 2^64 - 1"),
+        (["seed: 18446744073709551616"], "numbers end at 2^64 - 1"),
+        (["training: {epochs: -18446744073709551616}"], "numbers end at 2^64 - 1"),
+        (["a: !!int ''"], "a value that cannot be read"),
+        (["a: !!timestamp x"], "a value that cannot be read"),
+        (["a: !!python/object/apply:pathlib.Path [/etc]"], "a PosixPath is not plain data"),
+        (["a: !!binary aGk="], "a bytes is not plain data"),
+        (["1: 2"], "1 is not a name"),
+        (['source: "\\e[2J"'], "a control character"),
+        (["source: \u202egnp"], "a control character"),
+        (["x" * 1000 + ": 1"], "more)' is unknown"),
+        (["training: " + "x" * 3000], "more)' is not valid"),
+        (["retrain: {tweaks: [" + "x" * 3000 + "]}"], "retrain.tweaks"),
+    ],
+)
+def test_a_recipe_out_of_bounds_is_refused_in_a_short_message(recipe, lines, words):
+    with pytest.raises(tt.SettingError) as error:
+        recipe(*lines)
+    assert words in str(error.value)
+    assert len(str(error.value)) < 4096
+    assert all(c.isprintable() or c == "\n" for c in str(error.value))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=" + "9" * 5000,
+        "seed=0x" + "f" * 5000,
+        "a=" + "[" * 400_000,
+        "a" + ".a" * 3000 + "=1",
+        "a=!!int ''",
+        "a.=: :",
+    ],
+)
+def test_an_override_out_of_bounds_is_refused(override):
+    with pytest.raises(tt.SettingError, match="--set: ") as error:
+        tt.load_recipe("digits_imp", [override])
+    assert len(str(error.value)) < 1000
+
+
+def test_three_hundred_hostile_recipes_load_or_are_refused(tmp_path):
+    script = Path(hostile_recipes.__file__)
+    out = subprocess.run([sys.executable, script, tmp_path, "300"], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    result = json.loads(out.stdout)
+    assert result["loaded"] + result["refused"] == result["files"] == 300
+    assert result["loaded"] > 10
+    assert result["refused"] > 200
+    assert result["memory"] < 64 * 2**20

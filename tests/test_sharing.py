@@ -87,7 +87,7 @@ def test_a_folder_works_like_the_hub(files, tmp_path):
     tt.push(tmp_path / "shared" / "model.ticket", place)  # again, over itself
     text = (tmp_path / "shared" / "README.md").read_text()
     assert "90.00% of its prunable weights are zero. Found by magnitude" in text
-    assert "| layer1.0.conv1.weight | 32x32x3x3 |" in text
+    assert "| `layer1.0.conv1.weight` | 32x32x3x3 | 0." in text
 
 
 def test_the_cards_code_rebuilds_the_ticket(files, tmp_path):

@@ -24,8 +24,9 @@ from torch.optim.swa_utils import update_bn
 
 from .masks import Masks, sparsity
 from .prunable import classifier_names
+from .settings import shown
 from .subnet import State, Subnet, plain_model
-from .ticket import Ticket, TicketError, describe_model
+from .ticket import Ticket, TicketError, describe_model, not_weights
 
 
 def transfer_(ticket: Ticket, model: nn.Module) -> Ticket:
@@ -40,7 +41,8 @@ def transfer_(ticket: Ticket, model: nn.Module) -> Ticket:
         among its masks: the new head is dense.
 
     Raises:
-        TicketError: Another architecture, or tensors that cannot correspond, each named; the model is unchanged.
+        TicketError: Another architecture, tensors that cannot correspond, or masks over what is not a weight, each
+            named; or all masks are on the old classifier. The model is unchanged.
     """
     inner = plain_model(model)
     ticket.check_architecture(inner)
@@ -73,13 +75,21 @@ def transfer_(ticket: Ticket, model: nn.Module) -> Ticket:
             state[name] = resampled
         else:
             wrong.append(f"{name} is {list(old.shape)} in the ticket and {list(value.shape)} in the model")
-    wrong += [f"{name} is not in the model" for name in given if name not in own and not name.startswith(heads)]
+    wrong += [f"{shown(name)} is not in the model" for name in given if name not in own and not name.startswith(heads)]
+    unfit = not_weights(ticket.masks, dict(inner.named_parameters()))
+    unfit = [name for name in unfit if name in masks or not name.startswith(heads)]  # the old head's are dropped
+    wrong += [f"{shown(name)} has a mask and is not a weight of the model" for name in unfit]
     if wrong:
         raise TicketError(
             "the ticket cannot be transferred to this model, for these tensors do not correspond: "
             + "; ".join(wrong[:5])
             + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             + ". Build the ticket's architecture with other num_classes, in_chans or img_size only"
+        )
+    if not masks:
+        raise TicketError(
+            f"the ticket cannot be transferred to this model: all that it masks ({', '.join([*ticket.masks][:3])}) is "
+            "in the classifier, and the model has another one; nothing of the ticket would be left"
         )
     inner.load_state_dict(state)
     Subnet(inner, tuple(masks)).set_mask_(masks)

@@ -10,13 +10,14 @@ from torch import nn
 from .build import build_model, channels_of, criterion_of, model_kwargs
 from .contents import differences
 from .data import Data
-from .files import is_writer, read_json, write_json
+from .files import DamagedError, is_writer, read_record, write_record
 from .processes import any_of
 from .recipe import Recipe
 from .registry import create_tweaks
 from .run_folder import IMAGES, claim_folder
 from .settings import SettingError
 from .ticket import describe_model
+from .warn import warn
 
 
 def built(recipe: Recipe, console: Console) -> tuple[Data, nn.Module]:
@@ -35,7 +36,11 @@ def claim(folder: Path, recipe: Recipe, kind: str, data: Data, console: Console)
     Raises:
         SettingError: It was begun with others; or, before it is begun, an image cannot be scored.
     """
-    then = read_json(folder / IMAGES)
+    try:
+        then, _ = read_record(folder / IMAGES)
+    except DamagedError as error:
+        warn(f"{error}, so whether the images have changed cannot be told; written again, as of the images now")
+        then = None
     changed = [] if then is None else differences(then, data.record)
     begins, differs = any_of([then is None and is_writer(), bool(changed)])  # the folder may be the writer's alone
     if differs:
@@ -48,7 +53,7 @@ def claim(folder: Path, recipe: Recipe, kind: str, data: Data, console: Console)
         data.check_scored(partial(console.print, soft_wrap=True) if is_writer() else lambda text: None)
     claim_folder(folder, recipe, kind)
     if begins and is_writer():
-        write_json(folder / IMAGES, data.record)
+        write_record(folder / IMAGES, data.record)
 
 
 def check_tweaks(recipe: Recipe, model: nn.Module) -> None:

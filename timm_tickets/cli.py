@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="name of a shipped recipe, or a YAML file")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override, e.g. pruner.sparsity=0.9")]
+_ROWS = 1_000  # of a table; timm's deepest, resnetrs420, has 704 layers
 Restart = Annotated[bool, typer.Option("--restart", help="delete the folder's earlier results and begin again")]
 
 
@@ -32,7 +34,7 @@ def _about() -> None:
 @contextmanager
 def _errors() -> Iterator[None]:
     """Turn what a user can mend into one message on standard error, without a traceback."""
-    from .settings import SettingError, TrainingError
+    from .settings import SettingError, TrainingError, shown
     from .stop import STOPPED, Stopped
     from .ticket import TicketError
 
@@ -45,8 +47,15 @@ def _errors() -> Iterator[None]:
         print("stopped by SIGTERM; the same command continues", file=sys.stderr)
         raise typer.Exit(STOPPED) from None
     except (SettingError, TicketError, TrainingError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Whoever raised it has cut what a stranger says; what still comes through is not to steer the terminal.
+        print("error:", "\n".join(shown(line, 2000) for line in str(error).split("\n")[:60]), file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+def _say_more(console: Console, layers: int) -> None:
+    """After a table of so many layers, of which the first are shown."""
+    if layers > _ROWS:
+        console.print(f"and {layers - _ROWS:,} more layers")
 
 
 @app.command("list")
@@ -146,6 +155,7 @@ def info(
     """Show what a ticket is: architecture, pruner, sparsity by layer, metrics, and its size against the bound."""
     with _errors():
         from .hub import fetch
+        from .settings import shown
         from .ticket_reader import describe
         from .ticket_size import weigh
 
@@ -166,10 +176,9 @@ def info(
         }
         for key, value in facts.items():
             text = value if isinstance(value, str) else json.dumps(value)
-            # A stranger's words: nothing in them is to steer the terminal.
-            text = "".join(c if c.isprintable() else " " for c in text)
             console.print(f"[bold]{key}[/bold]: ", end="")
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            # A stranger's words: nothing in them is to steer the terminal.
+            console.print(shown(text, 1000), markup=False, highlight=False, soft_wrap=True)
         parts = Table(box=None, header_style="bold")
         for title in ("part", "bytes", "bound"):
             parts.add_column(title, justify="left" if title == "part" else "right")
@@ -182,18 +191,19 @@ def info(
         if size.padding:
             parts.add_row("padding", f"{size.padding:,}", "")
         least = size.bound + size.values
-        parts.add_row("file", f"{size.file:,}", f"{least:,.0f} (x {size.file / least:.4f})")
+        parts.add_row("file", f"{size.file:,}", f"{least:,.0f} (x {size.file / least:.4f})" if least else "0")
         console.print(parts)
         table = Table(box=None, header_style="bold")
         table.add_column("layer")
         for title in ("shape", "kept", "sparsity", "free", "mask bits", "bound", "start bytes"):
             table.add_column(title, justify="right")
-        for layer in size.layers:
+        for layer in size.layers[:_ROWS]:
             sparsity = 1 - layer.kept / math.prod(layer.shape)
             numbers = (f"{layer.free:,}", f"{layer.bits:,.0f}", f"{layer.bound:,.0f}", f"{layer.start:,}")
             shape = "x".join(map(str, layer.shape))
             table.add_row(Text(layer.name), shape, f"{layer.kept:,}", f"{sparsity:.4f}", *numbers)
         console.print(table)
+        _say_more(console, len(size.layers))
 
 
 @app.command()
@@ -205,13 +215,13 @@ def compare(
     with _errors():
         from .compare import heat_map, layer_overlaps, overlap
         from .masks import kept, layer_sparsities
-        from .settings import SettingError
+        from .settings import SettingError, shown
         from .ticket import load_ticket
 
         if len(files) < 2:
             raise SettingError("compare: one ticket cannot be compared; give two or more")
         masks = [load_ticket(file).masks for file in files]
-        stems = [Path(file).stem for file in files]
+        stems = [shown(Path(file).stem) for file in files]
         names = stems if len({*stems}) == len(stems) else [f"{i} {stem}" for i, stem in enumerate(stems, 1)]
         table = Table(box=None, header_style="bold")
         for title in ("tickets", "kept", "and", "shared / either", "by chance", "shared / chance"):
@@ -228,10 +238,11 @@ def compare(
             table = Table(box=None, header_style="bold")
             for title in ("layer", "density", "and", "shared / either", "by chance", "shared / chance"):
                 table.add_column(title, justify="left" if title == "layer" else "right")
-            for name, found in layer_overlaps(*masks).items():
+            for name, found in islice(layer_overlaps(*masks).items(), _ROWS):
                 densities = f"{1 - first[name]:.4f}", f"{1 - second[name]:.4f}"
                 table.add_row(Text(name), *densities, *(f"{value:.4f}" for value in found.values()))
             console.print(table)
+            _say_more(console, len(masks[0]))
         if plot is not None:
             heat_map(names, masks, plot)
 

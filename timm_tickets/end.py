@@ -22,6 +22,7 @@ class End:
         rewind: The state at the run's rewind point, where it was asked to take one.
         rewind_epoch: How far into training that point lies, in epochs; 0 where it was never reached.
         metrics: Whatever the trainer measured.
+        digest: SHA-256 of what it ended with, once that is written down; not of the metrics.
     """
 
     state: Mapping[str, Tensor] = field(repr=False)
@@ -30,6 +31,7 @@ class End:
     rewind: State | None = field(default=None, repr=False)
     rewind_epoch: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
+    digest: str | None = None
 
     @property
     def weights(self) -> State:

@@ -16,7 +16,7 @@ from rich.console import Console
 from .adapt import recompute_batch_norm_
 from .begin import built, check_tweaks, claim, origin_of
 from .build import build_model
-from .files import is_writer, read_json, write_json
+from .files import is_writer
 from .images import minding_workers
 from .masks import full_masks, shuffled_masks
 from .processes import apart
@@ -25,12 +25,12 @@ from .pruner import Parallel, refuse_split
 from .recipe import Recipe, RetrainSettings, load_recipe
 from .registry import create_pruner, get_method
 from .report import RichProgress, plot, print_table, write_summary
-from .run_folder import RESULT, check_folder, working_in
+from .run_folder import check_folder, finished, records, working_in, write_result
 from .settings import SettingError, unknown
 from .subnet import Subnet
 from .ticket import Ticket, load_ticket
 from .trainer import Trainer
-from .trainings import Trainers, Trainings, control_of, finished
+from .trainings import Trainers, Trainings, control_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def search(
 def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     folder, final = recipe.folder, recipe.folder / f"{recipe.name}.ticket"
     check_folder(folder, recipe, "search", restart)
-    if (done := read_json(folder / RESULT)) is not None:
+    if (done := finished(folder, final)) is not None:
         console.print(f"{folder} is finished; nothing to do (--restart searches again)", soft_wrap=True)
         print_table(done["rows"], console)
         return Result(folder, load_ticket(final), done["rows"])
@@ -125,8 +125,10 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
         side_by_side = dense and not pruner.method.ends_trained and hands_out(pruner.parallel, 2, trainers.groups)
         by_itself = pruner.handed_out or side_by_side
         processes = recipe.processes_per_run if by_itself else None
-        trainer = trainers.of(by_itself)
-        experiment = Trainings(folder, trainer, subnet, progress, ticket.metadata, epochs, processes=processes)
+        experiment = Trainings(
+            folder, trainers.of(by_itself), subnet, progress, ticket.metadata, epochs, processes=processes
+        )
+        experiment = replace(experiment, follows=pruner.lineage[-1])
         if dense:
             experiment.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0, by=1)
         experiment = replace(experiment, retrain=recipe.retrain, pretrained=ticket.pretrained)
@@ -141,10 +143,10 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
             train=not pruner.method.ends_trained,
         )
         *_, ticket.metadata["metrics"] = experiment.ended(*(["dense"] if dense else []), name)
-    rows = finished(folder, recipe, epochs, (name,))
+    rows = records(folder, pruner.lineage)
     # A part's dense run, the first of COLT's, is another task.
-    whole = [row for row in rows if row["name"] == "dense" or (pruner.trained_dense and row["name"] != name)]
-    control, why = control_of(whole, epochs, recipe.dense)
+    full = [row for row in rows if row["name"] == "dense" or (pruner.trained_dense and row["name"] != name)]
+    control, why = control_of(full, epochs, recipe.dense)
     if control is not None:
         ticket.metadata["dense"] = control["metrics"]
     if is_writer():
@@ -152,7 +154,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
         write_summary(rows, folder / "summary.csv")
         title = f"{recipe.name}: {recipe.model.model}, {recipe.pruner['name']}"
         plot(rows, folder / "accuracy.png", title, control)
-        write_json(folder / RESULT, {"rows": rows, "fingerprint": ticket.fingerprint})
+        write_result(folder, rows, ticket.fingerprint)
         print_table(rows, console)
         if why:
             console.print(why, soft_wrap=True)
@@ -196,7 +198,7 @@ def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, co
         given = Ticket.of(model, full_masks(Subnet(model, names).weights()), origin_of(recipe, data, model))
     given.apply_(model)
     check_tweaks(recipe, model)
-    if (done := read_json(folder / RESULT)) is not None:
+    if (done := finished(folder)) is not None:
         console.print(f"{folder} is finished; nothing to do (--restart trains again)", soft_wrap=True)
     else:
         trainer = Trainer(recipe, model, data)
@@ -207,10 +209,10 @@ def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, co
             experiment = Trainings(folder, trainer, subnet, progress, given.metadata, *more)
             experiment.train("round_00", given.masks, given.values, 0, 0, given.metadata.get("start_epoch", 0.0))
             experiment.ended("round_00")
-        done = {"rows": finished(folder, recipe, epochs, ("round_00",)), "fingerprint": given.fingerprint}
+        done = {"rows": records(folder), "fingerprint": given.fingerprint}
         if is_writer():
             write_summary(done["rows"], folder / "summary.csv")
-            write_json(folder / RESULT, done)
+            write_result(folder, **done)
     print_table(done["rows"], console)
     return Result(folder, given, done["rows"])
 
@@ -305,7 +307,7 @@ def _transfer(
             source = moved.pretrained if name == "ticket" else None
             replace(experiment, retrain=retrain, pretrained=source).train(name, *starts[name], index=0, by=number)
         experiment.ended(*wanted)
-    rows = finished(folder, recipe, epochs, ("ticket", "random"))
+    rows = records(folder)
     for row in rows:
         if row["name"] != "random" and row["epochs"] == epochs:
             moved.metadata["metrics" if row["name"] == "ticket" else "dense"] = row["metrics"]
@@ -315,7 +317,7 @@ def _transfer(
     if is_writer():
         moved.save(folder / f"{recipe.name}.ticket")
         write_summary(rows, folder / "summary.csv")
-        write_json(folder / RESULT, {"rows": rows, "fingerprint": moved.fingerprint})
+        write_result(folder, rows, moved.fingerprint)
         print_table(rows, console)
     return Result(folder, moved, rows)
 

@@ -1,12 +1,20 @@
-"""Writing files so that nothing already written is lost: a temporary file beside the target, then a rename."""
+"""Files: written so that nothing already written is lost, and read so that nothing damaged is taken for whole.
 
+What is written goes into a new folder beside its target, is flushed to disk and then renamed.
+"""
+
+import errno
+import hashlib
 import json
 import os
+import secrets
+import shutil
+import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -14,10 +22,17 @@ from torch import Tensor
 
 from .lazy import Lazy
 from .processes import rank
+from .stop import Stopped, stop_asked
 
 _TEMPORARY = ".timm-tickets-tmp"
+# In records; two, because a flipped bit may hit the name of the checksum, but then not the other's.
+_FORMAT, _SEAL = "_format", "_sha256"
 # Seconds in which what another machine has written in a shared folder has to be seen.
 _APPEARS = 180
+
+
+class DamagedError(OSError):
+    """A file of ours that is missing, cut short, changed, or of something else; the message names it."""
 
 
 def is_writer() -> bool:
@@ -37,25 +52,27 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
         OSError: The file could not be written (a full disk, no permission). The temporary file is gone and what
             stood at ``path`` before is untouched.
     """
-    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
+    # A new folder under a name that nobody can guess: no link that somebody has put there is followed. And safetensors
+    # writes through a temporary file of its own, which is left nowhere else when it is killed.
+    place = path.with_name(f".{secrets.token_hex(8)}{_TEMPORARY}")
+    temporary = place / path.name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir()
         yield temporary
+        with suppress(OSError):  # a file system without permissions
+            temporary.chmod(place.stat().st_mode & 0o666)  # the umask's, where safetensors gives none to others
         _flush(temporary)
         if keep is not None and path.exists():
             path.replace(keep)  # killed here, the file before is still whole under its other name
         temporary.replace(path)
         _flush(path.parent)  # the rename itself
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         message = f"cannot write {path}: {reason}; nothing written before is lost. Free or choose a place, run again"
         raise OSError(message) from error
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
@@ -67,9 +84,12 @@ def _flush(path: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what a process that was killed while it wrote has left in a folder."""
+    """Delete what a process that was killed while it wrote has left in a folder; links, never what they lead to."""
     for left in folder.glob(f".*{_TEMPORARY}"):
-        left.unlink(missing_ok=True)
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:  # of versions that had no folder for it
+            left.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -81,29 +101,149 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """The parsed file, or None where it does not exist."""
+def write_record(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its checksum, which `read_record` compares."""
+    write_json(path, {_FORMAT: 2, **value, _SEAL: seal(value)})
+
+
+def seal(value: Mapping[str, Any]) -> str:
+    """The checksum of a record: SHA-256 of its JSON, however that is laid out."""
+    plain = json.loads(json.dumps({**value, _FORMAT: 2}))  # keys are text from here on
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def opened(path: Path) -> BinaryIO:
+    """Open a file to read, and nothing else that stands under its name: a FIFO would wait for its writer for ever.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: Nothing is there.
+        DamagedError: It is no file.
+        OSError: It is a folder, or cannot be read.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    no_file = f"{path} is damaged (it is a FIFO, a device or a socket, not a file)"
     try:
-        return json.loads(path.read_text())
+        descriptor = os.open(path, flags)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ELOOP):
+            raise DamagedError(no_file if error.errno == errno.ENXIO else f"{path} is a link to itself") from error
+        raise OSError(f"cannot read {path}: {error.strerror}; make it readable, or delete it") from error
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a folder, where a file belongs; move or delete it, and run again")
+    raise DamagedError(no_file)
+
+
+def read_bytes(path: Path, most: int = -1) -> bytes | None:
+    """What is in a file, or its first so many bytes; None where it does not exist.
+
+    Raises:
+        DamagedError: It is no file, or the disk fails to give it.
+        OSError: It is a folder, or cannot be read.
+    """
+    try:
+        with opened(path) as file, _reading(path):
+            return file.read(most)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def appearing(path: Path) -> Any:
-    """The parsed file that another process has written, waited for: NFS remembers for a minute what was not there.
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DamagedError(f"{path} is damaged ({error.strerror})") from error
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file, or None where it does not exist.
 
     Raises:
-        OSError: It does not appear.
+        DamagedError: It is not JSON; else as `read_bytes`.
+    """
+    data = read_bytes(path)
+    try:
+        return None if data is None else json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged (it is {'not JSON' if data else 'empty'})") from error
+
+
+def read_record(path: Path) -> tuple[Any, str | None]:
+    """What `write_record` has written and its checksum; both None where there is nothing.
+
+    What earlier versions wrote has no checksum, and may be any JSON.
+
+    Raises:
+        DamagedError: Its checksum differs; else as `read_json`.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict) or found.keys().isdisjoint((_FORMAT, _SEAL)):
+        return found, None
+    format, checksum = found.pop(_FORMAT, None), found.pop(_SEAL, None)
+    if format != 2 or checksum != seal(found):
+        raise DamagedError(f"{path} is damaged (its checksum differs)")
+    return found, checksum
+
+
+def appearing(path: Path, read: Callable[[Path], Any] = read_json) -> Any:
+    """What another process has written, waited for: NFS remembers for a minute what was there, or was not.
+
+    Raises:
+        OSError: It does not appear, or stays damaged.
+        Stopped: SIGTERM came while waiting.
     """
     deadline = time.monotonic() + _APPEARS
-    while (found := read_json(path)) is None:
-        if time.monotonic() > deadline:
+    while True:
+        late = time.monotonic() > deadline
+        try:
+            if (found := read(path)) is not None:
+                return found
+        except DamagedError:
+            if late:
+                raise
+        if late:
             raise OSError(
                 f"cannot find {path}, which another process has written; give all processes an output folder that they "
                 "share, or set parallel=data"
             )
+        if stop_asked():
+            raise Stopped
         time.sleep(0.1)
-    return found
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        OSError: As `opened`.
+    """
+    found = hashlib.sha256()
+    with opened(path) as file, _reading(path):
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def check_whole(path: Path, checksum: str | None) -> None:
+    """Compare a file with its SHA-256, where it has one; where it has none, see that it is there.
+
+    Raises:
+        DamagedError: It is missing, no file, or another one.
+        OSError: It is a folder, or cannot be read.
+    """
+    try:
+        if checksum is None:
+            opened(path).close()
+        elif sha256(path) != checksum:
+            raise DamagedError(f"{path} is damaged (its checksum differs)")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedError(f"{path} is missing") from error
 
 
 def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -112,8 +252,13 @@ def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
         save_file(dict(state), temporary)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    return load_file(path)
+def read_state(path: Path, checksum: str | None = None) -> dict[str, Tensor]:
+    """A saved state dict; raises as `check_whole` does."""
+    check_whole(path, checksum)
+    try:
+        return load_file(path)
+    except Exception as error:  # whatever the libraries make of what is no state dict
+        raise DamagedError(f"{path} is damaged ({error})") from error
 
 
 def stored_state(path: Path) -> Lazy:

@@ -1,14 +1,15 @@
 """Sharing tickets: on the Hugging Face Hub, or in a local folder that looks the same."""
 
-import keyword
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import replacing, write_bytes
 from .masks import layer_sparsities
-from .settings import SettingError, TicketError
+from .settings import SettingError, TicketError, shown
 
 if TYPE_CHECKING:
     from .ticket import Ticket
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 # timm's prefixes for where a model comes from.
 HUB, LOCAL = "hf-hub:", "local-dir:"
 FILE, CARD, PLOT = "model.ticket", "README.md", "accuracy.png"
+# Arguments of timm.create_model that only shape a model: none takes a path, an address or code.
+_HARMLESS = {
+    *("num_classes", "in_chans", "img_size", "patch_size", "window_size", "global_pool", "output_stride"),
+    *("drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "init_values", "zero_init_last"),
+    *("embed_dim", "embed_dims", "dims", "depth", "depths", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm"),
+    *("class_token", "reg_tokens", "act_layer", "norm_layer", "width", "widths", "shortcut", "bias"),
+}
+_LINES = 1_000  # of a table
 
 
 def push(file: str | Path, to: str, plot: str | Path | None = None, private: bool = False) -> str:
@@ -58,7 +67,9 @@ def push(file: str | Path, to: str, plot: str | Path | None = None, private: boo
             api.create_repo(name, exist_ok=True, private=private)
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add the ticket")
         except Exception as error:  # the hub's own errors and those of whatever carries its requests
-            raise OSError(f"{to}: the Hub did not take the ticket: {error}; it is unchanged in {file}") from error
+            raise OSError(
+                f"{to}: the Hub did not take the ticket: {shown(str(error), 500)}; it is unchanged in {file}"
+            ) from error
     return f"https://huggingface.co/{name}"
 
 
@@ -79,14 +90,14 @@ def fetch(address: str | Path) -> Path:
     try:
         return Path(hf_hub_download(name, FILE, revision=revision or None))
     except Exception as error:  # the hub's own errors and those of whatever carries its requests
-        raise TicketError(f"{address}: {FILE} cannot be had from the Hub: {error}") from error
+        raise TicketError(f"{address}: {FILE} cannot be had from the Hub: {shown(str(error), 500)}") from None
 
 
 def card(ticket: "Ticket", address: str, plot: bool = False) -> str:
     """The model card of a ticket, as Markdown with the Hub's header.
 
-    What a ticket says of itself may be anything, from anyone: in the card's code only literals and names of arguments
-    are taken from it, elsewhere only text without markup.
+    What a ticket says of itself may be anything, from anyone. Into the card's code go only names and numbers for
+    arguments that are known to be harmless; everything else is text, and none of it markup or a link.
     """
     facts = ticket.metadata
     model, pruner, recipe, metrics, dense = (
@@ -94,29 +105,27 @@ def card(ticket: "Ticket", address: str, plot: bool = False) -> str:
     )
     kwargs = {key: model[key] for key in ("num_classes", "in_chans") if isinstance(model.get(key), int)}
     kwargs |= _table(model, "kwargs")
-    arguments = "".join(
-        f", {key}={value!r}"
-        for key, value in kwargs.items()
-        if key.isidentifier() and not keyword.iskeyword(key) and _is_literal(value)
+    safe = {key: value for key, value in kwargs.items() if key in _HARMLESS and _is_plain(value)}
+    arguments = "".join(f", {key}={value!r}" for key, value in safe.items())
+    scores = _rows(
+        (key, value, dense.get(key, "")) for key, value in metrics.items() if isinstance(value, int | float | str)
     )
-    scores = "\n".join(
-        f"| {_text(key)} | {_text(value)} | {_text(dense.get(key, ''))} |"
-        for key, value in metrics.items()
-        if isinstance(value, int | float | str)
-    )
-    layers = "\n".join(
-        f"| {_text(name)} | {'x'.join(map(str, ticket.masks[name].shape))} | {sparsity:.4f} |"
+    layers = _rows(
+        (name, "x".join(map(str, ticket.masks[name].shape)), f"{sparsity:.4f}")
         for name, sparsity in layer_sparsities(ticket.masks).items()
     )
-    settings = "\n".join(f"| {_text(key)} | {_text(value)} |" for key, value in pruner.items() if key != "name")
-    architecture = str(model.get("architecture") or "")
-    architecture = architecture if re.fullmatch(r"[\w.]+", architecture) else ""
+    settings = [(key, value) for key, value in pruner.items() if key != "name"]
+    settings += [(f"model: {key}, not in the code above", value) for key, value in kwargs.items() if key not in safe]
+    architecture = model.get("architecture")
+    known = isinstance(architecture, str) and re.fullmatch(r"[\w.]{1,100}", architecture, re.ASCII)
+    architecture = architecture if known else ""
     header = "---\nlibrary_name: timm-tickets\ntags:\n- image-classification\n- timm\n- sparse\n- lottery-ticket\n---\n"
+    method, data = (_text(facts.get(key) or "") for facts, key in ((pruner, "name"), (recipe, "dataset")))
     return f"""{header}
-# A lottery ticket for {architecture or "a timm model"}
+# A lottery ticket for {_text(architecture) or "a timm model"}
 
-{ticket.sparsity:.2%} of its prunable weights are zero. Found by {_text(pruner.get("name") or "an unnamed method")}
-on {_text(recipe.get("dataset") or "data without a name")}.
+{ticket.sparsity:.2%} of its prunable weights are zero. Found by {method or "an unnamed method"}
+on {data or "data without a name"}.
 
 ```python
 import timm, timm_tickets
@@ -138,7 +147,7 @@ pruned weights at exactly zero.
 
 | setting of the pruner | |
 |---|---|
-{settings}
+{_rows(settings)}
 """
 
 
@@ -148,22 +157,33 @@ def _table(facts: Any, key: str) -> dict[str, Any]:
     return {str(name): value for name, value in found.items()} if isinstance(found, dict) else {}
 
 
+def _rows(rows: Iterable[tuple[Any, ...]]) -> str:
+    """Lines of a table, as many as anyone may want to read."""
+    lines = ["| " + " | ".join(map(_text, row)) + " |" for row in rows]
+    more = [f"| and {len(lines) - _LINES:,} more | | |"] if len(lines) > _LINES else []
+    return "\n".join(lines[:_LINES] + more)
+
+
 def _text(value: Any) -> str:
-    """Without markup, lines and control characters, and not without end."""
-    return re.sub(r"[^\w .,:+()\[\]'/=%*-]", " ", str(value))[:200].replace("*", r"\*").replace("_", r"\_")
+    """A word as it is; anything else as a code span, in which nothing is markup and no address becomes a link."""
+    text = re.sub(r"[`|<>]", " ", shown(value, 200)).strip()
+    if re.fullmatch(r"\w*|-?\d+(\.\d+)?", text, re.ASCII):
+        return text.replace("_", r"\_")
+    return f"`{text}`"
 
 
-def _is_literal(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_literal(one) for one in value)
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_literal(one) for key, one in value.items())
-    return value is None or isinstance(value, bool | int | float | str)
+def _is_plain(value: Any) -> bool:
+    """A truth value, a number, a word, or a few of them."""
+    if isinstance(value, list):
+        return len(value) <= 32 and not any(isinstance(one, list) for one in value) and all(map(_is_plain, value))
+    if isinstance(value, str):
+        return re.fullmatch(r"\w{1,40}", value, re.ASCII) is not None
+    return isinstance(value, bool | int | float) and abs(value) <= 10**6
 
 
 def _fill(folder: Path, ticket: "Ticket", file: Path, plot: str | Path | None, address: str) -> None:
-    if file.resolve() != (folder / FILE).resolve():
-        shutil.copyfile(file, folder / FILE)
-    if plot is not None and Path(plot).resolve() != (folder / PLOT).resolve():
-        shutil.copyfile(plot, folder / PLOT)
-    (folder / CARD).write_text(card(ticket, address, plot is not None))
+    for source, target in ((file, folder / FILE), (plot, folder / PLOT)):
+        if source is not None and Path(source).resolve() != target.resolve():
+            with replacing(target) as temporary:
+                shutil.copyfile(source, temporary)
+    write_bytes(folder / CARD, card(ticket, address, plot is not None).encode())

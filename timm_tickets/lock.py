@@ -1,16 +1,16 @@
 """A lock on a run folder, so that two commands never write into it at once."""
 
+import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
-
-from .files import read_json, write_json
-from .processes import rank, world_size
+from .files import read_bytes, write_json
+from .processes import from_first, rank
 from .settings import SettingError
 
 try:
@@ -20,6 +20,8 @@ except ImportError:  # Windows
 
 # Says who holds the lock; it is no lock itself, so it may stay behind a process that was killed until the next command.
 _HOLDER = ".timm-tickets-running.json"
+# As often a folder may vanish between two of our steps: others, each ending at that moment, removed it.
+_ATTEMPTS = 10
 _open: dict[int, bool] = {}  # each held descriptor, and whether its folder was made for it
 
 
@@ -48,11 +50,10 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         say: Told where there is no lock.
 
     Raises:
-        SettingError: Another command works in it; the message says which.
+        SettingError: Another command works in it; the message says which. Or the folder cannot exist.
     """
     held, problem = (None, None) if rank() else _acquire(folder, say)
-    if world_size() > 1:
-        (problem,) = broadcast_object_list([problem])
+    problem = from_first(problem)
     if problem is not None:
         raise SettingError(problem)
     try:
@@ -67,13 +68,15 @@ def _acquire(folder: Path, say: Callable[[str], None]) -> tuple[int | None, str 
     if fcntl is None:
         say(f"this system cannot lock {folder}; start no second command on it")
         return None, None
-    while True:
+    gone = "it is removed again and again"
+    for _ in range(_ATTEMPTS):
         try:
             made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # its last holder removed it while it was empty
+        except FileNotFoundError as error:  # its last holder removed it while it was empty; or it cannot exist
+            gone = error.strerror
+            continue
         except OSError:
             return None, None  # whoever writes there first says what is wrong
         try:
@@ -89,6 +92,11 @@ def _acquire(folder: Path, say: Callable[[str], None]) -> tuple[int | None, str 
             if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
                 break
         os.close(descriptor)  # the same, between the open and the lock
+    else:
+        return None, (
+            f"output: the folder {folder} cannot be made ({gone}); choose another one, in a place that exists; if your "
+            "working directory was deleted, change to one that is there"
+        )
     _open[descriptor] = made
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     with suppress(OSError):
@@ -97,13 +105,17 @@ def _acquire(folder: Path, say: Callable[[str], None]) -> tuple[int | None, str 
 
 
 def _refusal(folder: Path) -> str:
-    holder = None
-    with suppress(OSError, ValueError):
-        holder = read_json(folder / _HOLDER)
-    who = "another command"
-    if isinstance(holder, dict):
-        who = "process {pid} on {host}, since {since},".format_map(holder)
-    return f"{folder} is in use: {who} works in it. Wait until it has ended, or choose another output="
+    return f"{folder} is in use: {_holder(folder)} works in it. Wait until it has ended, or choose another output="
+
+
+def _holder(folder: Path) -> str:
+    """Who holds the lock, as far as its file says so in the form that we write: anybody may have put one there."""
+    with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
+        holder = json.loads(read_bytes(folder / _HOLDER, most=1000) or b"")
+        host, since = re.fullmatch(r"[\w.-]+", holder["host"]), datetime.fromisoformat(holder["since"])
+        if host is not None:
+            return f"process {int(holder['pid'])} on {host[0]}, since {since.isoformat(timespec='seconds')},"
+    return "another command"
 
 
 def _release(folder: Path, descriptor: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .lazy import Lazy
 from .seeds import seed_from
-from .settings import SettingError
+from .settings import SettingError, shown
 from .threshold import check_count, lowest_kept, top, with_ties
 
 Masks = dict[str, Tensor]
@@ -282,8 +282,9 @@ def check_same(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Non
     if shapes != theirs:
         apart = sorted(name for name in shapes.keys() | theirs.keys() if shapes.get(name) != theirs.get(name))
         raise SettingError(
-            f"the masks are not of the same weights: {len(apart)} differ in name or shape, the first is {apart[0]} "
-            f"({shapes.get(apart[0], 'missing')} and {theirs.get(apart[0], 'missing')}); compare tickets of one model"
+            f"the masks are not of the same weights: {len(apart)} differ in name or shape, the first is "
+            f"{shown(apart[0])} ({shapes.get(apart[0], 'missing')} and {theirs.get(apart[0], 'missing')}); compare "
+            "tickets of one model"
         )
 
 

@@ -2,10 +2,10 @@
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -15,6 +15,8 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 
 from .settings import SettingError, TrainingError
 from .stop import Stopped, stop_asked
+
+T = TypeVar("T")
 
 # A collective waits so long for a process that is silent without having closed its connections, as after a power cut.
 PATIENCE = timedelta(minutes=15)
@@ -179,6 +181,32 @@ def any_of(flags: Sequence[bool]) -> list[bool]:
     found = torch.tensor([float(flag) for flag in flags], device=device)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in found.tolist()]
+
+
+def from_first(value: T) -> T:
+    """The first process's value, which can be pickled; every process has to call this."""
+    if world_size() == 1:
+        return value
+    held = [value]
+    torch.distributed.broadcast_object_list(held, 0)
+    return held[0]
+
+
+def decided(decide: Callable[[], T]) -> T:
+    """What the first process makes of something, its value or its error, everywhere; every process has to call this.
+
+    Files are read at different moments and through different caches: processes that each judged them might disagree.
+    """
+    found = error = None
+    if rank() == 0:
+        try:
+            found = decide()
+        except (OSError, ValueError) as raised:
+            error = raised
+    found, error = from_first((found, error))
+    if error is not None:
+        raise error
+    return found  # pyright: ignore[reportReturnType]
 
 
 @contextmanager

@@ -15,14 +15,15 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from .began import begun, first_state
 from .end import End
-from .files import appearing, is_writer
+from .files import is_writer
 from .masks import Masks, collapsed, keep_count, sparsity, total
 from .method import Method
-from .processes import apart, groups_of, wait_for_others, world_size
+from .processes import apart, from_first, groups_of, wait_for_others, world_size
 from .prunable import prunable_names
 from .run import Run
-from .run_files import begun, first_state, read_run, write_run
+from .run_files import appearing_run, following, replayed, write_run
 from .settings import SettingError
 from .sharded import local, reshard_
 from .starts import Pretrained, cached_pretrained, digest
@@ -56,6 +57,7 @@ class Pruner(Iterator[Run]):
         processes_per_run: Set it before iterating, too: how many processes, neighbours by number, are asked for the
             same run where runs are handed out, to train it together. The number of processes has to be a multiple.
         handed_out: Whether runs of a round went to different processes.
+        lineage: What the runs of each round follow, as `Run.follows`, and at the end what comes after the last.
     """
 
     def __init__(self, method: Method, model: nn.Module, folder: str | Path | None = None):
@@ -72,6 +74,7 @@ class Pruner(Iterator[Run]):
         self.parallel: Parallel = "data"
         self.processes_per_run = 1
         self.handed_out = False
+        self.lineage: list[str | None] = [None]
         self.metadata: dict[str, Any] = {
             "model": described,
             "pruner": method.described(),
@@ -300,6 +303,7 @@ class Pruner(Iterator[Run]):
             run.plan_(run.epochs or self.method.epochs, subnet.start_epoch if run.from_rewind else 0.0)
             run.seed = self.method.seed
             run.processes = self.processes_per_run if hand_out else None
+            run.follows = self.lineage[-1]
         ends: dict[int, End] = {}
         for run in requests:
             if hand_out and run.part % groups != mine:
@@ -327,8 +331,7 @@ class Pruner(Iterator[Run]):
             for run in requests:
                 if run.part not in ends:
                     assert self.folder is not None
-                    appearing(self.folder / run.name / "run.json")
-                    end: Any = self._read(run)
+                    end = appearing_run(self.folder / run.name, run.follows)
                     if run is requests[-1]:
                         self._take_(end)  # where one process that trains them all would be
                     ends[run.part] = end.keep_(run.reads)
@@ -336,11 +339,14 @@ class Pruner(Iterator[Run]):
         if ends[0].rewind is not None:
             subnet.start_epoch = ends[0].rewind_epoch
             subnet.start = ends[0].rewind if base is None else subnet.start
+        if self.folder is not None:  # only who has written a run down knows the digest of its end
+            after = following(self.lineage[-1], [ends[run.part].digest for run in requests])
+            self.lineage.append(from_first(after))
         return [ends[run.part] for run in requests]
 
     def _count(self, run: Run, end: End) -> None:
         self.runs_done += 1
-        self.trained_dense |= run.whole and sparsity(end.mask) == 0
+        self.trained_dense |= run.all_images and sparsity(end.mask) == 0
 
     def _take_(self, end: End) -> None:
         """Bring the model to where a run has ended."""
@@ -368,10 +374,17 @@ class Pruner(Iterator[Run]):
             return state
         shapes = {name: list(value.shape) for name, value in state.items()}
         identity = {**self.method.described(), "model": self.metadata["model"]["architecture"], "tensors": shapes}
-        return begun(self.folder, identity, state)
+        recipe = self.metadata.get("recipe")
+        recipe = recipe.get("hash") if isinstance(recipe, dict) else None
+        state, first = begun(self.folder, identity, state, recipe)
+        self.lineage = [first]
+        return state
 
     def _read(self, run: Run) -> End | None:
-        return None if self.folder is None else read_run(self.folder / run.name)
+        if self.folder is None:
+            return None
+        with apart(run.processes):
+            return replayed(self.folder / run.name, run.follows)
 
     def _write(self, run: Run, end: End) -> None:
         if self.folder is None:

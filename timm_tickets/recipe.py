@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import PrivateAttr, field_validator, model_validator
 
-from .recipe_files import find_recipe, list_recipes, read_recipe, recipes_folder, switch_
+from .recipe_files import (
+    find_recipe,
+    list_recipes,
+    merged,
+    read_overrides,
+    read_recipe,
+    recipes_folder,
+    resolved,
+    switch_,
+)
 from .recipe_parts import Count, DataSettings, ModelSettings, Part, RetrainSettings, Seed, TrainingSettings
 from .settings import SettingError, check
 
@@ -138,19 +145,10 @@ def load_recipe(recipe: "str | Path | Recipe", overrides: Sequence[str] = ()) ->
     Raises:
         SettingError: There is no such recipe, it is not YAML, or a setting is wrong.
     """
-    values: Any = OmegaConf.create(recipe.plain()) if isinstance(recipe, Recipe) else read_recipe(find_recipe(recipe))
-    try:
-        for override in overrides:
-            key, equals, _ = override.partition("=")
-            if not equals or not key:
-                raise SettingError(f"--set: {override!r} is not valid; write key=value, such as pruner.sparsity=0.9")
-        given = OmegaConf.from_dotlist(list(overrides))
-        switch_(values, given)
-        merged = OmegaConf.merge(values, given)
-        plain: Any = OmegaConf.to_container(merged, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
-        raise SettingError(f"{recipe} with {list(overrides)} is not a recipe: {error}") from None
-    return check(Recipe, {str(key): value for key, value in plain.items()})
+    values = recipe.plain() if isinstance(recipe, Recipe) else read_recipe(find_recipe(recipe))
+    given = read_overrides(overrides)
+    switch_(values, given)
+    return check(Recipe, resolved(merged(values, given, "--set")))
 
 
 def json_schema() -> dict[str, Any]:
@@ -172,7 +170,7 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["pruner"] = {"anyOf": choices}
     schema["properties"]["extends"] = {
         "type": "string",
-        "description": "shipped recipe, or path relative to this file, whose settings hold where this one has none",
+        "description": "shipped recipe, or file in this one's folder, whose settings hold where this one has none",
     }
     parts = {name: {"required": schema["$defs"][f"{name.title()}Settings"].pop("required")} for name in ("model",)}
     parts["pruner"] = {"required": ["name", "sparsity"]}

@@ -167,7 +167,7 @@ def figure(records: Sequence[dict[str, Any]], title: str, dense: dict[str, Any] 
     from matplotlib.figure import Figure
 
     # Runs on some of the classes or images are another task; their accuracy does not belong on this axis.
-    rows = sorted((row(record) for record in records if record["whole"]), key=lambda one: one["sparsity"])
+    rows = sorted((row(record) for record in records if record["all_images"]), key=lambda one: one["sparsity"])
     figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -67,6 +67,7 @@ class Run:
         single: Whether it is the only run of its round.
         processes: How many processes train it, by themselves (within `processes.apart`), while others may train the
             other runs of its round; None where all of them train it.
+        follows: The search it is of and a digest of what the runs before it ended with; None where nobody knows.
         start_epoch: How far into the schedule the starting weights are, in epochs: late rewinding goes on from there.
         schedule_epochs: Length of the whole schedule, of which `start_epoch` lie before this run.
         step: Optimizer steps taken.
@@ -100,6 +101,7 @@ class Run:
     name: str = "round_00"
     single: bool = True
     processes: int | None = None
+    follows: str | None = None
     start_epoch: float = 0.0
     schedule_epochs: int = 0
     step: int = 0
@@ -133,7 +135,7 @@ class Run:
         return self.subnet.sparsity
 
     @property
-    def whole(self) -> bool:
+    def all_images(self) -> bool:
         """Whether this is a training on all classes and images."""
         return self.classes is None and self.data_part is None and self.read is None
 

@@ -98,6 +98,11 @@ class Saving:
             self.trainer.accelerator.wait_for_everyone()  # the first to end would have the others ended while they save
             raise Stopped
 
+    @property
+    def _of(self) -> str | None:
+        """Of what run a checkpoint is; of any that stands there, in a folder of an earlier version."""
+        return None if self.run.follows is None else f"{self.run.name} of {self.run.follows}"
+
     def _save(self, folder: Path) -> None:
         trainer, scaler = self.trainer, self.trainer.accelerator.scaler
         draws = own_generator(trainer.optimizer)
@@ -121,11 +126,11 @@ class Saving:
             "random": states,
             "done": self.done | {"seconds": self.seconds()},
         }
-        save_checkpoint(folder, saved)
+        save_checkpoint(folder, saved, self._of)
 
     def load_(self, progress: Progress) -> bool:
         """Go on with the run where a checkpoint is; whether there is one."""
-        saved, told = (None, []) if self.folder is None else load_checkpoint(self.folder)
+        saved, told = (None, []) if self.folder is None else load_checkpoint(self.folder, self._of)
         for text in told:
             progress.say(text)
         if saved is None:

@@ -11,14 +11,15 @@ Format 1 is in ticket_format1.py. A change that this code would misread needs a 
 """
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from .settings import TicketError
+from .settings import TicketError, shown
 from .starts import Frozen, Start, update
 
 FORMAT = 2
@@ -31,6 +32,8 @@ DTYPES = {
     )
 }
 WEIGHTS_PER_BYTE = 256  # tensor elements a byte of file may stand for, at most; reading's memory follows from it
+MOST_TENSORS = 10_000  # of a file; timm's largest, resnetrs420, has 3,108
+MOST_JSON = 1 << 24  # bytes of it that are parsed
 Size = Annotated[int, Field(ge=0, le=2**48)]
 Shape = Annotated[list[Size], Field(max_length=16)]
 
@@ -40,6 +43,12 @@ class Envelope(BaseModel):
 
     format: int
     writer: str = ""
+
+
+class KnownMetadata(BaseModel):
+    """The metadata that this package reads; a ticket may say more."""
+
+    start_epoch: Annotated[float, Field(ge=0, le=1e6, strict=True)] = 0.0
 
 
 class Header(BaseModel):
@@ -57,13 +66,48 @@ class Header(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    layers: list[tuple[str, Shape, str, Size]]
-    rest: list[tuple[str, Shape, str, str]]
+    layers: Annotated[list[tuple[str, Shape, str, Size]], Field(max_length=MOST_TENSORS)]
+    rest: Annotated[list[tuple[str, Shape, str, str]], Field(max_length=MOST_TENSORS)]
     start: Start
     frozen: Frozen | None
     stored_as: Literal["float16", "bfloat16"] | None
     fingerprint: str
     metadata: dict[str, Any]
+
+
+def check(holds: bool, what: str) -> None:
+    if not holds:
+        raise TicketError(f"is damaged: {what}")
+
+
+def check_tensors(layers: Sequence[tuple[str, Sequence[int], str]], rest: Sequence[Any], size: int) -> None:
+    """Refuse tensors that no ticket of this size can have: called before memory is taken for any of them.
+
+    Args:
+        layers: Name, shape and dtype of each weight under a mask.
+        rest: The same of every other tensor.
+        size: Bytes of the file.
+
+    Raises:
+        TicketError: Two of one name, an unknown dtype, a mask over integers, an empty layer, or too many of something.
+    """
+    both = [*layers, *rest]
+    names = [name for name, _, _ in both]
+    check(len(names) <= MOST_TENSORS, f"it names {len(names):,} tensors, more than the {MOST_TENSORS:,} of a ticket")
+    check(len(set(names)) == len(names), "a tensor is named twice")
+    check(all(name.isprintable() and len(name) < 1000 for name in names), "a tensor's name is not printable")
+    if unknown := sorted({dtype for _, _, dtype in both} - DTYPES.keys()):
+        raise TicketError(f"is damaged: it names unknown dtypes: {shown(unknown)}")
+    check(bool(layers) and all(math.prod(shape) for _, shape, _ in layers), "it has no layers, or one without weights")
+    for name, _, dtype in layers:
+        check(DTYPES[dtype].is_floating_point, f"{name[:120]} has a mask, but {dtype} is not a dtype of weights")
+    elements = sum(claimed(shape) for _, shape, _ in both)
+    check(elements <= WEIGHTS_PER_BYTE * size, f"it claims {elements} values in {size} bytes")
+
+
+def claimed(shape: Sequence[int]) -> int:
+    """How many values a shape stands for, where a dimension of 0 hides no other: a model may be built for each."""
+    return math.prod(max(length, 1) for length in shape)
 
 
 def fingerprint(masks: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> str:
@@ -102,4 +146,4 @@ def narrows(dtype: torch.dtype) -> bool:
 
 def header_limit(compressed: int) -> int:
     """How many bytes of JSON a header of this compressed size may have: zlib could blow up a thousandfold."""
-    return (1 << 20) + 32 * compressed
+    return min((1 << 20) + 32 * compressed, MOST_JSON)

@@ -10,22 +10,37 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import ValidationError
+from safetensors import safe_open
 from torch import Tensor
 
 from . import ticket_format1
 from .coding import decode
 from .masks import Masks
-from .settings import TicketError
-from .starts import Pretrained, PretrainedStart, SeedStart, State, ValuesStart, digest, drawn, fetch_pretrained
-from .ticket_format1 import check
+from .settings import TicketError, shown
+from .starts import (
+    Pretrained,
+    PretrainedStart,
+    SeedStart,
+    State,
+    ValuesStart,
+    digest,
+    drawn,
+    fetch_pretrained,
+    outline,
+    sizes_of,
+)
 from .ticket_header import (
     DTYPES,
     FORMAT,
     KEY,
+    MOST_JSON,
     WEIGHTS_PER_BYTE,
     Envelope,
     Header,
+    KnownMetadata,
+    check,
+    check_tensors,
     fingerprint,
     header_limit,
     masked,
@@ -80,15 +95,25 @@ def describe(path: Path) -> tuple[dict[str, Any], str]:
 
 @contextmanager
 def damage(path: Path) -> Iterator[None]:
-    """Turn whatever reading a file of unknown origin runs into, into a TicketError that names it."""
+    """Turn whatever reading a file of unknown origin runs into, into a TicketError that names it.
+
+    Other errors may repeat what stands in the file: it is shown here, cut and escaped, and in no traceback.
+    """
     try:
         yield
     except TicketError as error:
-        raise TicketError(f"{path} {error}") from error
-    except (SafetensorError, ValueError, RuntimeError, OverflowError, TypeError, LookupError, OSError) as error:
-        raise TicketError(f"{path} is not a ticket, or is damaged: {error}") from error
-    except (AttributeError, zlib.error) as error:
-        raise TicketError(f"{path} is not a ticket, or is damaged: {error}") from error
+        raise TicketError(f"{shown(str(path), 500)} {shown(str(error), 1000)}") from None
+    except Exception as error:
+        told = f"{shown(str(path), 500)} is not a ticket, or is damaged: {shown(_told(error), 500)}"
+        raise TicketError(told) from None
+
+
+def _told(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error) or type(error).__name__
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{f'{shown(where)}: ' if where else ''}{shown(first['msg'], 300)}"
 
 
 def open_(path: Path) -> "Opened | ticket_format1.Opened":
@@ -101,19 +126,25 @@ def open_(path: Path) -> "Opened | ticket_format1.Opened":
         text = (file.metadata() or {}).get(KEY)
         if text is None:
             raise TicketError(f"is a safetensors file but not a ticket: it has no {KEY!r} header")
+        check(len(text) <= MOST_JSON, f"its header has {len(text):,} characters, more than {MOST_JSON:,}")
         envelope = Envelope.model_validate_json(text)
         if envelope.format > FORMAT:
-            needed = f"{envelope.writer[:40]} or newer" if envelope.writer else "a newer one"
+            needed = f"{shown(envelope.writer, 40)} or newer" if envelope.writer else "a newer one"
             raise TicketError(
-                f"has ticket format {envelope.format}; this version of timm-tickets reads up to {FORMAT}: "
+                f"has ticket format {shown(envelope.format, 20)}; this version of timm-tickets reads up to {FORMAT}: "
                 f"upgrade it to {needed}"
             )
-        check(envelope.format >= 1, f"it has ticket format {envelope.format}, which never existed")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        check(envelope.format >= 1, f"it has ticket format {shown(envelope.format, 20)}, which never existed")
+        names = file.keys()
+        check(len(names) <= len(DTYPES) + 3, f"it holds {len(names):,} tensors")
+        tensors = {name: file.get_tensor(name) for name in names}
+    size = path.stat().st_size
     if envelope.format == 1:
-        return ticket_format1.open_(text, tensors)
-    opened = Opened(path, path.stat().st_size, _header(tensors), tensors)
-    _check_sizes(opened)
+        opened = ticket_format1.open_(text, tensors, size)
+    else:
+        opened = Opened(path, size, _header(tensors), tensors)
+        _check_sizes(opened)
+    KnownMetadata.model_validate(opened.header.metadata)
     return opened
 
 
@@ -128,21 +159,14 @@ def _header(tensors: Mapping[str, Tensor]) -> Header:
 
 def _check_sizes(opened: Opened) -> None:
     header, tensors = opened.header, opened.tensors
-    names = [entry[0] for entry in (*header.layers, *header.rest)]
-    check(len(set(names)) == len(names), "a tensor is named twice")
-    check(all(name.isprintable() and len(name) < 1000 for name in names), "a tensor's name is not printable")
-    dtypes = {entry[2] for entry in (*header.layers, *header.rest)}
-    check(dtypes <= set(DTYPES), f"it names unknown dtypes: {sorted(dtypes - set(DTYPES))}")
+    check_tensors([entry[:3] for entry in header.layers], [entry[:3] for entry in header.rest], opened.size)
     sizes = [math.prod(shape) for _, shape, _, _ in header.layers]
-    check(bool(sizes) and all(sizes), "it has no layers, or one without weights")
-    elements = sum(sizes) + sum(math.prod(shape) for _, shape, _, _ in header.rest)
-    check(elements <= WEIGHTS_PER_BYTE * opened.size, f"it claims {elements} values in {opened.size} bytes")
     for (name, _, _, kept), size in zip(header.layers, sizes, strict=True):
-        check(kept <= size, f"{name} keeps {kept} weights of {size}")
+        check(kept <= size, f"{name[:120]} keeps {kept} weights of {size}")
     if header.frozen is not None:
         check(len(header.frozen.counts) == len(sizes), "it does not say of every layer what was frozen")
         for (name, _, _, kept), size, (pruned, locked) in zip(header.layers, sizes, header.frozen.counts, strict=True):
-            check(locked <= kept <= size - pruned, f"{name} cannot keep {kept} weights with so many frozen")
+            check(locked <= kept <= size - pruned, f"{name[:120]} cannot keep {kept} weights with so many frozen")
     if isinstance(header.start, SeedStart):
         check(all(dtype == "float32" for _, _, dtype, _ in header.layers), "drawn weights are float32")
     values: dict[str, int] = {}
@@ -153,12 +177,12 @@ def _check_sizes(opened: Opened) -> None:
         if where == "stored":
             values[_stored(header, dtype)] = values.get(_stored(header, dtype), 0) + math.prod(shape)
         elif where == "pretrained":
-            check(isinstance(header.start, PretrainedStart), f"{name} is pretrained, but the start is not")
+            check(isinstance(header.start, PretrainedStart), f"{name[:120]} is pretrained, but the start is not")
         else:
             _repeated(dtype, where)
     expected = {f"values.{dtype}": (DTYPES[dtype], size) for dtype, size in values.items()}
     present = set(tensors) - {"padding"}
-    check(present == {*expected, "masks", "header"}, f"it holds {sorted(present)}")
+    check(present == {*expected, "masks", "header"}, f"it holds {shown(sorted(present))}")
     for key, (dtype, size) in expected.items():
         check(tensors[key].dtype == dtype and tensors[key].shape == (size,), f"{key} is not {size} values of {dtype}")
     check("padding" not in tensors or not tensors["padding"].any(), "its padding is not zeros")
@@ -174,8 +198,8 @@ def _stored(header: Header, dtype: str) -> str:
 def _repeated(dtype: str, text: str) -> Tensor:
     """The one value of a tensor that repeats it, as a tensor without dimensions."""
     data = bytes.fromhex(text)
-    check(len(data) == DTYPES[dtype].itemsize, f"{text[:40]!r} is not a value of {dtype}")
-    check(dtype != "bool" or data[0] < 2, f"{text!r} is not a bool")
+    check(len(data) == DTYPES[dtype].itemsize, f"'{shown(text, 40)}' is not a value of {dtype}")
+    check(dtype != "bool" or data[0] < 2, f"'{shown(text, 40)}' is not a bool")
     return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype])[0]
 
 
@@ -206,9 +230,31 @@ def _source(opened: Opened, given: Mapping[str, Tensor] | None) -> Pretrained | 
     if not isinstance(header.start, PretrainedStart):
         return None
     tag = header.start.tag
-    # Not the metadata's word for it: these shapes are in proportion to the file.
-    shapes = {entry[0]: entry[1] for entry in (*header.layers, *header.rest)}
-    state = given if given is not None else fetch_pretrained(tag, shapes)
+    if given is None:
+        # Not the metadata's word for it: these shapes are in proportion to the file. And all that they say is held
+        # against the architecture before anything is built.
+        sizes = sizes_of(tag, {entry[0]: entry[1] for entry in (*header.layers, *header.rest)})
+        planned = outline(tag, sizes)
+        _needed(header, tag, planned)
+        weights, most = sum(value.numel() for value in planned.values()), WEIGHTS_PER_BYTE * opened.size
+        if weights > most:
+            raise TicketError(
+                f"starts from the pretrained weights '{shown(tag)}', {weights:,} of them, which is more than the "
+                f"{most:,} that a file of {opened.size:,} bytes may stand for; give them: "
+                "load_ticket(path, pretrained=state)"
+            )
+        given = fetch_pretrained(tag, sizes)
+    used = _needed(header, tag, given)
+    if digest(used) != header.start.sha256:
+        raise TicketError(
+            f"needs other pretrained weights than these: the hash of its tensors of '{shown(tag)}' does not match. "
+            "They were changed since, or are of another tag; give the right ones: load_ticket(path, pretrained=state)"
+        )
+    return Pretrained(tag, {name: value.detach().cpu() for name, value in used.items()})
+
+
+def _needed(header: Header, tag: str, state: Mapping[str, Tensor]) -> State:
+    """The tensors of a pretrained state that the file leaves out, in shape and dtype as it says."""
     layers = [(name, shape, dtype) for name, shape, dtype, _ in header.layers]
     rest = [(name, shape, dtype) for name, shape, dtype, where in header.rest if where == "pretrained"]
     used: State = {}
@@ -216,14 +262,11 @@ def _source(opened: Opened, given: Mapping[str, Tensor] | None) -> Pretrained | 
         found = state.get(name)
         if found is None or list(found.shape) != shape or found.dtype != DTYPES[dtype]:
             has = "none" if found is None else f"{list(found.shape)} {found.dtype}"
-            raise TicketError(f"needs the pretrained weights {tag!r}: {name} as {shape} {dtype}; those here have {has}")
-        used[name] = found.detach().cpu()
-    if digest(used) != header.start.sha256:
-        raise TicketError(
-            f"needs other pretrained weights than these: the hash of its tensors of {tag!r} does not match. They were "
-            "changed since, or are of another tag; give the right ones: load_ticket(path, pretrained=state)"
-        )
-    return Pretrained(tag, used)
+            raise TicketError(
+                f"needs the pretrained weights '{shown(tag)}': {shown(name)} as {shape} {dtype}; those here have {has}"
+            )
+        used[name] = found
+    return used
 
 
 def _unpack_values(opened: Opened, masks: Masks, source: Pretrained | None) -> State:

@@ -32,9 +32,11 @@ from .ticket_header import (
     DTYPES,
     FORMAT,
     KEY,
+    MOST_TENSORS,
     WEIGHTS_PER_BYTE,
     Envelope,
     Header,
+    claimed,
     dtype_name,
     fingerprint,
     header_limit,
@@ -69,13 +71,21 @@ def write(
     Raises:
         OSError: It could not be written; a file that stood there before is untouched.
         SettingError: Another dtype.
-        TicketError: No masks, a tensor of a dtype that tickets do not know, or a value that is not finite once rounded.
+        TicketError: No masks, more tensors than are read back, a tensor of a dtype that tickets do not know, a mask
+            over no floating-point tensor of the state, or a value that is not finite once rounded.
     """
     if dtype not in (None, *_HALVES):
         raise SettingError(f"dtype: {dtype!r} is not valid; it is None, for values as they are, or {_HALVES}")
     if not any(mask.numel() for mask in masks.values()):
         raise TicketError("a ticket without masks cannot be saved; make it with a pruner or Ticket.of")
+    if len(state) > MOST_TENSORS:
+        raise TicketError(f"a ticket of {len(state):,} tensors cannot be saved; {MOST_TENSORS:,} are read back")
     names = {name: dtype_name(value) for name, value in state.items()}
+    for name in masks:
+        if name not in names or not DTYPES[names[name]].is_floating_point:
+            raise TicketError(
+                f"a mask over {name}, {names.get(name, 'which is no tensor of the ticket')}, cannot be saved"
+            )
     origin = Origin.of(metadata)
     patterns, freezing = _frozen(origin, masks)
     start = _start(origin, masks, state, pretrained)
@@ -85,7 +95,7 @@ def write(
         if isinstance(start, ValuesStart):
             rounding.put(name, state[name][mask])
     for name, value in state.items():
-        weights += value.numel()
+        weights += claimed(value.shape)
         if name in masks:
             continue
         where = _constant(value)  # first: a new head's zero bias is timm's start too, but of no pretrained weights
@@ -113,6 +123,8 @@ def write(
     tensors["masks"] = _bytes(encode(free).astype("<u4").tobytes())
     tensors["header"] = _bytes(_compressed(header))
     size = sum(tensor.nbytes for tensor in tensors.values())
+    if pretrained and isinstance(start, PretrainedStart):  # what reading builds may be larger than what it needs of it
+        weights = max(weights, sum(value.numel() for value in pretrained.state.values()))
     short = -(-weights // WEIGHTS_PER_BYTE) - size
     if short > 0:
         tensors["padding"] = torch.zeros(short, dtype=torch.uint8)

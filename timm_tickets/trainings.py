@@ -2,8 +2,8 @@
 of them may be compared.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ from .data import Data
 from .end import End, plain_metrics
 from .files import appearing
 from .masks import Masks
-from .processes import apart, groups_of, wait_for_others
+from .processes import apart, decided, groups_of, wait_for_others
 from .recipe import Recipe, RetrainSettings
 from .registry import create_tweaks
 from .report import RichProgress, counted
 from .run import Run
-from .run_files import write_run
-from .run_folder import records
+from .run_files import read_run_record, replayed, write_run
+from .run_folder import experiment_of
 from .starts import Pretrained
 from .subnet import State, Subnet
 from .ticket import Ticket
@@ -50,7 +50,8 @@ class Trainings:
     """Trainings that are not part of a search: a ticket's own and those of its controls, independent of one another.
 
     `processes` is how many carry out each, while others carry out others; None where all of them carry out all.
-    `epochs` is how long each is trained, or was in the search where it is only scored.
+    `epochs` is how long each is trained, or was in the search where it is only scored. `follows` is what a search's
+    runs were followed by; None where there is no search.
     """
 
     folder: Path
@@ -62,6 +63,7 @@ class Trainings:
     retrain: RetrainSettings = field(default_factory=RetrainSettings)
     pretrained: Pretrained | None = None
     processes: int | None = None
+    follows: str | None = None
 
     def train(self, name: str, *args: Any, by: int = 0, **kwargs: Any) -> None:
         """As `_train`; where groups work apart, the one of this number does it, and `ended` waits for it."""
@@ -73,7 +75,11 @@ class Trainings:
     def ended(self, *names: str) -> list[dict[str, Any]]:
         """The metrics of these trainings, once every process has ended its own."""
         wait_for_others()
-        return [appearing(self.folder / name / "run.json")["metrics"] for name in names]
+        read = partial(read_run_record, lineage=[self._follows()])
+        return [appearing(self.folder / name, read)["metrics"] for name in names]
+
+    def _follows(self) -> str | None:
+        return self.follows or experiment_of(self.folder)
 
     def _train(
         self,
@@ -87,12 +93,14 @@ class Trainings:
     ) -> None:
         """Train these masks from this start into the folder of this name, or only score them; skip what is finished."""
         where = self.folder / name
-        if (where / "run.json").exists():
+        follows = decided(self._follows)
+        if replayed(where, follows) is not None:
             self.progress.say(f"{name} is finished; skipped")
             return
         self.subnet.set_mask_(masks)
         self.subnet.load_(start)
         run = Run(self.epochs, index=index, round=round, name=name, start_epoch=start_epoch, subnet=self.subnet)
+        run.follows = follows
         if train:
             if self.retrain.tweaks:
                 run.tweaks = create_tweaks(self.subnet.model, self.retrain.tweaks)
@@ -108,26 +116,9 @@ class Trainings:
         write_run(where, run, end, replace(ticket, pretrained=self.pretrained))
 
 
-def finished(folder: Path, recipe: Recipe, epochs: int, ended: Sequence[str]) -> list[dict[str, Any]]:
-    """The records of a folder's trainings; those of the version before do not say how long it trained them.
-
-    Args:
-        folder: The run folder.
-        recipe: The recipe.
-        epochs: How long the ticket is trained.
-        ended: Names of its own trainings.
-    """
-    rows = records(folder)
-    for row in rows:
-        others = recipe.training.epochs if row["name"] == "dense" else recipe.pruner["epochs"]
-        row.setdefault("epochs", epochs if row["name"] in ended else others)
-        row.setdefault("whole", row["classes"] is None)
-    return rows
-
-
 def control_of(rows: list[dict[str, Any]], epochs: int, wanted: bool) -> tuple[dict[str, Any] | None, str]:
     """The dense network's record, if it was trained as long as the ticket; else why there is none to compare with."""
-    dense = [row for row in rows if row["whole"] and not row["gated"] and row["sparsity"] == 0]
+    dense = [row for row in rows if row["all_images"] and not row["gated"] and row["sparsity"] == 0]
     for row in dense:
         if row["epochs"] == epochs:
             return row, ""

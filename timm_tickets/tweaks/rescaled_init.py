@@ -31,9 +31,9 @@ class RescaledInit(Tweak):
     looks ahead with a dense network).
     Suggested: 180 iterations of Adam at 0.01, gamma 1, eta 0.1, the paper's.
     Cost: `iterations` times two forward passes and a second derivative, about three training steps each.
-    Departures: each look-ahead is judged on the next batch; biases are not rescaled. The released code takes the step it
-    looks ahead as a constant, keeps a first moment of Adam for each of the two aims, and leaves dropout out; here the
-    step is differentiated through, as its algorithm 1 has it, one Adam serves both, and dropout is as in training.
+    Departures: each look-ahead is judged on the next batch; biases are not rescaled. The released code takes the step
+    it looks ahead as a constant, keeps a first moment of Adam for each of the two aims, and leaves dropout out; here
+    the step is differentiated through, as its algorithm 1 has it, one Adam serves both, and dropout is as in training.
     """
 
     iterations: Annotated[int, Field(ge=1, description="steps of Adam on the factors")] = 180
