@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -39,7 +40,9 @@ def _errors() -> Iterator[None]:
     from .ticket import TicketError
 
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -50,6 +53,12 @@ def _errors() -> Iterator[None]:
         # Whoever raised it has cut what a stranger says; what still comes through is not to steer the terminal.
         print("error:", "\n".join(shown(line, 2000) for line in str(error).split("\n")[:60]), file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+def _show_warning(text: Any, kind: type[Warning], file: str, line: int, *_: Any) -> None:
+    """One line on standard error; a place in the code says nothing to who typed a command."""
+    shown = f"warning: {text}" if kind is UserWarning else warnings.formatwarning(text, kind, file, line).rstrip()
+    print(shown, file=sys.stderr)
 
 
 def _say_more(console: Console, layers: int) -> None:

@@ -23,6 +23,7 @@ COLUMNS: tuple[str, ...] = (
     "layer_max",
     "val_top1_best",
     "val_top1",
+    "val_top1_soft",
     "test_top1",
     "epochs",
     "steps",
@@ -95,9 +96,14 @@ class RichProgress:
             self.say(f"{run.name}  read the gradients of {run.batches} batches")
             return
         self.say(
-            f"{run.name}  sparsity {run.sparsity:.4f}  val {m['val_top1']:6.2f} (best {m['val_top1_best']:.2f})  "
+            f"{run.name}  sparsity {run.sparsity:.4f}  val {m['val_top1']:6.2f} ({_beside(m)})  "
             f"test {m['test_top1']:6.2f}  {m['seconds']:.1f} s"
         )
+
+
+def _beside(metrics: dict[str, Any]) -> str:
+    soft = metrics.get("val_top1_soft")
+    return f"best {metrics['val_top1_best']:.2f}" if soft is None else f"soft {soft:.2f}"
 
 
 def counted(epochs: int) -> str:
@@ -145,6 +151,11 @@ def print_table(records: Sequence[dict[str, Any]], console: Console) -> None:
             f"{one['seconds']:.1f}",
         )
     console.print(table)
+    if soft := [f"{one['name']} {one['val_top1_soft']:.2f}" for one in rows if one["val_top1_soft"] is not None]:
+        text = (
+            f"the masks of soft networks, cut hard, have these scores; the soft networks' own: {', '.join(soft)} (val)"
+        )
+        console.print(text, soft_wrap=True, highlight=False)
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path, title: str, dense: dict[str, Any] | None) -> None:
@@ -166,8 +177,9 @@ def figure(records: Sequence[dict[str, Any]], title: str, dense: dict[str, Any] 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Runs on some of the classes or images are another task; their accuracy does not belong on this axis.
-    rows = sorted((row(record) for record in records if record["all_images"]), key=lambda one: one["sparsity"])
+    # Runs on some of the classes or images are another task; and nobody has trained a soft network's hard mask yet.
+    plain = [row(one) for one in records if one["all_images"] and one["metrics"].get("val_top1_soft") is None]
+    rows = sorted(plain, key=lambda one: one["sparsity"])
     figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
