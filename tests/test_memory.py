@@ -91,7 +91,7 @@ def searched(name, model, folder=None, **settings):
     return pruner
 
 
-@pytest.mark.filterwarnings("ignore:jackpot")
+@pytest.mark.filterwarnings("ignore:jackpot", "ignore:.*has not moved its mask")
 @pytest.mark.parametrize("name", ["edge_popup", "jackpot", "gradual", "set", "rigl"])
 def test_a_search_that_ends_trained_keeps_no_state_to_rewind_to(name, monkeypatch):
     starts = []

@@ -154,7 +154,7 @@ def test_a_second_derivative_is_read_through_attention():
 
 
 @pytest.mark.filterwarnings("ignore:.*no gradient reaches", "ignore:.*layers are pruned to nothing")
-@pytest.mark.parametrize("batch_size", [4, 64])
+@pytest.mark.parametrize("batch_size", [4, 64])  # of 17 images: the last of batches of four would be one image
 def test_as_many_images_of_each_class_are_read_and_the_same_ones_twice(model, batch_size):
     labels = torch.tensor([0] * 50 + [1] * 7 + [2] * 2 + [3] * 20)
     images = torch.randn(len(labels), 3, 32, 32)

@@ -224,6 +224,7 @@ def test_processes_that_disagree_are_stopped_and_named(tmp_path):
     assert "ranks [1] hold another one than rank 0" in everything
 
 
+@pytest.mark.filterwarnings("ignore:.*has not moved its mask")
 @pytest.mark.parametrize("name", ["rigl", "edge_popup"])
 @pytest.mark.parametrize("converted", ["before", "after"])
 def test_converting_to_sync_batch_norm_keeps_names_and_masks(name, converted):

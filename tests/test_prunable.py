@@ -111,6 +111,7 @@ def step(model, optimizer, x):
     optimizer.zero_grad()
 
 
+@pytest.mark.filterwarnings("ignore:.*trained up to epoch 1 of a schedule of 20", "ignore:.*has not moved its mask")
 def test_gates_on_raw_tied_and_recurrent_weights():
     """Behind a gate a pruned weight has no say, wherever the model reads it; the model can be copied meanwhile."""
     torch.manual_seed(0)

@@ -86,7 +86,11 @@ def test_the_masked_weight_by_hand():
 
 
 @pytest.mark.filterwarnings(
-    "ignore:jackpot", "ignore:.*without passing its rewind point", "ignore:.*layers are pruned to nothing"
+    "ignore:jackpot",
+    "ignore:.*without passing its rewind point",
+    "ignore:.*layers are pruned to nothing",
+    "ignore:.*has not moved its mask",
+    "ignore:.*have a score above zero",
 )
 @pytest.mark.parametrize("method", ["imp", "rigl", "edge_popup", "continuous_sparsification", "jackpot"])
 def test_it_stays_so_through_every_kind_of_search_and_training(method):

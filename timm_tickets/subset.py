@@ -146,6 +146,8 @@ def subset_of(data: Any, selection: Selection) -> Any:
         parts = together * (shard.num_processes if getattr(shard, "split_batches", False) else 1)
         count = math.ceil(len(part) / (batches.batch_size * together))
         batch_size, drop_last = math.ceil(len(part) / (count * parts)) * (parts // together), False
+        while parts == 1 and batch_size > 1 and len(part) % batch_size == 1:
+            batch_size += 1  # batch normalisation cannot take a last batch of one image
     loader = DataLoader(
         part,
         batch_size=batch_size,
