@@ -14,6 +14,7 @@ from timm_tickets.build import build_model, model_kwargs
 from timm_tickets.cli import app
 from timm_tickets.data import Data
 from timm_tickets.masks import full_masks
+from timm_tickets.prunable import classifier_names
 from timm_tickets.trainer import Silent, Trainer
 
 RECIPES = tt.list_recipes()
