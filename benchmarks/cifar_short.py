@@ -21,11 +21,12 @@ import torch
 from rich.console import Console
 
 import timm_tickets as tt
-from timm_tickets.build import build_model
-from timm_tickets.data import Data
-from timm_tickets.run import Run
-from timm_tickets.subnet import Subnet
-from timm_tickets.trainer import Trainer
+from timm_tickets.data.datasets import Data
+from timm_tickets.pruning.run import Run
+from timm_tickets.pruning.training import Training
+from timm_tickets.sparse.subnet import Subnet
+from timm_tickets.training.build import build_model
+from timm_tickets.training.trainer import Trainer
 
 SHORTER = {
     "colt": (
@@ -93,7 +94,7 @@ def _scored(recipe: str, settings: list[str], ticket: tt.Ticket) -> list[dict[st
     loaded = tt.load_recipe(recipe, settings)
     data = Data(loaded.data)
     model = ticket.apply_(build_model(loaded, data.num_classes))
-    metrics = Trainer(loaded, model, data).score(Run(subnet=Subnet(model, tuple(ticket.masks))))
+    metrics = Trainer(loaded, model, data).score(Training(Run(), Subnet(model, tuple(ticket.masks))))
     return [{"sparsity": ticket.sparsity, "metrics": metrics, "steps": 0}]
 
 

@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 
 import timm_tickets as tt
-from timm_tickets.build import build_model
+from timm_tickets.training.build import build_model
 
 RECIPE = "digits_imp"
 COLT_RATE = 1 - 0.85**2

@@ -31,7 +31,7 @@ def timed_search(overrides: list[str], record: Path) -> None:
     from rich.console import Console
 
     import timm_tickets as tt
-    from timm_tickets.pruner import Pruner
+    from timm_tickets.pruning.pruner import Pruner
 
     rounds: list[tuple[float, float]] = []
     original: Any = Pruner._round

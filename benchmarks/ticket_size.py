@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import timm_tickets as tt
-from timm_tickets.coding import decode, encode
+from timm_tickets.tickets.mask_coding import decode, encode
 
 SPARSITY = 0.9
 SEARCHES: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from typing import Any
 import timm
 import torch
 
-from timm_tickets.prunable import classifier_names, inspect_model
+from timm_tickets.sparse.prunable import classifier_names, inspect_model
 
 ENOUGH = 0.9
 PLAIN = ("convolution", "linear", "vector")

@@ -34,9 +34,10 @@ def digits():
 @pytest.fixture
 def unregister():
     """Forget the pruners and tweaks that a test registers."""
-    from timm_tickets import registry
+    from timm_tickets.pruning.registry import _pruners
+    from timm_tickets.tweaks.registry import _tweaks
 
-    kinds = (registry._pruners, registry._tweaks)
+    kinds = (_pruners, _tweaks)
     before = [dict(kind.load()) for kind in kinds]  # loading happens only once: not to restore nothing
     yield
     for kind, classes in zip(kinds, before, strict=True):

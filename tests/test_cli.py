@@ -1,19 +1,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import yaml
-from typer.testing import CliRunner
+from support.commands import call
 
 import timm_tickets as tt
-from timm_tickets.cli import app
-
-
-def call(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 def test_help_does_not_wait_for_torch():
@@ -77,13 +71,6 @@ def test_info_does_not_fetch_the_weights_of_a_pretrained_start(tmp_path):
     assert "not checked" in out.output
 
 
-def test_info_of_a_file_of_format_1():
-    out = call("info", Path(__file__).parent / "data" / "format_1.ticket")
-    assert out.exit_code == 0, out.output
-    assert "46,481 bytes, format 1" in out.output
-    assert "values of the kept weights" in out.output
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -114,7 +101,7 @@ def test_what_a_user_can_mend_is_one_message_without_a_traceback(args, words, tm
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch):
-    from timm_tickets import trainer
+    from timm_tickets.training import trainer
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt

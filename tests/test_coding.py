@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import timm_tickets as tt
-from timm_tickets import draws
-from timm_tickets.coding import bound, coded_bits, decode, encode
+from timm_tickets.core import draws
+from timm_tickets.tickets.mask_coding import bound, coded_bits, decode, encode
 
 
 def counts(masks):

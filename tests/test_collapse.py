@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-from test_contract import METHODS, fresh, ids, searched, train_run
+from support.every_method import METHODS, fresh, ids, searched, train_run
 from torch import nn
 
 import timm_tickets as tt
-from timm_tickets import masks as m
+from timm_tickets.core import masks as m
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:jackpot",

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import timm_tickets as tt
-from timm_tickets.masks import intersect, kept, prune
+from timm_tickets.core.masks import intersect, kept, prune
 
 
 def colt(**settings):
@@ -29,6 +29,7 @@ def test_more_parts_than_classes_are_refused(model):
 def test_parts_of_the_images_are_disjoint_and_whole(model):
     images = TensorDataset(torch.arange(23), torch.zeros(23))
     runs = colt(split="samples", partitions=3).round(tt.Subnet(model, ()))
+    runs = [tt.Training(run, tt.Subnet(model, ())) for run in runs]
     parts = [sorted(int(x) for x, _ in run.subset(images)) for run in runs]
     assert sorted(one for part in parts for one in part) == list(range(23))
     assert sorted(map(len, parts)) == [7, 8, 8]

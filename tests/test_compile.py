@@ -5,7 +5,7 @@ import timm
 import torch
 
 import timm_tickets as tt
-from timm_tickets.gates import SigmoidGate
+from timm_tickets.sparse.gates import SigmoidGate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's own tracer

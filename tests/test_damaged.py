@@ -1,7 +1,6 @@
 """Damaged, foreign and hostile files in the folders of searches: told by name, and what they held is done again."""
 
 import contextlib
-import json
 import os
 import shutil
 
@@ -11,9 +10,10 @@ from rich.console import Console
 from torch import nn
 
 import timm_tickets as tt
-from timm_tickets import files, run_folder
-from timm_tickets.checkpoint import BEFORE, CHECKPOINT, load_checkpoint, save_checkpoint
-from timm_tickets.run_files import read_run_record
+from timm_tickets.experiments import run_folder
+from timm_tickets.pruning.run_files import read_run_record
+from timm_tickets.storage import files
+from timm_tickets.storage.checkpoint_file import BEFORE, CHECKPOINT, load_checkpoint, save_checkpoint
 
 SETTINGS = {"sparsity": 0.8, "prune_rate": 0.4, "epochs": 1, "rewind": "2it", "exclude": ("1.*",)}
 
@@ -178,37 +178,6 @@ def test_a_damaged_record_of_a_search_is_written_again_only_if_it_is_known(searc
         assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
-def as_before(folder):
-    """Make a folder what the versions without checksums have left."""
-    for path in folder.rglob("*.json"):
-        record = json.loads(path.read_text())
-        if isinstance(record, dict):
-            for key in ("_format", "_sha256", "whole", "began"):
-                record.pop(key, None)
-        if path.name == "experiment.json":
-            record = record["experiment"]
-        if path.name == "result.json":
-            del record["experiment"]
-        path.write_text(json.dumps(record, indent=2))
-
-
-def test_a_folder_without_checksums_is_continued_and_checked_as_far_as_it_can_be(search):
-    folder, fingerprint = search
-    as_before(folder)
-    shutil.rmtree(folder / "round_03")
-    assert searched(folder) == (fingerprint, ["round_03"])
-    assert searched(folder) == (fingerprint, [])
-    DAMAGE["cut"](folder / "round_03" / "model.safetensors")
-    with pytest.warns(UserWarning, match=r"round_03/model.safetensors is damaged \(its checksum differs\)"):
-        assert searched(folder) == (fingerprint, ["round_03"])
-    (folder / "round_01" / "model.safetensors").unlink()
-    with pytest.warns(UserWarning, match=r"round_0\d is done again"):
-        assert searched(folder) == (fingerprint, RUNS[1:])  # nothing shows that the later ones follow this one
-    DAMAGE["empty"](folder / "round_00" / "round_00.ticket")
-    with pytest.raises(tt.TicketError, match=r"round_00.ticket is not a ticket.*delete .*round_00 to have the run"):
-        searched(folder)
-
-
 # Experiments
 
 
@@ -273,7 +242,7 @@ def test_a_damaged_training_of_the_ticket_itself_is_done_again(found):
     texts = " ".join(str(one.message) for one in told)
     assert "round_01/run.json is damaged (it is not JSON); round_01 is done again" in texts
     assert "round_07/run.json is of another run ('round_00'); it is left out of the results" in texts
-    assert "mine/run.json is damaged (it is no record of a run); it is left out of the results" in texts
+    assert "mine/run.json is damaged (it has no checksum); it is left out of the results" in texts
 
 
 def test_where_nothing_says_whose_results_they_are_the_command_says_what_to_delete(found):
@@ -301,18 +270,6 @@ def test_every_flipped_bit_of_a_stored_recipe_is_noticed(finished, monkeypatch):
     assert run_folder._lost_recipe(path) == (None, True)
     for _ in every_flip(path, run_folder, monkeypatch):
         assert run_folder._lost_recipe(path)[0] is not None
-
-
-def test_an_experiment_s_folder_without_checksums_is_still_finished_and_continued(found):
-    folder, fingerprint = found
-    as_before(folder)
-    path = folder / "recipe.yaml"
-    path.write_bytes(run_folder._MARK + b"\n" + path.read_bytes().partition(b"\n")[2])
-    assert "nothing to do" in experiment(folder)[1]
-    (folder / "result.json").unlink()
-    again, text = experiment(folder)
-    assert again == fingerprint
-    assert "round_01 is finished; skipped" in text
 
 
 # Checkpoints

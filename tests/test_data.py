@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-from pictures import CLASSES, make
 from PIL import Image
+from support.pictures import CLASSES, make
 
 import timm_tickets as tt
-from timm_tickets.build import check_batch
-from timm_tickets.contents import differences
-from timm_tickets.data import Data, loader_of, padded_crop
-from timm_tickets.images import Images, minding_workers
-from timm_tickets.recipe import DataSettings, TrainingSettings
+from timm_tickets.config.parts import DataSettings, TrainingSettings
+from timm_tickets.data.contents import differences
+from timm_tickets.data.datasets import Data, loader_of, padded_crop
+from timm_tickets.data.images import Images, minding_workers
+from timm_tickets.training.build import check_batch
 
 CONFIG = {"input_size": (3, 4, 4), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bicubic"}
 
@@ -164,7 +164,7 @@ def parts(monkeypatch):
             del found.data  # what it holds is on the disk
         return found
 
-    monkeypatch.setattr("timm_tickets.splits.create_dataset", create)
+    monkeypatch.setattr("timm_tickets.data.splits.create_dataset", create)
     return labels
 
 
@@ -236,7 +236,7 @@ def test_the_numbers_of_classes_are_the_training_splits_in_all(tmp_path, monkeyp
         seen.append(found)
         return found
 
-    monkeypatch.setattr("timm_tickets.splits.create_dataset", shuffled)
+    monkeypatch.setattr("timm_tickets.data.splits.create_dataset", shuffled)
     data = Data(settings(root))
     for split in data._splits:
         names = {Path(split.data.name(i)).parent.name: split.data[i][1] for i in range(len(split.data))}
@@ -349,7 +349,7 @@ def test_an_image_that_is_scored_or_gone_has_no_stand_in(root, model, monkeypatc
         assert str(error.value).startswith(f"{root / path} {reason}")
         assert "put it back as it was, and the same command continues" in str(error.value)
         assert "\n" not in str(error.value)
-    monkeypatch.setattr("timm_tickets.data._MANY", 11)
+    monkeypatch.setattr("timm_tickets.data.datasets._MANY", 11)
     with pytest.raises(tt.SettingError) as error:
         data.check_scored(said.append)
     assert said == ["reading the 12 images to validate and test on once, as each will have to be scored"]

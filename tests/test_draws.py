@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_tickets import draws
+from timm_tickets.core import draws
 
 MASK = 2**64 - 1
 

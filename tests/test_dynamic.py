@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import timm_tickets as tt
-from timm_tickets.masks import exchange
+from timm_tickets.core.masks import exchange
 
 
 def method(name, **settings):
@@ -168,12 +168,12 @@ def test_rigl_forgets_the_gradients_of_a_step_that_a_scaler_skipped(set_to_none)
     run = next(pruner)
     optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.01))
     run.batches_per_epoch = 100
-    pruner.subnet.tap = True
+    pruner.subnet.tap_(True)
     bad = torch.full((1, 8), torch.inf) if not set_to_none else torch.full((1, 8), 1000.0)
     run.loss(lambda output, _: output.sum(), model(bad), None).backward()
     optimizer.zero_grad(set_to_none=set_to_none)  # the scaler has skipped the step
     run.loss(lambda output, _: output.sum(), model(torch.arange(1.0, 9.0)[None]), None).backward()
-    seen = pruner.subnet.dense_gradients["layer.weight"].flatten().tolist()
+    seen = pruner.subnet.dense_gradients()["layer.weight"].flatten().tolist()
     assert seen == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
     optimizer.step()
     assert pruner.subnet.sparsity == 0.5

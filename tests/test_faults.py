@@ -11,15 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
+from support.run_folders import leftovers, same
 
 import timm_tickets as tt
-from timm_tickets import checkpoint, lock, stop
-from timm_tickets.checkpoint import BEFORE, CHECKPOINT, load_checkpoint, save_checkpoint
-from timm_tickets.randomness import random_states, set_random_states_
+from timm_tickets.distributed import sigterm as stop
+from timm_tickets.storage import checkpoint_file as checkpoint
+from timm_tickets.storage import lock
+from timm_tickets.storage.checkpoint_file import BEFORE, CHECKPOINT, load_checkpoint, save_checkpoint
+from timm_tickets.training.randomness import random_states, set_random_states_
 
-DRIVER = Path(__file__).parent / "killed_search.py"
+DRIVER = Path(__file__).parent / "support" / "killed_search.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 # Two runs of 14 steps and a checkpoint at each of them; everything that draws numbers is on.
 SMALL = [
@@ -45,23 +47,6 @@ def lives(folder, moments, *more, number=signal.SIGKILL):
     assert len(ended) == len(moments), done.stderr
     assert 1 not in ended, done.stderr
     return ended, [one for one in told if "ended" not in one]
-
-
-def leftovers(folder):
-    names = (".*", "checkpoint*", "*.tmp")
-    return [path for name in names for path in folder.rglob(name)]
-
-
-def same(folder, other):
-    """The same final ticket, trained weights and numbers, bit for bit."""
-    (mine,), (theirs,) = (list(one.glob("*.ticket")) for one in (folder, other))
-    assert tt.load_ticket(mine).fingerprint == tt.load_ticket(theirs).fingerprint
-    rows = [json.loads((one / "result.json").read_text())["rows"] for one in (folder, other)]
-    for left, right in zip(*rows, strict=True):
-        assert {**left["metrics"], "seconds": 0} == {**right["metrics"], "seconds": 0}
-        assert left["steps"] == right["steps"]
-        one, two = (timm.models.load_state_dict(f / left["name"] / "model.safetensors") for f in (folder, other))
-        assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +144,7 @@ def test_a_lock_is_refused_while_it_is_held_and_leaves_nothing(tmp_path):
 
 def test_a_lock_ends_with_its_process_and_not_with_its_children(tmp_path):
     script = (
-        "import os, sys, time; from pathlib import Path; from timm_tickets.lock import locked\n"
+        "import os, sys, time; from pathlib import Path; from timm_tickets.storage.lock import locked\n"
         "with locked(Path(sys.argv[1]), print):\n"
         "    child = os.fork()\n"
         "    if child == 0: time.sleep(600)\n"
@@ -371,7 +356,7 @@ def test_every_kind_of_training_goes_on_within_an_epoch(tmp_path, monkeypatch, s
     else:
         common = [*plain, "pruner.prune_rate=0.6", *settings]
     tt.search("digits_imp", [*common, f"output={tmp_path / 'whole'}"])
-    loss = tt.Run.loss
+    loss = tt.Training.loss
     seen = {"losses": 0}
 
     def halting(self, *args):
@@ -380,7 +365,7 @@ def test_every_kind_of_training_goes_on_within_an_epoch(tmp_path, monkeypatch, s
             raise Halt
         return loss(self, *args)
 
-    monkeypatch.setattr(tt.Run, "loss", halting)
+    monkeypatch.setattr(tt.Training, "loss", halting)
     for _ in range(20):
         try:
             tt.search("digits_imp", [*common, f"output={tmp_path / 'halted'}"])

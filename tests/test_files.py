@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import timm_tickets as tt
-from timm_tickets import files
+from timm_tickets.storage import files
 
 
 def test_nothing_is_written_through_a_link(tmp_path, monkeypatch):

@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from test_faults import leftovers, same
-from test_parallel import COLT, ENV, running, searched
+from support.commands import COLT, ENV, running, searched
+from support.run_folders import leftovers, same
 
 import timm_tickets as tt
-from timm_tickets.processes import apart, groups_of
+from timm_tickets.distributed.processes import apart, groups_of
 
 BATCH = 64
 TOGETHER = [*COLT, f"training.batch_size={BATCH}", "parallel=data"]
@@ -161,7 +161,7 @@ def test_a_control_and_the_ticket_are_trained_side_by_side_by_groups(tmp_path):
 
 @pytest.mark.parametrize(("size", "count"), [(3, 4), (8, 4), (2, 3)])
 def test_processes_that_cannot_be_grouped_are_refused_before_anything_is_trained(monkeypatch, tmp_path, size, count):
-    monkeypatch.setattr("timm_tickets.processes.place", lambda: (0, count))
+    monkeypatch.setattr("timm_tickets.distributed.processes.place", lambda: (0, count))
     monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda *_: None)  # as for the first of them
     with pytest.raises(
         tt.SettingError, match=f"processes_per_run: {size} does not divide the {count} processes"

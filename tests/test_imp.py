@@ -156,7 +156,7 @@ def test_imp_on_digits_against_its_controls_from_a_plain_loop(digits, capsys, sp
     results = {}
     for sparsity in sparsities:
         for seed in range(seeds):
-            imp = found(digits, seed, sparsity, 0.5)
+            imp = found(digits, seed, sparsity, 0.5 if seeds > 1 else 0.63)  # in six rounds, or four
             tickets = {
                 "imp": imp,
                 "random mask, same layer counts": tt.Ticket.of(fresh(seed), tt.shuffled_masks(imp.masks, seed)),

@@ -95,7 +95,7 @@ def full_weight(name, pruner, layer, start):
     """The frozen weights of a layer before they were pruned: drawn again from the seed, or the pretrained ones."""
     if name == "jackpot":
         return start[layer]
-    from timm_tickets.draws import draw
+    from timm_tickets.core.draws import draw
 
     number = pruner.subnet.names.index(layer)
     mask = pruner.ticket.masks[layer]

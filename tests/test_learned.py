@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import timm_tickets as tt
-from timm_tickets.gates import Gate, SigmoidGate
 from timm_tickets.methods.jackpot import swap
+from timm_tickets.sparse.gates import Gate, SigmoidGate
+from timm_tickets.sparse.random_start import frozen_patterns
 
 
 def through(gate, weight, upstream):
@@ -121,8 +122,8 @@ def test_cs_reset_keeps_the_suppressed_suppressed():
     """The released code resets beta first: min(s, s0) brings nearly everything back. Here it is min(200 s, s0)."""
     method = tt.get_method("continuous_sparsification")(sparsity=0.5, s0=0.05)
     score = torch.tensor([0.3, 0.01, -0.001, -0.1])
-    assert method.reset(score).tolist() == pytest.approx([0.05, 0.05, -0.2, -20.0])
-    soft = torch.sigmoid(method.reset(score))
+    assert method.restarted({"w": score})["w"].tolist() == pytest.approx([0.05, 0.05, -0.2, -20.0])
+    soft = torch.sigmoid(method.restarted({"w": score})["w"])
     assert soft[3] < 1e-8
     released = torch.sigmoid(score.clamp(max=0.05))
     assert released[3] > 0.47  # the bug: as good as undecided
@@ -236,7 +237,7 @@ def test_the_released_split_of_what_is_frozen_by_hand():
 )
 def test_frozen_counts_are_exact_and_frozen_weights_keep_their_fate(model, settings):
     pruner = tt.create_pruner("frozen_slt", model, sparsity=0.7, seed=5, **settings)
-    pattern = pruner.method.pattern(pruner.subnet)
+    pattern = frozen_patterns(pruner.subnet, pruner.method.frozen_counts(pruner.subnet), 5)
     count = sum(mask.numel() for mask in pruner.subnet.mask.values())
     p, r = pruner.method.ratios()
     assert sum(int(pruned.sum()) for pruned, _ in pattern.values()) == round(p * count)
@@ -435,9 +436,7 @@ def test_cs_notes_both_densities_and_says_where_it_filled_up(model, sparsity):
     filled = [str(one.message) for one in told if "score above zero" in str(one.message)]
     assert len(filled) == (sparsity == 0.5)  # a fifth of the scores is above zero
     if filled:
-        assert filled[0].startswith(
-            "continuous_sparsification: 0.2 of the weights have a score above zero, and 0.5 are"
-        )
+        assert filled[0].startswith("continuous_sparsification: 0.2 of the weights have a score above zero, 0.5 stay")
     (note,) = pruner.ticket.metadata["notes"]
     assert note == {
         "density_of_scores_above_zero": pytest.approx(0.2, abs=1e-3),
@@ -538,7 +537,7 @@ def test_cs_rounds_carry_weights_on_and_begin_their_schedule_anew(model):
 
 def test_erk_budgets_hold_while_gradual_prunes(model):
     """A layer's rounded share can be smaller of a larger count: it is capped by what the layer still keeps."""
-    from timm_tickets.masks import full_masks, kept, prune, total
+    from timm_tickets.core.masks import full_masks, kept, prune, total
 
     masks = full_masks(tt.Subnet(model, tt.prunable_names(model)).weights())
     scores = {name: torch.rand(mask.shape) for name, mask in masks.items()}

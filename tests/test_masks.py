@@ -4,9 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timm_tickets import masks as m
-from timm_tickets import prunable
-from timm_tickets.threshold import top
+from timm_tickets.core import masks as m
+from timm_tickets.core.topk import top
+from timm_tickets.sparse import prunable
 
 
 def test_top_keeps_the_highest_and_among_ties_the_first():

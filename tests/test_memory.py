@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import timm_tickets as tt
-from timm_tickets import masks as m
-from timm_tickets.end import End
-from timm_tickets.gates import Gate, SigmoidGate, SigmoidSum
-from timm_tickets.scores import magnitude, random
+from timm_tickets.core import masks as m
+from timm_tickets.core.scores import magnitude, random
+from timm_tickets.pruning.run_end import End
+from timm_tickets.sparse.gates import Gate, SigmoidGate, SigmoidSum
 
 
 class Made(TorchDispatchMode):
@@ -68,7 +68,7 @@ def test_what_a_round_ended_with_is_gone_while_the_next_is_trained(name):
         optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1))
         model(torch.randn(4, 8)).sum().backward()
         optimizer.step()
-        assert sum(type(one) is End for one in gc.get_objects()) == run.part
+        assert sum(type(one) is End and len(one.state) > 0 for one in gc.get_objects()) == run.part
     assert len(rounds) > 1
 
 
@@ -96,7 +96,7 @@ def searched(name, model, folder=None, **settings):
 def test_a_search_that_ends_trained_keeps_no_state_to_rewind_to(name, monkeypatch):
     starts = []
     monkeypatch.setattr(
-        tt.Run, "_stepped", lambda run, old=tt.Run._stepped: (starts.append(run.subnet.start), old(run))
+        tt.Training, "_stepped", lambda run, old=tt.Training._stepped: (starts.append(run.subnet.start), old(run))
     )
     pruner = searched(name, two_layers())
     assert starts == [None] * 4

@@ -134,7 +134,7 @@ def test_importing_the_package_registers_them(script):
 
 
 def test_a_recipe_knows_them_however_it_is_loaded():
-    script = "from timm_tickets.recipe import ModelSettings\nModelSettings(model='cifar_resnet20')\n"
+    script = "from timm_tickets.config.parts import ModelSettings\nModelSettings(model='cifar_resnet20')\n"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import timm_tickets as tt
-from timm_tickets import scores
+from timm_tickets.core import scores
 
 
 class TwoLayers(nn.Module):

@@ -10,12 +10,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import timm_tickets as tt
-from timm_tickets.build import build_model, model_kwargs
 from timm_tickets.cli import app
-from timm_tickets.data import Data
-from timm_tickets.masks import full_masks
-from timm_tickets.prunable import classifier_names
-from timm_tickets.trainer import Silent, Trainer
+from timm_tickets.core.masks import full_masks
+from timm_tickets.data.datasets import Data
+from timm_tickets.sparse.prunable import classifier_names
+from timm_tickets.training.build import build_model, model_kwargs
+from timm_tickets.training.checkpointing import Silent
+from timm_tickets.training.trainer import Trainer
 
 RECIPES = tt.list_recipes()
 CLASSES = {"digits": 10, "torch/cifar10": 10, "torch/cifar100": 100, "folder": 1000}
@@ -86,7 +87,7 @@ def first_run(pruner):
     run = next(pruner, None)
     if run is not None:
         return run
-    run = tt.Run(1, subnet=pruner.subnet)
+    run = tt.Training(tt.Run(1), pruner.subnet)
     pruner.subnet.load_(pruner.ticket.values)
     pruner.subnet.set_mask_(pruner.ticket.masks)
     return run
@@ -115,9 +116,9 @@ def test_two_steps_of_every_recipe(name, images, tmp_path):
     progress = TwoSteps()
     with pytest.raises(Stopped):
         trainer.fit(run, None, progress)
-    assert len(recorded.losses) == (2 if run.read is None else 4)  # each batch's again, for its gradients
+    assert len(recorded.losses) == (2 if not run.reads_only else 4)  # each batch's again, for its gradients
     assert np.isfinite(recorded.losses).all()
-    if run.read is not None:  # it reads gradients and restores the weights
+    if run.reads_only:  # it reads gradients and restores the weights
         heads = {f"{head}.weight" for head in classifier_names(model)}  # the first of GraSP's gradients is theirs too
         assert set(run.scores) == set(subnet.names) | (heads if small.pruner["name"] == "grasp" else set())
         # In test_resnet, the digits', timm starts the last scale of each block at zero, and some gradients with it.

@@ -1,68 +1,29 @@
 """A search shared by several processes: the same ticket from any number of them, and what happens when one dies."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from test_faults import leftovers, same
+from support.commands import COLT, ENV, IMP, command, running, searched
+from support.run_folders import leftovers, same
 
 import timm_tickets as tt
-from timm_tickets.processes import any_of, apart, ending_with_others, place, rank, wait_for_others, world_size
-
-DRIVER = Path(__file__).parent / "killed_search.py"
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-COLT = [
-    "pruner.name=colt",
-    "pruner.prune_rate=0.6",
-    "pruner.sparsity=0.8",
-    "data.val_fraction=0.7",
-    "dense=false",
-    "training.epochs=2",
-    "training.checkpoint_interval=0",
-]
-IMP = ["pruner.prune_rate=0.6", "pruner.sparsity=0.6", *COLT[3:]]
-
-
-def command(folder, overrides, processes, moment=0, number=signal.SIGKILL, of=None, recipe="digits_imp", **more):
-    order = {
-        "recipe": recipe,
-        "overrides": [*overrides, f"output={folder}"],
-        "lives": [moment],
-        "signal": int(number),
-        "rank": of,
-        **more,
-    }
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *(launch if processes > 1 else []), str(DRIVER), json.dumps(order)]
-
-
-def searched(*args, check=True, **kwargs):
-    done = subprocess.run(command(*args, **kwargs), env=ENV, capture_output=True, text=True, timeout=280)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def running(folder):
-    """Processes whose command names this folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes()
-        except OSError:
-            continue
-        if str(folder).encode() in words and int(path.parent.name) != os.getpid():
-            found.append(int(path.parent.name))
-    return found
+from timm_tickets.distributed.processes import (
+    any_of,
+    apart,
+    ending_with_others,
+    place,
+    rank,
+    wait_for_others,
+    world_size,
+)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +179,7 @@ def test_how_a_search_is_shared_does_not_decide_its_result():
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(Accelerator, "num_processes", 3)
-    monkeypatch.setattr("timm_tickets.engine.world_size", lambda: 3)
+    monkeypatch.setattr("timm_tickets.training.supported.world_size", lambda: 3)
     with pytest.raises(tt.SettingError, match=r"training.batch_size: 64 .* 3 processes .* multiple of 3"):
         tt.search("digits_imp", ["training.batch_size=64", f"output={tmp_path / 'x'}"])
     assert not (tmp_path / "x").exists()
@@ -226,7 +187,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, tmp_pat
 
 def test_sync_bn_is_refused_where_torch_would(monkeypatch, tmp_path):
     monkeypatch.setattr(Accelerator, "num_processes", 2)
-    monkeypatch.setattr("timm_tickets.engine.world_size", lambda: 2)
+    monkeypatch.setattr("timm_tickets.training.supported.world_size", lambda: 2)
     monkeypatch.setattr(Accelerator, "device", torch.device("cpu"))
     with pytest.raises(tt.SettingError, match="sync_bn: torch's SyncBatchNorm refuses CPUs"):
         tt.search("digits_imp", ["training.sync_bn=true", f"output={tmp_path}"])
@@ -237,7 +198,9 @@ def test_working_alone_hides_the_others_from_everything(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
-    monkeypatch.setattr("timm_tickets.processes._by_itself", lambda whole: whole)  # test_groups.py has a real one
+    monkeypatch.setattr(
+        "timm_tickets.distributed.processes._by_itself", lambda whole: whole
+    )  # test_groups.py has a real one
     for state in (PartialState, AcceleratorState):  # copies: whatever is written to them is gone after the test
         monkeypatch.setattr(state, "_shared_state", {**state._shared_state, "num_processes": 3, "process_index": 1})
     assert (rank(), world_size()) == (1, 3)
@@ -258,7 +221,7 @@ def test_runs_are_handed_out_through_a_folder_only(monkeypatch):
 
     pruner = tt.create_pruner("colt", timm.create_model("test_resnet", num_classes=4), sparsity=0.5, epochs=1)
     pruner.parallel = "runs"
-    monkeypatch.setattr("timm_tickets.pruner.groups_of", lambda size: (0, 2))
+    monkeypatch.setattr("timm_tickets.pruning.pruner.groups_of", lambda size: (0, 2))
     with pytest.raises(tt.SettingError, match="gathered through one; create the pruner with a folder"):
         next(pruner)
 

@@ -14,8 +14,8 @@ from timm.layers import convert_sync_batchnorm
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import timm_tickets as tt
-from timm_tickets.starts import digest
-from timm_tickets.subset import Selection, subset_of
+from timm_tickets.core.states import digest
+from timm_tickets.data.subset import Selection, subset_of
 
 # One process runs it without DDP. Ranks draw different models, as under timm's train.py; DDP gives all rank 0's.
 SCRIPT = """
@@ -149,7 +149,7 @@ METHODS = [
 ]
 # Each process has statistics of its own batches, and they are in the ticket where it holds what was trained.
 WITH_STATISTICS = [replace(row, model="test_resnet") for row in METHODS if row.trained]
-COUNTS = (2, 3)
+COUNTS = (2, pytest.param(3, marks=pytest.mark.slow))
 
 
 def ranks(folder, rows, count, check=True, **more):
@@ -178,9 +178,15 @@ def ranks(folder, rows, count, check=True, **more):
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """Every row by one, two and three processes: fingerprints by rank, and rank 0's masks and values."""
-    rows = {1: METHODS} | dict.fromkeys(COUNTS, METHODS + WITH_STATISTICS)
-    return {count: ranks(tmp_path_factory.mktemp("searched"), rows[count], count)[1:3] for count in rows}
+    """Every row by one, two or three processes, when asked for: fingerprints by rank, rank 0's masks and values."""
+
+    class Searched(dict):
+        def __missing__(self, count):
+            rows = METHODS if count == 1 else METHODS + WITH_STATISTICS
+            self[count] = ranks(tmp_path_factory.mktemp("searched"), rows, count)[1:3]
+            return self[count]
+
+    return Searched()
 
 
 def test_every_registered_pruner_is_in_the_table():

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import timm_tickets as tt
 from timm_tickets.cli import app
-from timm_tickets.prunable import classifier_names, inspect_model
+from timm_tickets.sparse.prunable import classifier_names, inspect_model
 
 
 def on_meta(name):

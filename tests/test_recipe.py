@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import hostile_recipes
 
 import timm_tickets as tt
-from timm_tickets.build import build_model
-from timm_tickets.data import Data
-from timm_tickets.recipe import json_schema
-
-sys.path.insert(0, str(Path(__file__).parent))
-import hostile_recipes
+from timm_tickets.config.recipe import json_schema
+from timm_tickets.data.datasets import Data
+from timm_tickets.training.build import build_model
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 from pydantic import Field
 
 import timm_tickets as tt
-from timm_tickets import registry
-from timm_tickets.masks import keep_count, prune, total
+from timm_tickets.core.masks import keep_count, prune, total
+from timm_tickets.pruning import registry
 
 
 @pytest.mark.parametrize("module", ["masks", "networks", "processes", "scores"])

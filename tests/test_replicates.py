@@ -7,9 +7,8 @@ import statistics
 
 import pytest
 from rich.console import Console
-from test_cli import call
-from test_faults import leftovers, same
-from test_parallel import IMP, running, searched
+from support.commands import IMP, call, running, searched
+from support.run_folders import leftovers, same
 
 import timm_tickets as tt
 
@@ -80,7 +79,7 @@ def test_a_restart_clears_every_seed_before_the_first_is_searched(monkeypatch, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("timm_tickets.replicates.search", stop)
+        patch.setattr("timm_tickets.experiments.seeds.search", stop)
         with pytest.raises(KeyboardInterrupt):
             tt.search_seeds(recipe, SEEDS, restart=True, console=Console(quiet=True))
     assert not list(folder.rglob("result.json"))
@@ -102,7 +101,7 @@ def test_the_pruners_seed_follows_in_a_recipe_that_is_read_again(monkeypatch, tm
         searched.append(one)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("timm_tickets.replicates.search", search)
+    monkeypatch.setattr("timm_tickets.experiments.seeds.search", search)
     for seeds in ([3, 4], [4, 3]):
         with pytest.raises(KeyboardInterrupt):
             tt.search_seeds(recipe if again == "loaded" else tmp_path / "again.yaml", seeds)

@@ -25,13 +25,13 @@ from torch.utils.data import (
 )
 
 import timm_tickets as tt
-from timm_tickets.data import loader_of
-from timm_tickets.end import not_finite
-from timm_tickets.subset import Shuffled, labels_of
+from timm_tickets.core.states import not_finite
+from timm_tickets.data.datasets import loader_of
+from timm_tickets.data.subset import Shuffled, labels_of
 
 
 def run_of(**fields):
-    return tt.Run(**{"epochs": 2, **fields})
+    return tt.Training(tt.Run(**{"epochs": 2, **fields}), None)
 
 
 class Plain(Dataset):
@@ -218,7 +218,7 @@ def test_replay_leaves_the_model_where_the_run_left_it(model, tmp_path, unregist
         def search(self, subnet):
             for _ in range(3):
                 (end,) = yield [tt.Run()]
-            subnet.start = end.state
+            subnet.set_start_(end.state)
             subnet.rewind_()
 
     def whole(folder, stop=None):
@@ -536,11 +536,11 @@ def test_a_ticket_in_the_middle_of_a_run_starts_where_its_values_are(model):
 
 
 def test_only_the_process_that_writes_needs_the_folder(model, monkeypatch, tmp_path):
-    for module in ("pruner", "run_files"):
-        monkeypatch.setattr(f"timm_tickets.{module}.is_writer", lambda: False)
+    for module in ("pruner", "history", "run_files"):
+        monkeypatch.setattr(f"timm_tickets.pruning.{module}.is_writer", lambda: False)
     # What a search begins with is written by whoever decides for all, which no test with one process can play twice.
-    monkeypatch.setattr("timm_tickets.pruner.begun", lambda folder, identity, state, recipe: (state, None))
-    monkeypatch.setattr("timm_tickets.pruner.replayed", lambda folder, follows: None)
+    monkeypatch.setattr("timm_tickets.pruning.history.begun", lambda folder, identity, state, recipe: (state, None))
+    monkeypatch.setattr("timm_tickets.pruning.history.replayed", lambda folder, follows: None)
     pruner = tt.create_pruner("gradual", model, sparsity=0.5, epochs=1, interval=1, folder=tmp_path)
     run = next(pruner)
     run.batches_per_epoch = 1
@@ -553,21 +553,36 @@ def test_only_the_process_that_writes_needs_the_folder(model, monkeypatch, tmp_p
 
 
 @pytest.mark.usefixtures("unregister")
-def test_what_a_third_party_method_gets_wrong_is_said(model):
-    @tt.register_pruner("reads_weights")
-    class ReadsWeights(tt.Method):
+@pytest.mark.parametrize("change", ["rewind_", "set_mask_", "load_"])
+def test_what_a_run_ended_with_cannot_be_read_once_the_model_has_changed(model, change):
+    """It would be another model's: a search that is continued, whose ends are copies, would find another ticket."""
+
+    @tt.register_pruner("reads_late")
+    class ReadsLate(tt.Method):
         def search(self, subnet):
-            yield [tt.Run(reads=("weights",))]
+            (end,) = yield [tt.Run()]
+            assert end.weights[subnet.names[0]].equal(subnet.weights()[subnet.names[0]])
+            arguments = {"rewind_": (), "set_mask_": (subnet.mask,), "load_": (subnet.start,)}
+            getattr(subnet, change)(*arguments[change])
+            subnet.set_mask_(self.cut(subnet.mask, end.weights))
 
-    with pytest.raises(ValueError, match=r"'weights'.*'state' and 'scores'"):
-        next(tt.create_pruner("reads_weights", model, sparsity=0.5))
+    pruner = tt.create_pruner("reads_late", model, sparsity=0.5, epochs=1)
+    run = next(pruner)
+    optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1))
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"the model has changed since this run ended.*before `set_mask_`"):
+        next(pruner)
 
+
+@pytest.mark.usefixtures("unregister")
+def test_what_a_third_party_method_gets_wrong_is_said(model):
     @tt.register_pruner("no_values")
     class NoValues(tt.OneShot):
         ends_trained = True
 
         def search(self, subnet):
-            self.prune_(subnet, subnet.weights_on_cpu())
+            subnet.set_mask_(self.cut(subnet.mask, subnet.weights_on_cpu()))
             yield from ()
 
     pruner = tt.create_pruner("no_values", model, sparsity=0.5)
@@ -579,8 +594,8 @@ def test_what_a_third_party_method_gets_wrong_is_said(model):
         ends_trained = True
 
         def search(self, subnet):
-            self.prune_(subnet, subnet.weights_on_cpu())
-            subnet.start = dict(subnet.model.state_dict())
+            subnet.set_mask_(self.cut(subnet.mask, subnet.weights_on_cpu()))
+            subnet.set_start_(dict(subnet.model.state_dict()))
             yield from ()
 
     ticket = tt.create_pruner("own_tensors", model, sparsity=0.5).ticket

@@ -54,7 +54,7 @@ def run_script(code, monkeypatch, folder, *args):
 def zeros_at_the_end(monkeypatch):
     """Counts the runs that ended with pruned weights, all of them zero before anything set them so."""
     counted = []
-    finish = tt.Run.finish_
+    finish = tt.Training.finish_
 
     def checked(run):
         for name, mask in run.subnet.mask.items():
@@ -62,7 +62,7 @@ def zeros_at_the_end(monkeypatch):
         counted.append(run.sparsity)
         return finish(run)
 
-    monkeypatch.setattr(tt.Run, "finish_", checked)
+    monkeypatch.setattr(tt.Training, "finish_", checked)
     return counted
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_faults import leftovers, same
+from support.run_folders import leftovers, same
 from torch import nn
 
 import timm_tickets as tt
 
-DRIVER = Path(__file__).parent / "split_searches.py"
+DRIVER = Path(__file__).parent / "support" / "split_searches.py"
 ORDERS = [
     ("imp", {"sparsity": 0.8, "prune_rate": 0.6}),
     ("colt", {"sparsity": 0.6, "prune_rate": 0.4}),

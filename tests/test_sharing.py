@@ -9,7 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 import timm_tickets as tt
-from timm_tickets import cli, compare, hub
+from timm_tickets import cli
+from timm_tickets.tickets import compare
+from timm_tickets.tickets import publish as hub
 
 
 def mask(*kept):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import timm_tickets as tt
-from timm_tickets.standardised import _Masked
+from timm_tickets.sparse.standardised import _Masked
 
 
 def build(name):

@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from timm_tickets import shuffled_masks
-from timm_tickets.masks import full_masks, prune
-from timm_tickets.prunable import prunable_names
-from timm_tickets.scores import random
-from timm_tickets.subnet import Subnet
-from timm_tickets.wrappers import plain_model, plain_optimizer, reset_
+from timm_tickets.core.masks import full_masks, prune
+from timm_tickets.core.scores import random
+from timm_tickets.sparse.optimizers import plain_optimizer, reset_
+from timm_tickets.sparse.prunable import prunable_names
+from timm_tickets.sparse.subnet import Subnet
+from timm_tickets.sparse.wrappers import plain_model
 
 
 def _masked_in_place(parameter, mask):

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import timm_tickets as tt
 from timm_tickets import cli
-from timm_tickets.adapt import adapted_stem, adapted_stem_mask, recompute_batch_norm_
-from timm_tickets.build import build_model
+from timm_tickets.tickets.transfer import adapted_stem, adapted_stem_mask, recompute_batch_norm_
+from timm_tickets.training.build import build_model
 
 
 def build(name, seed=0, **kwargs):
@@ -149,7 +149,7 @@ def found(tmp_path_factory):
 
 
 def test_a_task_of_some_classes(found):
-    from timm_tickets.data import Data
+    from timm_tickets.data.datasets import Data
 
     data = Data(tt.load_recipe("digits_imp", [HIGH]).data)
     assert data.num_classes == 5
@@ -277,7 +277,7 @@ def test_restarting_clears_the_native_search_too(found, tmp_path, monkeypatch):
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr("timm_tickets.trainer.Trainer.fit", stop)
+        patch.setattr("timm_tickets.training.trainer.Trainer.fit", stop)
         with pytest.raises(Stop):
             tt.transfer("digits_imp", found, changed, controls=["native"], restart=True, console=quiet)
     result = tt.transfer("digits_imp", found, changed, controls=["native"], console=quiet)

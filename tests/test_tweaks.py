@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional
 
 import timm_tickets as tt
-from timm_tickets import trainer as trainer_module
-from timm_tickets.prunable import norms
+from timm_tickets.sparse.prunable import norms
+from timm_tickets.training import trainer as trainer_module
 from timm_tickets.tweaks.label_smoothing import smoothed_cross_entropy
 from timm_tickets.tweaks.rescaled_init import RescaledInit, scaled
 from timm_tickets.tweaks.skip_injection import keeps_shape

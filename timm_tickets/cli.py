@@ -35,9 +35,8 @@ def _about() -> None:
 @contextmanager
 def _errors() -> Iterator[None]:
     """Turn what a user can mend into one message on standard error, without a traceback."""
-    from .settings import SettingError, TrainingError, shown
-    from .stop import STOPPED, Stopped
-    from .ticket import TicketError
+    from .core.errors import SettingError, TicketError, TrainingError, shown
+    from .distributed.sigterm import STOPPED, Stopped
 
     try:
         with warnings.catch_warnings():
@@ -71,8 +70,9 @@ def _say_more(console: Console, layers: int) -> None:
 def list_(pattern: Annotated[str, typer.Argument(help="wildcard on the names")] = "*") -> None:
     """Show the registered pruners and retraining tweaks, and their settings."""
     with _errors():
-        from .method import Method
-        from .registry import get_method, get_tweak, list_pruners, list_tweaks
+        from .pruning.method import Method
+        from .pruning.registry import get_method, list_pruners
+        from .tweaks.registry import get_tweak, list_tweaks
 
         def told(fields: Any) -> Text:
             return Text(", ".join(k if info.is_required() else f"{k}={info.default!r}" for k, info in fields))
@@ -113,11 +113,11 @@ def search(
     """Search a ticket as a recipe says, and train it; continue where an earlier call stopped."""
     with _errors():
         if seeds is not None:
-            from .replicates import search_seeds, seeds_of
+            from .experiments.seeds import search_seeds, seeds_of
 
             search_seeds(recipe, seeds_of(seeds), set or (), restart=restart)
             return
-        from .experiment import search as run
+        from .experiments.search import search as run
 
         run(recipe, set or (), restart=restart)
 
@@ -131,7 +131,7 @@ def train(
 ) -> None:
     """Train a ticket under a recipe's data and training."""
     with _errors():
-        from .experiment import train as run
+        from .experiments.train import train as run
 
         run(recipe, ticket, set or (), restart=restart)
 
@@ -150,8 +150,8 @@ def transfer(
 ) -> None:
     """Train a ticket under another task's recipe: other classes, channels or image size; controls beside it."""
     with _errors():
-        from .experiment import CONTROLS
-        from .experiment import transfer as run
+        from .experiments.transfer import CONTROLS
+        from .experiments.transfer import transfer as run
 
         controls = CONTROLS if control is None else [name for name in control if name != "none"]
         run(recipe, ticket, set or (), controls=controls, recompute_batch_norm=recompute_bn, restart=restart)
@@ -163,10 +163,10 @@ def info(
 ) -> None:
     """Show what a ticket is: architecture, pruner, sparsity by layer, metrics, and its size against the bound."""
     with _errors():
-        from .hub import fetch
-        from .settings import shown
-        from .ticket_reader import describe
-        from .ticket_size import weigh
+        from .core.errors import shown
+        from .tickets.address import fetch
+        from .tickets.reader import describe
+        from .tickets.size import weigh
 
         path = fetch(file)
         size = weigh(path)
@@ -222,10 +222,10 @@ def compare(
 ) -> None:
     """Show how much tickets share, beside what chance would share; of two tickets, by layer."""
     with _errors():
-        from .compare import heat_map, layer_overlaps, overlap
-        from .masks import kept, layer_sparsities
-        from .settings import SettingError, shown
-        from .ticket import load_ticket
+        from .core.errors import SettingError, shown
+        from .core.masks import kept, layer_sparsities
+        from .tickets.compare import heat_map, layer_overlaps, overlap
+        from .tickets.ticket import load_ticket
 
         if len(files) < 2:
             raise SettingError("compare: one ticket cannot be compared; give two or more")
@@ -265,7 +265,7 @@ def push(
 ) -> None:
     """Publish a ticket with a model card on the Hugging Face Hub, or in a folder."""
     with _errors():
-        from .hub import push as run
+        from .tickets.publish import push as run
 
         print(run(file, to, plot, private))
 
@@ -285,7 +285,7 @@ def inspect(
     with _errors():
         from collections import Counter
 
-        from .prunable import build_to_inspect, inspect_model
+        from .sparse.prunable import build_to_inspect, inspect_model
 
         parts = inspect_model(build_to_inspect(arch, set or ()), include or ("*",), exclude or (), classifier)
         whole = sum(part.size for part in parts)
@@ -326,8 +326,9 @@ def recipe(
 ) -> None:
     """Print a recipe with every setting resolved."""
     with _errors():
-        from .files import write_json
-        from .recipe import json_schema, list_recipes, load_recipe
+        from .config.files import list_recipes
+        from .config.recipe import json_schema, load_recipe
+        from .storage.files import write_json
 
         if schema is not None:
             write_json(schema, json_schema())

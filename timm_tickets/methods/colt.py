@@ -11,15 +11,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..end import End
-from ..lazy import Lazy
-from ..masks import Masks, Scope, keep_count, kept, revived, total
-from ..method import Method
-from ..registry import register_pruner
-from ..run import Run
-from ..scores import magnitude
-from ..settings import SettingError
-from ..subnet import Subnet
+from ..core.errors import SettingError
+from ..core.lazy import Lazy
+from ..core.masks import Masks, Scope, keep_count, kept, revived, total
+from ..core.scores import magnitude
+from ..pruning.method import Method
+from ..pruning.registry import register_pruner
+from ..pruning.run import Run
+from ..pruning.run_end import End
+from ..sparse.subnet import Subnet
 
 
 @register_pruner("colt")
@@ -52,25 +52,21 @@ class COLT(Method):
             )
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        goal = keep_count(total(subnet.mask), self.sparsity)
-        while True:
+        goal, first = keep_count(total(subnet.mask), self.sparsity), True
+        while first or kept(subnet.mask) > goal:
             ends = yield self.round(subnet)
-            scores = [magnitude(end.weights) for end in ends]
-            before = kept(subnet.mask)
-            cut = max(1, round(self.prune_rate * before)) if before > goal else 0
-            found = self.overlap(subnet.mask, scores, cut)
-            chance = (1 - cut / before) ** self.partitions
-            subnet.notes.append(
-                {"kept_by_all": kept(found) / before, "by_chance": chance, "pruned_by_each": cut / before}
-            )
-            if kept(found) < goal:
-                del found  # too small, and looked for anew
-                found = self.exactly(subnet.mask, scores, cut, goal)
-            subnet.set_mask_(found)
+            self.cut_(subnet, [magnitude(end.weights) for end in ends], goal)
             subnet.rewind_()
-            if kept(found) == goal:
-                return
-            del ends, scores  # models, which need not wait for the next ones
+            first = False
+
+    def cut_(self, subnet: Subnet, scores: Sequence[Mapping[str, Tensor]], goal: int) -> None:
+        """Cut to what the copies of a round all keep, but not below ``goal``, and note how much that is."""
+        before = kept(subnet.mask)
+        cut = max(1, round(self.prune_rate * before)) if before > goal else 0
+        found = self.overlap(subnet.mask, scores, cut)
+        chance = (1 - cut / before) ** self.partitions
+        subnet.notes.append({"kept_by_all": kept(found) / before, "by_chance": chance, "pruned_by_each": cut / before})
+        subnet.set_mask_(found if kept(found) >= goal else self.exactly(subnet.mask, scores, cut, goal))
 
     def round(self, subnet: Subnet) -> list[Run]:
         """One run a partition: contiguous blocks of classes, sizes differing by one at most, or parts of the images."""
@@ -83,9 +79,10 @@ class COLT(Method):
     def overlap(self, mask: Masks, scores: Sequence[Mapping[str, Tensor]], cut: int) -> Masks:
         """What all copies keep, each having pruned ``cut`` weights."""
         first, *others = scores
-        found = self.pruned_masks(mask, first, cut, self.scope)
+        keep = kept(mask) - cut
+        found = self.cut(mask, first, keep)
         for one in others:
-            for name, other in self.pruned_masks(mask, one, cut, self.scope).items():
+            for name, other in self.cut(mask, one, keep).items():
                 found[name] &= other
         return revived(found, mask, summed(scores)) if self.collapse == "prevent" else found
 
@@ -95,8 +92,7 @@ class COLT(Method):
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if kept(self.overlap(mask, scores, middle)) >= goal else (low, middle)
-        found = self.overlap(mask, scores, low)
-        return self.pruned_masks(found, summed(scores), kept(found) - goal, self.scope)
+        return self.cut(self.overlap(mask, scores, low), summed(scores), goal)
 
 
 def summed(scores: Sequence[Mapping[str, Tensor]]) -> Lazy:

@@ -7,14 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..lazy import Lazy
-from ..masks import Distribution, Masks, Scope, all_kept, budgets, fill, keep_count, prune, total
-from ..registry import register_pruner
-from ..scores import magnitude
-from ..settings import SettingError
-from ..sharded import whole
-from ..subnet import Subnet
-from .edge_popup import EdgePopup, FirstScores
+from ..core.errors import SettingError
+from ..core.masks import Distribution, Masks, Scope, all_kept, budgets, fill, keep_count, total
+from ..core.scores import magnitude
+from ..pruning.registry import register_pruner
+from ..sparse.random_start import FirstScores
+from ..sparse.subnet import Subnet
+from .edge_popup import EdgePopup
 
 
 @register_pruner("frozen_slt")
@@ -94,16 +93,14 @@ class FrozenSLT(EdgePopup):
         gone = fill(pruned, shares, most) if pruned else dict.fromkeys(sizes, 0)
         return {name: (gone[name], frozen[name] - gone[name]) for name in sizes}
 
-    def cut(self, subnet: Subnet) -> Masks:
+    def mask_of_scores(self, subnet: Subnet) -> Masks:
         """Keep the locked and, of the free, the largest |scores|: exactly the asked number of weights is pruned."""
-        masks, gates, frozen = subnet.mask, subnet.gates, self.frozen_counts(subnet)
-        frozen_out = sum(pruned for pruned, _ in frozen.values())
+        masks, frozen = subnet.mask, self.frozen_counts(subnet)
+        keep = keep_count(total(masks), self.sparsity) - sum(locked for _, locked in frozen.values())
         bare = [name for name, (_, locked) in frozen.items() if self.collapse == "prevent" and not locked]
-        cut = total(masks) - keep_count(total(masks), self.sparsity) - frozen_out
-        # In a row as the gates have them: in the weights' shapes they would be twice as many.
-        scores = Lazy(gates, lambda name: whole(gates[name].score.detach()).cpu())
+        # Flat, as the gates have them: in the weights' shapes half of them would be zeros of frozen weights.
+        scores = subnet.free_scores()
         scores = magnitude(dict(scores) if self.scope == "global" else scores)
-        every = all_kept({name: gate.score for name, gate in gates.items()})
-        found = prune(every, scores, cut, self.scope, spare=bare)
-        free: Any = {name: gate.free for name, gate in gates.items()}  # all of them have one, from `pattern`
+        found = self.cut(all_kept({name: gate.score for name, gate in subnet.gates.items()}), scores, keep, spare=bare)
+        free: Any = {name: gate.free for name, gate in subnet.gates.items()}  # all of them have one, from `prepare_`
         return {name: mask.masked_scatter(free[name].cpu(), found[name]) for name, mask in masks.items()}

@@ -8,15 +8,16 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ..end import End
-from ..masks import keep_count, kept, total
-from ..method import OneShot
-from ..registry import register_pruner
-from ..run import Run
-from ..scores import magnitude
-from ..settings import SettingError
-from ..subnet import Subnet
-from ..warn import warn
+from ..core.errors import SettingError
+from ..core.masks import keep_count, kept, total
+from ..core.scores import magnitude
+from ..core.warn import warn
+from ..pruning.method import OneShot
+from ..pruning.registry import register_pruner
+from ..pruning.run import Run
+from ..pruning.run_end import End
+from ..pruning.training import Training
+from ..sparse.subnet import Subnet
 
 
 @register_pruner("gradual")
@@ -42,7 +43,7 @@ class Gradual(OneShot):
             raise SettingError(f"pruner.begin: {self.begin} is not before end {self.end}; begin earlier")
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        (yield [Run(after_step=self.step_, reads=())]).clear()
+        yield [Run(after_step=self.step_)]
         if kept(subnet.mask) > keep_count(total(subnet.mask), self.sparsity):
             warn(
                 f"gradual: its run ended at sparsity {subnet.sparsity:.4f}, not at the asked {self.sparsity}; the rest "
@@ -50,17 +51,16 @@ class Gradual(OneShot):
                 "trained"
             )
         # However long the run was, the asked sparsity is met.
-        self.prune_(subnet, magnitude(subnet.weights_on_cpu()))
+        subnet.set_mask_(self.cut(subnet.mask, magnitude(subnet.weights_on_cpu())))
         subnet.restart_()
 
-    def step_(self, run: Run) -> None:
+    def step_(self, run: Training) -> None:
         if run.step % run.every(self.interval, (self.end - self.begin) / 20) and run.progress < 1:
             return
         subnet = run.subnet
         keep = keep_count(total(subnet.mask), self.scheduled(run.progress))
-        cut = max(0, kept(subnet.mask) - keep)
-        if cut:
-            self.cut_(subnet, magnitude(subnet.weights_on_cpu()), cut)
+        if keep < kept(subnet.mask):
+            subnet.set_mask_(self.cut(subnet.mask, magnitude(subnet.weights_on_cpu()), keep))
 
     def scheduled(self, progress: float) -> float:
         """Sparsity after this fraction of training (equation 1, from 0)."""

@@ -11,15 +11,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..blind import warn_of_blind_scores
-from ..end import End
-from ..method import OneShot
-from ..prunable import prunable_names
-from ..registry import register_pruner
-from ..run import Run
-from ..scores import grasp
-from ..subnet import Subnet
-from .snip import add, reading_run
+from ..core.scores import grasp
+from ..pruning.method import OneShot
+from ..pruning.registry import register_pruner
+from ..pruning.run import Run
+from ..pruning.run_end import End
+from ..pruning.training import Training
+from ..sparse.blind import warn_of_blind_scores
+from ..sparse.prunable import prunable_names
+from ..sparse.subnet import Subnet
+from .snip import gradients, reading_run
 
 
 @register_pruner("grasp")
@@ -49,7 +50,7 @@ class GraSP(OneShot):
         subnet.rewind_()
         warn_of_blind_scores(self.name, subnet.names, end.scores)
         assert subnet.start is not None  # where the weights are now, on the CPU already
-        self.prune_(subnet, grasp(subnet.start, end.scores))
+        subnet.set_mask_(self.cut(subnet.mask, grasp(subnet.start, end.scores)))
 
     def reading(self, read: Callable[..., None]) -> Run:
         """A run that reads the same images as the other one."""
@@ -60,22 +61,20 @@ class GraSP(OneShot):
         return 2
 
 
-def differentiated(run: Run) -> dict[str, Tensor]:
+def differentiated(run: Training) -> dict[str, Tensor]:
     """The weights that g is taken of: all that multiply activations, the classifier's too, whatever is pruned."""
     names = {*prunable_names(run.subnet.model, classifier=True), *run.subnet.names}
     return {n: weight for n, weight in run.subnet.model.named_parameters() if n in names and weight.requires_grad}
 
 
-def add_gradients(run: Run, loss: Callable[..., Tensor], temperature: float) -> None:
-    weights = differentiated(run)
-    add(run, weights, torch.autograd.grad(loss(temperature), list(weights.values()), materialize_grads=True))
+def add_gradients(run: Training, loss: Callable[..., Tensor], temperature: float) -> None:
+    run.add_scores_(gradients(loss(temperature), differentiated(run)))
 
 
-def add_products(gradient: Mapping[str, Tensor], run: Run, loss: Callable[..., Tensor], temperature: float) -> None:
+def add_products(
+    gradient: Mapping[str, Tensor], run: Training, loss: Callable[..., Tensor], temperature: float
+) -> None:
     """Add this batch's H g: the gradient of ``g . dL/dw`` with g, that of all batches, held fixed."""
-    weights = differentiated(run)
-    own = torch.autograd.grad(loss(temperature), list(weights.values()), create_graph=True, materialize_grads=True)
-    fixed = (gradient[name].to(weight.device) for name, weight in weights.items())
-    product = torch.stack([(g * one).sum() for g, one in zip(fixed, own, strict=True)]).sum()
-    pruned = run.subnet.parameters()
-    add(run, pruned, torch.autograd.grad(product, list(pruned.values()), materialize_grads=True))
+    own = gradients(loss(temperature), differentiated(run), graph=True)
+    product = torch.stack([(gradient[name].to(value.device) * value).sum() for name, value in own.items()]).sum()
+    run.add_scores_(gradients(product, run.subnet.parameters()))

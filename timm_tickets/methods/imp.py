@@ -8,13 +8,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ..end import End
-from ..masks import Scope, keep_count, total
-from ..method import Method
-from ..registry import register_pruner
-from ..run import Rewind, Run
-from ..scores import magnitude
-from ..subnet import Subnet
+from ..core.masks import Scope, keep_count, total
+from ..core.scores import magnitude
+from ..pruning.method import Method
+from ..pruning.registry import register_pruner
+from ..pruning.run import Rewind, Run
+from ..pruning.run_end import End
+from ..sparse.subnet import Subnet
 
 
 @register_pruner("imp")
@@ -34,13 +34,10 @@ class IMP(Method):
     rewind: Rewind = "0ep"
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        remaining = total(subnet.mask)
         for round, keep in enumerate(self.kept_counts(subnet)):
-            yield [Run(reads=(), rewind=self.rewind if round == 0 else None, from_rewind=round > 0)]
-            trained = magnitude(subnet.weights_on_cpu())
-            subnet.set_mask_(self.pruned_masks(subnet.mask, trained, remaining - keep, self.scope))
+            yield [Run(rewind=self.rewind if round == 0 else None, from_rewind=round > 0)]
+            subnet.set_mask_(self.cut(subnet.mask, magnitude(subnet.weights_on_cpu()), keep))
             subnet.rewind_()
-            remaining = keep
 
     def kept_counts(self, subnet: Subnet) -> list[int]:
         """Weights kept after each round; the last is what the asked sparsity keeps."""

@@ -9,20 +9,21 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from ..end import End
-from ..gates import Gate, new_scores
-from ..lazy import Lazy
-from ..masks import full_masks
-from ..method import Method
-from ..prunable import classifier_names, norms
-from ..registry import register_pruner
-from ..run import Run
-from ..scores import magnitude
-from ..starts import is_pretrained, pretrained_tag
-from ..subnet import Subnet
-from ..warn import warn
+from ..core.lazy import Lazy
+from ..core.masks import all_kept, full_masks, swap
+from ..core.scores import magnitude
+from ..core.warn import warn
+from ..pruning.method import Method
+from ..pruning.registry import register_pruner
+from ..pruning.run import Run
+from ..pruning.run_end import End
+from ..pruning.training import Training
+from ..sparse.gates import Gate, new_scores
+from ..sparse.pretrained import is_pretrained, pretrained_tag
+from ..sparse.prunable import classifier_names, norms
+from ..sparse.subnet import Subnet
 
 
 @register_pruner("jackpot")
@@ -71,18 +72,18 @@ class Jackpot(Method):
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         # One global magnitude threshold: it decides how many each layer keeps, for good, and the first mask.
-        subnet.set_mask_(self.best(subnet, magnitude(subnet.weights_on_cpu())))
+        subnet.set_mask_(self.cut(all_kept(subnet.mask), magnitude(subnet.weights_on_cpu())))
         subnet.load_scores_(Lazy(subnet.names, lambda name: torch.where(subnet.mask[name], 1.0, self.low_score)))
         # A claim only: a model knows its tag whether or not it was built with pretrained=True. The ticket checks it.
         tag = pretrained_tag(subnet.model)
         subnet.origin = {"start": "pretrained", "tag": tag} if tag else {}
-        (yield [Run(after_step=self.step_, weight_decay=self.weight_decay, reads=())]).clear()
+        yield [Run(after_step=self.step_, weight_decay=self.weight_decay)]
         subnet.bake_()
         subnet.restart_()
 
-    def step_(self, run: Run) -> None:
+    def step_(self, run: Training) -> None:
         rate = self.scheduled(run.progress)
-        scores, masks = run.subnet.present_scores(), run.subnet.mask
+        scores, masks = run.subnet.live_scores(), run.subnet.mask
         run.subnet.set_mask_({name: swap(mask, scores[name], rate) for name, mask in masks.items()})
 
     def scheduled(self, progress: float) -> float:
@@ -100,30 +101,3 @@ def looks_untrained(model: nn.Module) -> bool:
     means = [norm.running_mean for norm in found if getattr(norm, "running_mean", None) is not None]
     scales = [norm.weight for norm in found if norm.weight is not None]
     return not any(m.any() for m in means) and all(s.unique().numel() == 1 for s in scales)
-
-
-def swap(mask: Tensor, score: Tensor, rate: float) -> Tensor:
-    """Exchange the most inverted pairs of a kept and a pruned weight; the number kept stays.
-
-    Sort the pruned by falling and the kept by rising score; a pair is inverted where the pruned one's is higher. Of c
-    such pairs the first ceil(rate * c) change places. Equal scores never do.
-
-    Args:
-        mask: Bool, any shape.
-        score: Float, same shape.
-        rate: Share of the inverted pairs to exchange, in [0, 1].
-
-    >>> mask = torch.tensor([True, True, False, False])
-    >>> swap(mask, torch.tensor([0.1, 0.9, 0.5, 0.1]), 1.0).tolist()
-    [False, True, True, False]
-    """
-    flat, values = mask.flatten().clone(), score.flatten()
-    pruned, kept = (~flat).nonzero().flatten(), flat.nonzero().flatten()
-    pruned = pruned[values[pruned].argsort(descending=True, stable=True)]
-    kept = kept[values[kept].argsort(stable=True)]
-    pairs = min(len(pruned), len(kept))
-    inverted = int((values[pruned[:pairs]] > values[kept[:pairs]]).sum())
-    count = math.ceil(rate * inverted)
-    flat[pruned[:count]] = True
-    flat[kept[:count]] = False
-    return flat.view(mask.shape)

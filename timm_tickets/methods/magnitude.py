@@ -5,12 +5,12 @@ Source: Han et al. 2015, 1506.02626, without its retraining.
 
 from collections.abc import Generator
 
-from ..end import End
-from ..method import OneShot
-from ..registry import register_pruner
-from ..run import Run
-from ..scores import magnitude
-from ..subnet import Subnet
+from ..core.scores import magnitude
+from ..pruning.method import OneShot
+from ..pruning.registry import register_pruner
+from ..pruning.run import Run
+from ..pruning.run_end import End
+from ..sparse.subnet import Subnet
 
 
 @register_pruner("magnitude")
@@ -23,5 +23,5 @@ class Magnitude(OneShot):
     """
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        self.prune_(subnet, magnitude(subnet.weights_on_cpu()))
+        subnet.set_mask_(self.cut(subnet.mask, magnitude(subnet.weights_on_cpu())))
         yield from ()

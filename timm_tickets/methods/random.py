@@ -5,12 +5,12 @@ Source: as a baseline, Frankle & Carbin 2018, 1803.03635, section 2; Liu et al. 
 
 from collections.abc import Generator
 
-from ..end import End
-from ..method import OneShot
-from ..registry import register_pruner
-from ..run import Run
-from ..scores import random
-from ..subnet import Subnet
+from ..core.scores import random
+from ..pruning.method import OneShot
+from ..pruning.registry import register_pruner
+from ..pruning.run import Run
+from ..pruning.run_end import End
+from ..sparse.subnet import Subnet
 
 
 @register_pruner("random")
@@ -22,5 +22,5 @@ class Random(OneShot):
     """
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        self.prune_(subnet, random(subnet.weights(), self.seed))
+        subnet.set_mask_(self.cut(subnet.mask, random(subnet.weights(), self.seed)))
         yield from ()

@@ -5,15 +5,10 @@ Source: Evci et al. 2020, 1911.11134.
 
 import math
 
-from torch import Tensor
-
-from ..blind import warn_of_blind_layers
-from ..lazy import Lazy
-from ..processes import world_size
-from ..registry import register_pruner
-from ..run import Run
-from ..scores import magnitude
-from ..wrappers import mean_over_processes
+from ..core.scores import magnitude
+from ..pruning.registry import register_pruner
+from ..pruning.training import Training
+from ..sparse.blind import warn_of_blind_layers
 from .set import SET
 
 
@@ -29,25 +24,16 @@ class RigL(SET):
 
     until: float = 0.75
 
-    def step_(self, run: Run) -> None:
-        subnet = run.subnet
-        if subnet.dense_gradients and run.step % self.every(run) == 0 and run.progress < self.until:
-            weights, gradients = subnet.weights(), subnet.dense_gradients
-
-            def mean(name: str) -> Tensor:
-                # The processes can reach each other where the weights are.
-                there = gradients[name].to(weights[name].device) if world_size() > 1 else gradients[name]
-                return mean_over_processes({name: there})[name].cpu()
-
-            dense = magnitude(Lazy(weights, mean))
+    def step_(self, run: Training) -> None:
+        subnet, due = run.subnet, run.step % self.every(run) == 0 and run.progress < self.until
+        if due and (dense := magnitude(subnet.dense_gradients())):
             if run.step == self.every(run):
-                blind = [name for name in weights if not dense[name].any()]
-                warn_of_blind_layers(self.name, blind, len(weights), "so what grows in them is arbitrary")
+                blind = [name for name in subnet.names if not dense[name].any()]
+                warn_of_blind_layers(self.name, blind, len(subnet.names), "so what grows in them is arbitrary")
             self.exchange_(run, dense, self.scheduled(run.progress))
-        subnet.dense_gradients.clear()
-        subnet.tap = (run.step + 1) % self.every(run) == 0
+        subnet.tap_((run.step + 1) % self.every(run) == 0)
 
-    def every(self, run: Run) -> int:
+    def every(self, run: Training) -> int:
         return run.every(self.interval, self.until / 10)
 
     def scheduled(self, progress: float) -> float:

@@ -9,16 +9,16 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from ..end import End
-from ..masks import Distribution, exchange, keep_count, total
-from ..method import OneShot
-from ..registry import register_pruner
-from ..run import Run
-from ..scores import magnitude, random
-from ..seeds import seed_from
-from ..settings import SettingError
-from ..sharded import local, part
-from ..subnet import Subnet
+from ..core.errors import SettingError
+from ..core.masks import Distribution, exchange, keep_count, total
+from ..core.scores import magnitude, random
+from ..core.seeds import seed_from
+from ..pruning.method import OneShot
+from ..pruning.registry import register_pruner
+from ..pruning.run import Run
+from ..pruning.run_end import End
+from ..pruning.training import Training
+from ..sparse.subnet import Subnet
 
 
 @register_pruner("set")
@@ -45,7 +45,7 @@ class SET(OneShot):
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         self.begin_(subnet)
-        (yield [Run(after_step=self.step_, reads=())]).clear()
+        yield [Run(after_step=self.step_)]
         subnet.restart_()
 
     def begin_(self, subnet: Subnet) -> None:
@@ -53,35 +53,29 @@ class SET(OneShot):
         mask, noise = subnet.mask, random(subnet.weights(), self.seed)
         first = {name: mask[name] for name in subnet.names[: 1 if self.dense_first else 0]}
         others = {name: mask[name] for name in mask if name not in first}
-        cut = total(mask) - keep_count(total(mask), self.sparsity)
-        if cut > total(others):
+        keep = keep_count(total(mask), self.sparsity) - total(first)
+        if keep < 0:
             raise SettingError(
-                f"pruner.dense_first: {cut} weights are to be pruned, and the other layers have {total(others)}; lower "
-                "the sparsity, or set it to false"
+                f"pruner.dense_first: {total(others) - keep} weights are to be pruned, and the other layers have "
+                f"{total(others)}; lower the sparsity, or set it to false"
             )
-        subnet.set_mask_(first | self.pruned_masks(others, noise, cut, self.scope, self.distribution))
+        subnet.set_mask_(first | self.cut(others, noise, keep))
 
-    def step_(self, run: Run) -> None:
+    def step_(self, run: Training) -> None:
         if run.step % self.every(run) == 0 and run.progress < self.until:
             self.exchange_(run, random(run.subnet.weights(), seed_from(self.seed, run.step)), self.drop_rate)
 
-    def every(self, run: Run) -> int:
+    def every(self, run: Training) -> int:
         """Optimizer steps between two exchanges."""
         return self.interval or run.steps_per_epoch
 
-    def exchange_(self, run: Run, grow: Mapping[str, Tensor], rate: float) -> None:
+    def exchange_(self, run: Training, grow: Mapping[str, Tensor], rate: float) -> None:
         """In every layer drop this fraction of the kept weights, the smallest, and grow as many of the best."""
         subnet, old = run.subnet, run.subnet.mask
         drop = magnitude(subnet.weights_on_cpu())
         new = {n: exchange(mask, drop[n], grow[n].cpu(), round(rate * int(mask.sum()))) for n, mask in old.items()}
         subnet.set_mask_(new)
-        # A weight that begins anew has no past: its momentum is from before it was pruned.
-        assert run.optimizer is not None
-        for name, parameter in subnet.parameters().items():
-            grown = part(new[name] & ~old[name], parameter)
-            for value in run.optimizer.state[parameter].values():
-                if getattr(value, "shape", None) == parameter.shape:
-                    local(value).masked_fill_(grown, 0)
+        run.forget_({name: mask & ~old[name] for name, mask in new.items()})  # what has grown: it begins anew
 
     def runs(self, subnet: Subnet) -> int:
         return 1

@@ -3,21 +3,21 @@
 Source: Lee et al. 2018, 1810.02340.
 """
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Mapping
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..blind import warn_of_blind_scores
-from ..end import End
-from ..method import OneShot
-from ..processes import world_size
-from ..registry import register_pruner
-from ..run import Run
-from ..scores import snip
-from ..subnet import Subnet
+from ..core.scores import snip
+from ..pruning.method import OneShot
+from ..pruning.registry import register_pruner
+from ..pruning.run import Run
+from ..pruning.run_end import End
+from ..pruning.training import Training
+from ..sparse.blind import warn_of_blind_scores
+from ..sparse.subnet import Subnet
 
 
 @register_pruner("snip")
@@ -37,34 +37,33 @@ class SNIP(OneShot):
         subnet.rewind_()
         warn_of_blind_scores(self.name, subnet.names, end.scores)
         assert subnet.start is not None  # where the weights are now, on the CPU already
-        self.prune_(subnet, snip(subnet.start, end.scores))
+        subnet.set_mask_(self.cut(subnet.mask, snip(subnet.start, end.scores)))
 
     def runs(self, subnet: Subnet) -> int:
         return 1
 
 
 def reading_run(
-    read: Callable[[Run, Callable[..., Tensor]], None], limit: int | None = None, images_per_class: int | None = None
+    read: Callable[[Training, Callable[..., Tensor]], None],
+    limit: int | None = None,
+    images_per_class: int | None = None,
 ) -> Run:
     """A short run that adds up something of the gradients of a few images, all of them at the same weights."""
-    return Run(
-        epochs=1, read=read, limit=limit, images_per_class=images_per_class, reads=("scores",), after_step=_restore
-    )
+    return Run(epochs=1, read=read, limit=limit, images_per_class=images_per_class, after_step=_restore)
 
 
-def add_gradients(run: Run, loss: Callable[..., Tensor]) -> None:
+def add_gradients(run: Training, loss: Callable[..., Tensor]) -> None:
     """Add this batch's gradients to the run's scores."""
-    weights = run.subnet.parameters()
-    add(run, weights, torch.autograd.grad(loss(), list(weights.values()), materialize_grads=True))
+    run.add_scores_(gradients(loss(), run.subnet.parameters()))
 
 
-def add(run: Run, names: Iterable[str], readings: Iterable[Tensor]) -> None:
-    """Add readings to the run's scores, on the CPU where scores are compared, unless processes have to average them."""
-    for name, reading in zip(names, readings, strict=True):
-        run.scores[name] = run.scores.get(name, 0) + (reading if world_size() > 1 else reading.cpu())
+def gradients(value: Tensor, weights: Mapping[str, Tensor], graph: bool = False) -> dict[str, Tensor]:
+    """The gradient of a scalar with respect to each weight; with its graph where it is to be differentiated again."""
+    found = torch.autograd.grad(value, list(weights.values()), create_graph=graph, materialize_grads=True)
+    return dict(zip(weights, found, strict=True))
 
 
-def _restore(run: Run) -> None:
+def _restore(run: Training) -> None:
     """Undo the optimizer's step and batch normalisation's statistics, for the next batch."""
     assert run.subnet.start is not None
     run.subnet.load_(run.subnet.start)

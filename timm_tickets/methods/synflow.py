@@ -8,16 +8,16 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ..blind import warn_of_blind_scores
-from ..end import End
-from ..masks import Scores, keep_count, kept, total
-from ..method import OneShot
-from ..registry import register_pruner
-from ..run import Run
-from ..scores import synflow
-from ..settings import SettingError
-from ..subnet import Subnet
-from ..ticket import describe_model
+from ..core.errors import SettingError
+from ..core.masks import Scores, keep_count, kept, total
+from ..core.scores import synflow
+from ..pruning.method import OneShot
+from ..pruning.registry import register_pruner
+from ..pruning.run import Run
+from ..pruning.run_end import End
+from ..sparse.blind import warn_of_blind_scores
+from ..sparse.describe import describe_model
+from ..sparse.subnet import Subnet
 
 
 @register_pruner("synflow")
@@ -41,8 +41,8 @@ class SynFlow(OneShot):
         goal = keep_count(count, self.sparsity)
         for step in range(1, self.iterations + 1):
             keep = max(goal, round(count * (goal / count) ** (step / self.iterations)))
-            # Without a name: scores of one step would be held while the next ones are made.
-            self.cut_(subnet, self.scores(subnet, size), kept(subnet.mask) - keep)
+            # Not kept in a variable, which would hold one step's scores while the next ones are made.
+            subnet.set_mask_(self.cut(subnet.mask, self.scores(subnet, size), keep))
         yield from ()
 
     def scores(self, subnet: Subnet, size: tuple[int, int, int]) -> Scores:

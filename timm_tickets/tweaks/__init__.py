@@ -1,1 +1,1 @@
-"""One file a retraining tweak; `registry` finds them."""
+"""Changes of a ticket's training that leave nothing behind: one file a tweak, picked by name (`registry`)."""

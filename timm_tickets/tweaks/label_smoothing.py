@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..registry import register_tweak
-from ..settings import SettingError
-from ..tweak import Criterion, Tweak
+from ..core.errors import SettingError
+from .base import Criterion, Tweak
+from .registry import register_tweak
 
 
 @register_tweak("label_smoothing")

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..prunable import MATRICES, norms
-from ..registry import register_tweak
-from ..settings import SettingError
-from ..tweak import Criterion, Tweak
-from ..wrappers import mean_over_processes
+from ..core.errors import SettingError
+from ..distributed.collectives import mean_over_processes
+from ..sparse.prunable import MATRICES, norms
+from .base import Criterion, Tweak
+from .registry import register_tweak
 
 State = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]

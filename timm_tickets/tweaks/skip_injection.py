@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..prunable import classifier_names
-from ..registry import register_tweak
-from ..settings import SettingError
-from ..tweak import Annealed
+from ..core.errors import SettingError
+from ..sparse.prunable import CONVOLUTIONS, MATRICES, classifier_names
+from .base import Annealed
+from .registry import register_tweak
 
 
 @register_tweak("skip_injection")
@@ -25,7 +25,7 @@ class SkipInjection(Annealed):
 
     def inject_(self, model: nn.Module, share: Tensor) -> list[Any]:
         heads = tuple(f"{name}." for name in classifier_names(model))
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, (_Conv, nn.Linear))}
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, MATRICES)}
         places = {n: layer for n, layer in layers.items() if keeps_shape(layer) and not f"{n}.".startswith(heads)}
         if not places:
             raise SettingError(
@@ -41,15 +41,12 @@ class SkipInjection(Annealed):
         return [layer.register_forward_hook(add) for layer in places.values()]
 
 
-_Conv = nn.modules.conv._ConvNd
-
-
 def keeps_shape(layer: nn.Module) -> bool:
     """Whether a layer has as many channels or features out as in, and no stride."""
     if isinstance(layer, nn.Linear):
         return layer.in_features == layer.out_features
     return (
-        isinstance(layer, _Conv)
+        isinstance(layer, CONVOLUTIONS)
         and not layer.transposed
         and layer.in_channels == layer.out_channels
         and all(stride == 1 for stride in layer.stride)

@@ -11,9 +11,9 @@ from timm.layers import activations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..registry import register_tweak
-from ..settings import SettingError
-from ..tweak import Annealed
+from ..core.errors import SettingError
+from .base import Annealed
+from .registry import register_tweak
 
 # Without parameters, and of unbounded range: sigmoids and their kin are gates, not activations.
 _ACTIVATIONS = (

@@ -1,0 +1,99 @@
+"""Every method with settings that keep tests short, and the loop that trains it. A new method is one row here."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import timm_tickets as tt
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method: its name, settings that keep the test short, and settings that must be refused."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    refused: tuple[dict[str, Any], ...] = ()
+
+
+METHODS = [
+    Row(
+        "imp",
+        {"prune_rate": 0.6},
+        ({"prune_rate": 0}, {"prune_rate": 1}, {"scope": "rows"}, {"rewind": "2 epochs"}),
+    ),
+    Row("imp", {"prune_rate": 0.6, "scope": "layerwise", "rewind": "1it"}),
+    Row("colt", {"prune_rate": 0.6}, ({"partitions": 1}, {"prune_rate": 0}, {"split": "pixels"}, {"partitions": 5})),
+    Row("colt", {"prune_rate": 0.6, "partitions": 3, "split": "samples", "scope": "layerwise"}),
+    Row("magnitude", {}, ({"scope": "rows"}, {"distribution": "even"}, {"distribution": "erk"})),
+    Row("magnitude", {"scope": "layerwise", "distribution": "erk"}),
+    Row("snip", {}, ({"batches": 0},)),
+    Row("grasp", {}, ({"batches": 0},)),
+    Row("synflow", {"iterations": 3, "input_size": (3, 32, 32)}, ({"iterations": 0}, {"input_size": (3, 32)})),
+    Row("gradual", {"interval": 1, "epochs": 2}, ({"interval": 0}, {"end": 0}, {"begin": 0.9})),
+    Row("set", {"interval": 1, "epochs": 2}, ({"drop_rate": 0}, {"scope": "global"}, {"until": 2})),
+    Row("rigl", {"interval": 2, "epochs": 2}, ({"drop_rate": 1}, {"interval": 0})),
+    Row("edge_popup", {}, ({"scale": "some"}, {"weights": "zeros"}, {"weight_decay": -1})),
+    Row("edge_popup", {"scope": "global", "scale": "dynamic", "weights": "kaiming_normal"}),
+    Row("frozen_slt", {}, ({"frozen": 1}, {"freezing": "even"}, {"pruned": 0.95, "locked": 0.01})),
+    Row("frozen_slt", {"frozen": 0.7, "freezing": "erk", "scope": "layerwise"}),
+    Row("jackpot", {}, ({"fall": "fast"}, {"low_score": 0})),
+    Row("continuous_sparsification", {"rounds": 2}, ({"rounds": 0}, {"s0": 3}, {"final_beta": 1}, {"meet": "luck"})),
+    Row("continuous_sparsification", {"parallel": (0.05, -0.05)}),
+    Row("random", {}, ({"seed": -1},)),
+    Row("random", {"scope": "layerwise"}),
+]
+SPARSITY = 0.9
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=5e-4),
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=0.05),
+}
+
+
+def ids(row):
+    return "-".join([row.name, *(str(value) for value in row.settings.values())])
+
+
+every_method = pytest.mark.parametrize("row", METHODS, ids=ids)
+
+
+def fresh(seed=0, classes=4):
+    torch.manual_seed(seed)
+    return timm.create_model("test_resnet", num_classes=classes)
+
+
+def loader():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(24, 3, 32, 32, generator=generator)
+    return DataLoader(TensorDataset(images, torch.arange(24) % 4), batch_size=8)
+
+
+def pruner_of(row, model, **more):
+    return tt.create_pruner(row.name, model, **({"sparsity": SPARSITY, "epochs": 1} | row.settings | more))
+
+
+def train_run(run, model, optimizer="sgd", check=None, epochs=None):
+    """A user's loop, with clipping."""
+    optimizer = run.attach(OPTIMIZERS[optimizer](model.parameters()))
+    criterion = torch.nn.CrossEntropyLoss()
+    model.train()
+    for _ in range(epochs or run.epochs):
+        for images, labels in run.subset(loader()):
+            loss = run.loss(criterion, model(images), labels)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            if check:
+                check()
+
+
+def searched(row, model, **more):
+    pruner = pruner_of(row, model, **more)
+    for run in pruner:
+        train_run(run, model)
+    return pruner

@@ -1,0 +1,82 @@
+"""What leans on private parts of other libraries: each test says what changed, where a new version breaks it."""
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from timm_tickets.core import private
+
+
+def test_accelerate_reads_the_number_of_processes_from_its_shared_dictionaries():
+    state = PartialState()
+    (shared, _), count = private.accelerate_states(), state.num_processes
+    try:
+        shared["num_processes"] = 7
+        assert state.num_processes == 7, "Accelerate no longer shares PartialState._shared_state: see processes.apart"
+    finally:
+        shared["num_processes"] = count
+
+
+def test_accelerate_takes_another_precision_once_its_state_is_reset():
+    for precision in ("bf16", "no"):
+        private.allow_precision(precision)
+        found = Accelerator(mixed_precision=precision).mixed_precision
+        assert found == precision, "Accelerate keeps its first precision: _reset_state no longer resets it"
+    assert "_mixed_precision" in AcceleratorState._shared_state, "Accelerate's state no longer names _mixed_precision"
+
+
+def test_accelerate_lets_go_of_a_loader():
+    accelerator = Accelerator()
+    loader = torch.utils.data.DataLoader([torch.zeros(1)])
+    accelerator.prepare_data_loader(loader)
+    assert len(accelerator._dataloaders) == 1, "Accelerate no longer keeps its loaders in _dataloaders"
+    private.forget_loaders_(accelerator)
+    assert accelerator._dataloaders == []
+
+
+def test_torch_takes_another_default_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    world = torch.distributed.group.WORLD
+    other = torch.distributed.new_group([0])
+    try:
+        private.set_world_(other)
+        assert torch.distributed.group.WORLD is other, "torch.distributed.group.WORLD can no longer be set"
+        assert torch.distributed.distributed_c10d._get_default_group() is other, "torch no longer reads it from there"
+    finally:
+        private.set_world_(world)
+        torch.distributed.destroy_process_group()
+
+
+def test_torch_counts_changes_in_place():
+    tensor = torch.zeros(2)
+    before = private.changes_of(tensor)
+    tensor.add_(1)
+    assert private.changes_of(tensor) > before, "torch.Tensor._version no longer counts changes in place"
+
+
+def test_the_model_inside_a_compiled_one_is_found():
+    model = nn.Linear(2, 2)
+    compiled = torch.compile(model, backend="eager")
+    assert private.inside_compiled(compiled) is model, "torch.compile's wrapper no longer has _orig_mod"
+    assert private.inside_compiled(model) is None
+
+
+def test_a_recurrent_module_reads_its_flat_weights():
+    module = nn.GRU(2, 2)
+    private.forget_flat_weights_(module)
+    assert [w.requires_grad for w in module._flat_weights] == [False] * 4, "nn.RNNBase no longer keeps _flat_weights"
+    assert module(torch.zeros(1, 1, 2))[0].shape == (1, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["lookahead_sgd", "sgd"])
+def test_the_optimizer_inside_timms_lookahead_is_found(name):
+    optimizer = create_optimizer_v2(timm.create_model("test_resnet"), name, lr=0.1)
+    inside = private.inside_lookahead(optimizer)
+    if name == "sgd":
+        assert inside is None
+    else:
+        assert isinstance(inside, torch.optim.SGD), "timm's Lookahead no longer has _base_optimizer"

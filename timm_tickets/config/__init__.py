@@ -1,0 +1,1 @@
+"""Recipes: what may stand in one, and how their files are read."""

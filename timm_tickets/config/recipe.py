@@ -1,0 +1,170 @@
+"""Recipes: a YAML file that says model, data, pruner and training, in the words of timm's train.py.
+
+Every key is checked, unknown ones are refused, and the resolved recipe (every default filled in) is what is compared
+when a search is continued. What is saved with it leaves out what nobody has chosen because it follows another setting.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import PrivateAttr, field_validator, model_validator
+
+from ..core.errors import SettingError, check
+from .files import find_recipe, list_recipes, merged, read_overrides, read_recipe, recipes_folder, resolved, switch_
+from .parts import Count, DataSettings, ModelSettings, Part, RetrainSettings, Seed, TrainingSettings
+
+__all__ = ["Recipe", "json_schema", "list_recipes", "load_recipe", "recipes_folder"]
+
+
+class Recipe(Part):
+    """A whole search."""
+
+    name: str
+    """names the run folder, output/<name>"""
+    output: Path | None = None
+    """the run folder itself, where it is not output/<name>"""
+    source: str | None = None
+    """where the settings come from: the paper and its expected number"""
+    seed: Seed = 42
+    parallel: Literal["auto", "runs", "data"] = "auto"
+    """what several processes share in a search: 'runs' gives each its own runs of a round (all have to see the run
+    folder), 'data' splits every batch, 'auto' does the first in rounds of several runs and the second in others"""
+    processes_per_run: Count = 1
+    """how many processes train a run together where runs are handed out: a divisor of the number of processes"""
+    dense: bool = True
+    """train the dense network as long as the ticket, where no run of the search does: what tickets are compared with"""
+    model: ModelSettings
+    data: DataSettings = DataSettings()
+    pruner: dict[str, Any]
+    """its registered name and its settings; epochs is training.epochs where not given, seed is the recipe's"""
+    training: TrainingSettings = TrainingSettings()
+    retrain: RetrainSettings = RetrainSettings()
+    _follows: tuple[str, ...] = PrivateAttr(())  # settings that nobody has chosen, because they follow other ones
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, value: str) -> str:
+        if not value or value in (".", "..") or "/" in value or "\\" in value:
+            raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '-' and '_'")
+        return value
+
+    @model_validator(mode="after")
+    def _resolve_pruner(self) -> "Recipe":
+        """Fill in the pruner's defaults and the images' channels."""
+        from ..pruning.registry import get_method
+
+        follows = {"epochs": self.training.epochs, "seed": self.seed}
+        settings = follows | self.pruner
+        name = settings.pop("name", None)
+        if not isinstance(name, str):
+            raise SettingError("pruner.name: is not set; give a registered name (`timm-tickets list` shows them)")
+        pruner = check(get_method(name), settings, "pruner").described()
+        found = self.model_copy(update={"pruner": pruner, "data": self.data.with_channels(self.model.in_chans)})
+        mine = [f"pruner.{key}" for key in follows if key not in self.pruner]
+        mine += ["data.in_chans"] * (self.data.in_chans != found.data.in_chans)
+        mine += ["data.input_img_mode"] * ("input_img_mode" not in self.data.model_fields_set)
+        found._follows = tuple(mine)
+        return found
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: ``output`` as given, else ``output/<name>``."""
+        return self.output or Path("output") / self.name
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        """The pruner's settings without its name."""
+        return {key: value for key, value in self.pruner.items() if key != "name"}
+
+    @property
+    def ticket_epochs(self) -> int:
+        """How long the ticket is trained, in the search itself where that ends trained."""
+        from ..pruning.registry import get_method
+
+        if get_method(self.pruner["name"]).ends_trained:
+            return self.pruner["epochs"]
+        return self.retrain.epochs or self.training.epochs
+
+    def plain(self) -> dict[str, Any]:
+        """The resolved recipe as JSON types, without what follows from other settings: read again, it still does."""
+        plain = self.model_dump(mode="json")
+        for setting in self._follows:
+            part, _, key = setting.partition(".")
+            del plain[part][key]
+        return plain
+
+    def compared(self) -> dict[str, Any]:
+        """The part that decides the result, flat: ``{'training.lr': 0.1, ...}``.
+
+        Where the output goes, how often checkpoints are written, what several processes share and when a training is
+        refused do not. Workers do: in them each image draws its own augmentation, without them all draw from one
+        stream.
+        """
+        free = {"output", "source", "training.checkpoint_interval", "parallel", "processes_per_run", "data.unreadable"}
+        return {key: value for key, value in _flat(self.model_dump(mode="json")).items() if key not in free}
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what decides the result."""
+        return hashlib.sha256(json.dumps(self.compared(), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.plain(), sort_keys=False)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def load_recipe(recipe: "str | Path | Recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        recipe: Name of a shipped recipe, path of a YAML file, or a recipe already loaded.
+        overrides: Settings like ``pruner.sparsity=0.9``, applied over the file's.
+
+    Raises:
+        SettingError: There is no such recipe, it is not YAML, or a setting is wrong.
+    """
+    values = recipe.plain() if isinstance(recipe, Recipe) else read_recipe(find_recipe(recipe))
+    given = read_overrides(overrides)
+    switch_(values, given)
+    return check(Recipe, resolved(merged(values, given, "--set")))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of recipes, for editors, with each registered pruner's own settings.
+
+    A recipe that extends another one may leave out what it does not change.
+    """
+    from pydantic import TypeAdapter
+
+    from ..pruning.registry import get_method, list_pruners
+
+    schema = Recipe.model_json_schema()
+    choices = []
+    for name in list_pruners():
+        one = TypeAdapter(get_method(name)).json_schema()
+        one["properties"] = {"name": {"const": name}} | one["properties"]
+        del one["required"]
+        choices.append(one | {"additionalProperties": False})
+    schema["properties"]["pruner"] = {"anyOf": choices}
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "shipped recipe, or file in this one's folder, whose settings hold where this one has none",
+    }
+    parts = {name: {"required": schema["$defs"][f"{name.title()}Settings"].pop("required")} for name in ("model",)}
+    parts["pruner"] = {"required": ["name", "sparsity"]}
+    schema["if"] = {"not": {"required": ["extends"]}}
+    schema["then"] = {"required": schema.pop("required"), "properties": parts}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,64 @@
+"""All that leans on private parts of other libraries, each with its reason; tests/test_private.py holds them to it."""
+
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor, nn
+
+# Accelerate
+
+
+def accelerate_states() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dictionaries that all of Accelerate's states share: there is no public way to say how many processes work
+    together for a while.
+    """
+    return PartialState._shared_state, AcceleratorState._shared_state
+
+
+def allow_precision(precision: str) -> None:
+    """Let the next Accelerator have this mixed precision.
+
+    Accelerate fixes it once a process, and a second search in one may want another.
+    """
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        AcceleratorState._reset_state()
+
+
+def forget_loaders_(accelerator: Any) -> None:
+    """Have an Accelerator let go of the loaders that it has prepared: it keeps all, and each run prepares one.
+
+    Its public ``free_memory`` would let go of the model too.
+    """
+    accelerator._dataloaders.clear()
+
+
+# torch
+
+
+def set_world_(group: Any) -> None:
+    """Make a process group the default one, that DDP and collectives take: torch has a public way to read it only."""
+    torch.distributed.group.WORLD = group
+
+
+def changes_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place: autograd's own counter, which tells a value made before from one now."""
+    return tensor._version
+
+
+def inside_compiled(model: nn.Module) -> nn.Module | None:
+    """The model inside ``torch.compile``'s wrapper, None where there is none; importing the wrapper's class is slow."""
+    return getattr(model, "_orig_mod", None)
+
+
+def forget_flat_weights_(module: Any, *_: Any) -> None:
+    """A recurrent module keeps the weights it last read; behind gates those have a graph, and cannot be deep-copied."""
+    module._flat_weights = [None if weight is None else weight.detach() for weight in module._flat_weights]
+
+
+# timm
+
+
+def inside_lookahead(optimizer: Any) -> Any:
+    """The optimizer inside timm's Lookahead, whose own hooks never fire; None for others."""
+    return getattr(optimizer, "_base_optimizer", None)

@@ -1,0 +1,58 @@
+"""Classes by name: this package's own, found in a folder, and those of other packages, through entry points."""
+
+import importlib
+import pkgutil
+from fnmatch import fnmatchcase
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from pydantic.dataclasses import dataclass
+
+from .errors import SettingError, unknown
+from .warn import warn
+
+C = TypeVar("C")
+
+
+class Registry(Generic[C]):
+    """Classes by name, found when first asked for.
+
+    Args:
+        kind: What they are, in messages; ``timm_tickets.<kind>s`` is the group of their entry points.
+        package: Name of the package whose modules register this package's own.
+    """
+
+    def __init__(self, kind: str, package: str):
+        self.kind, self.package = kind, package
+        self.classes: dict[str, type[C]] = {}
+        self._loaded = False
+
+    def add(self, name: str, cls: Any) -> Any:
+        taken = self.classes.get(name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            where = f"{taken.__module__}.{taken.__qualname__}"
+            raise ValueError(f"{self.kind} {name!r} is registered already, by {where}")
+        made: Any = dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})(cls)
+        made.name = name
+        self.classes[name] = made
+        return made
+
+    def load(self) -> dict[str, type[C]]:
+        if not self._loaded:
+            self._loaded = True
+            for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+            for point in entry_points(group=f"timm_tickets.{self.kind}s"):
+                try:
+                    point.load()
+                except Exception as error:  # another package's code: whatever it raises must not stop ours
+                    warn(f"the {self.kind}s of {point.value} cannot be loaded: {error!r}")
+        return self.classes
+
+    def names(self, filter: str) -> list[str]:
+        return sorted(name for name in self.load() if fnmatchcase(name, filter))
+
+    def get(self, name: str) -> type[C]:
+        if name not in self.load():
+            raise SettingError(unknown(self.kind, name, self.classes))
+        return self.classes[name]

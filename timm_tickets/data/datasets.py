@@ -1,0 +1,288 @@
+"""Data: a recipe's splits through timm's transforms, and the loaders over them."""
+
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from PIL import ImageMode
+from timm.data import create_transform, resolve_data_config
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+from torchvision import transforms
+
+from ..core.errors import SettingError
+from ..core.seeds import seed_from
+from ..distributed.processes import rank, world_size
+from .contents import check_apart, contents, record
+from .digits import Digits
+from .images import ImageError, Images, Undecodable, Unreadable
+from .splits import open_splits
+from .subset import Shuffled, labels_of
+
+# So many images take long to read.
+_MANY = 10_000
+
+
+class Data:
+    """The recipe's three splits: training, validation (held out from training where it has no split), test.
+
+    Args:
+        settings: The recipe's ``data`` part.
+
+    Attributes:
+        num_classes: From the settings, else counted in the training labels.
+        record: What is in the splits, by role and class: what tells whether they have changed.
+        unreadable: The training images that could not be decoded; None where they lie in no files.
+
+    Raises:
+        SettingError: A split is not there, is another's too, or has other classes.
+    """
+
+    def __init__(self, settings: Any):
+        from sklearn.model_selection import train_test_split
+
+        self.settings = settings
+        self._splits = open_splits(settings)
+        found = [contents(split) for split in self._splits]
+        check_apart(self._splits, found)
+        self.record = record(self._splits, found)
+        train, test = self._splits[0].data, self._splits[-1].data
+        labels = labels_of(train)
+        classes = int(labels.max()) + 1
+        if labels.min() < 0:
+            raise SettingError(f"data.train_split: {self._splits[0].where} has images without a label")
+        self.num_classes = settings.num_classes or classes
+        if self.num_classes < classes:
+            raise SettingError(f"data.num_classes: {self.num_classes} is too few; the labels go up to {classes - 1}")
+        self._test, self._train, self._val = test, train, self._splits[1].data
+        if settings.val_split is None:
+            try:
+                kept, held = train_test_split(
+                    np.arange(len(labels)),
+                    test_size=settings.val_fraction,
+                    stratify=labels.numpy(),
+                    random_state=settings.split_seed,
+                )
+            except ValueError as error:
+                raise SettingError(
+                    f"data.val_fraction: {settings.val_fraction} of {len(labels)} images in {classes} classes cannot "
+                    f"be held out evenly: {error}; choose another fraction, or name a data.val_split"
+                ) from error
+            self._train, self._val = Subset(train, np.sort(kept).tolist()), Subset(train, np.sort(held).tolist())
+        self.unreadable = None
+        if isinstance(self._splits[0].whole, Images):
+            self.unreadable = Unreadable(labels_of(self._train), partial(_name, self._train), settings.unreadable)
+
+    @property
+    def told(self) -> str:
+        """In a sentence, what is read for what."""
+        where = {split.role: split.where for split in self._splits}
+        held = " held out" if "val" not in where else ""
+        places = [f" ({where[role]})" if role in where else "" for role in ("train", "val", "test")]
+        return (
+            f"data: {len(self._train):,} images to train on{places[0]}, {len(self._val):,}{held} to validate on"
+            f"{places[1]}, {len(self._test):,} to test on{places[2]}"
+        )
+
+    def check_channels(self, model: nn.Module, channels: int) -> None:
+        """Refuse, before the first batch does, images that have not as many channels as the model takes.
+
+        Raises:
+            SettingError: They have not.
+        """
+        train = self._splits[0].whole
+        mode = train.mode if isinstance(train, Images) else train[0][0].mode
+        found = None if mode is None else len(ImageMode.getmode(mode).bands)
+        if found not in (None, channels):
+            ours = isinstance(train, Images | Digits)
+            mend = f"data.input_img_mode={'L' if channels == 1 else 'RGB'}, or " if ours and channels in (1, 3) else ""
+            raise SettingError(
+                f"data.input_img_mode: the images' mode {mode} has {found} channels, and the model takes {channels}; "
+                f"set {mend}model.in_chans={found}"
+            )
+        config = self._config(model)
+        for name in ("mean", "std"):
+            if len(config[name]) != channels:
+                raise SettingError(
+                    f"data.{name}: has {len(config[name])} values ({', '.join(f'{v:g}' for v in config[name])}), and "
+                    f"the model takes {channels} channels; give one value for all of them, or one for each"
+                )
+
+    def check_scored(self, say: Callable[[str], None]) -> None:
+        """Read every validation and test image once: for one that cannot be read no other may stand.
+
+        Every process has to ask; they share the images.
+
+        Args:
+            say: Told beforehand where that takes long.
+
+        Raises:
+            SettingError: In all of them, where there are such images.
+        """
+        if not isinstance(self._splits[0].whole, Images):
+            return
+        images = _Tried(ConcatDataset([self._val, self._test]))
+        if len(images) > _MANY:
+            say(f"reading the {len(images):,} images to validate and test on once, as each will have to be scored")
+        mine = Subset(images, range(rank(), len(images), world_size()))
+        loader = DataLoader(mine, 32, num_workers=self.settings.workers, collate_fn=list, generator=torch.Generator())
+        found = [text for texts in loader for text in texts if text]
+        if world_size() > 1:
+            found = gather_object(found)
+        if found:
+            raise SettingError(
+                f"data: {len(found):,} of {len(images):,} images to validate and test on cannot be scored, and no "
+                "other may stand for them; mend or remove\n  "
+                + "\n  ".join(sorted(found)[:8])
+                + (f"\n  and {len(found) - 8:,} more" if len(found) > 8 else "")
+            )
+
+    def train_set(self, model: nn.Module) -> Dataset[Any]:
+        """The training images, augmented as the settings say."""
+        s = self.settings
+        names = ("no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter")
+        augmentation = {name: getattr(s, name) for name in names}
+        more = {"auto_augment": s.aa, "re_prob": s.reprob, "re_mode": s.remode, "re_count": s.recount}
+        config = self._config(model)
+        if s.train_interpolation:
+            config["interpolation"] = s.train_interpolation
+        if s.crop_padding is not None:
+            transform = padded_crop(config, s.crop_padding, s.hflip, s.rotation)
+        else:
+            transform = create_transform(**config, **augmentation, **more, is_training=True)
+        return _Transformed(self._train, transform, self.unreadable)
+
+    def val_set(self, model: nn.Module) -> Dataset[Any]:
+        return _Transformed(self._val, create_transform(**self._config(model)))
+
+    def test_set(self, model: nn.Module) -> Dataset[Any]:
+        return _Transformed(self._test, create_transform(**self._config(model)))
+
+    def input_size(self, model: nn.Module) -> tuple[int, int]:
+        """Height and width of an image as the model gets it."""
+        return self._config(model)["input_size"][1:]
+
+    def _config(self, model: nn.Module) -> dict[str, Any]:
+        s = self.settings
+        names = ("img_size", "in_chans", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+        return resolve_data_config({name: getattr(s, name) for name in names}, model=model)
+
+
+def padded_crop(config: dict[str, Any], padding: int, hflip: float = 0.0, rotation: float = 0.0) -> Any:
+    """The augmentation of papers on CIFAR: crop the zero-padded image at random, flip and turn it, normalise.
+
+    An image of another size than the model's is resized first. Everything random is drawn from torch's global
+    generator, which the trainer seeds for each epoch.
+
+    Args:
+        config: What `timm.data.resolve_data_config` found: ``input_size`` (channels, height, width), ``mean``, ``std``,
+            ``interpolation``.
+        padding: Pixels of zeros on each side.
+        hflip: Probability of a horizontal flip, in [0, 1].
+        rotation: Most degrees to turn by either way; what comes in at the corners is zero.
+
+    Returns:
+        A function of a PIL image; it gives a float tensor (channels, height, width).
+    """
+    size = config["input_size"][1:]
+    name = config["interpolation"]
+    interpolation: Any = str_to_interp_mode("bilinear" if name == "random" else name)
+    steps = [
+        transforms.Resize(size, interpolation),
+        transforms.RandomCrop(size, padding),
+        transforms.RandomHorizontalFlip(hflip),
+    ]
+    if rotation:
+        steps.append(transforms.RandomRotation(rotation))
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(config["mean"], config["std"])])
+
+
+class _Transformed(Dataset[Any]):
+    """A view of a data set through a transform: training and validation share images but not augmentation."""
+
+    def __init__(self, dataset: Any, transform: Any, unreadable: Unreadable | None = None):
+        self.dataset = dataset
+        self.transform = transform
+        self.unreadable = unreadable
+
+    @property
+    def targets(self) -> Tensor:
+        return labels_of(self.dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        seed_item_(index)
+        image, target = self._item(index)
+        return self.transform(image), target
+
+    def _item(self, index: int) -> tuple[Any, int]:
+        while True:
+            try:
+                return self.dataset[index][:2]
+            except ImageError as error:
+                if self.unreadable is None or not isinstance(error, Undecodable):
+                    raise ImageError(
+                        f"{error}. Finished runs are kept; put it back as it was, and the same command continues"
+                    ) from None
+                index = self.unreadable.instead_of(index)
+
+
+class _Tried(Dataset[str]):
+    """Of each image of a data set, what is wrong with it; nothing where it can be read."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.dataset[index]
+        except ImageError as error:
+            return str(error)
+        return ""
+
+
+def _name(dataset: Any, index: int) -> str:
+    """The file of an image of a part of a data set."""
+    while not isinstance(dataset, Images):
+        dataset, index = dataset.dataset, dataset.indices[index]
+    return dataset.name(index)
+
+
+def seed_item_(index: int) -> None:
+    """In a loader's worker, make what augments an item depend on the epoch and the item alone.
+
+    A worker's own seed would make it depend on which items the worker had before, and so on where an epoch was gone on
+    with, and on the number of workers.
+    """
+    worker = torch.utils.data.get_worker_info()
+    if worker is None:
+        return
+    seed = seed_from(worker.seed - worker.id, index)  # the part that all workers of an epoch share
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def loader_of(dataset: Dataset[Any], batch_size: int, workers: int, shuffle: bool = False) -> DataLoader[Any]:
+    """A loader for training (shuffled by a seed, whole batches only, as timm does) or for evaluation.
+
+    Workers are started afresh for each epoch: from their seed, the epoch's, every item's augmentation is drawn.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=min(batch_size, len(dataset)),  # pyright: ignore[reportArgumentType]
+        sampler=Shuffled(dataset) if shuffle else None,
+        drop_last=shuffle,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )

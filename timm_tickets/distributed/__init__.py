@@ -1,0 +1,1 @@
+"""Several processes: who they are, what they give one another, FSDP2's split tensors, SIGTERM."""

@@ -1,0 +1,72 @@
+"""What every experiment does before it trains: its data, model and folder, each refused now or not at all."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from ..config.recipe import Recipe
+from ..core.errors import SettingError
+from ..core.warn import warn
+from ..data.contents import differences
+from ..data.datasets import Data
+from ..distributed.processes import any_of
+from ..sparse.describe import describe_model
+from ..storage.files import DamagedError, is_writer, read_record, write_record
+from ..training.build import build_model, channels_of, criterion_of, model_kwargs
+from ..tweaks.registry import create_tweaks
+from .run_folder import IMAGES, claim_folder
+
+
+def built(recipe: Recipe, console: Console) -> tuple[Data, nn.Module]:
+    """The recipe's data and model, which have to suit each other."""
+    data = Data(recipe.data)
+    if is_writer():
+        console.print(data.told, highlight=False, soft_wrap=True)
+    model = build_model(recipe, data.num_classes)
+    data.check_channels(model, channels_of(recipe, model))
+    return data, model
+
+
+def claim(folder: Path, recipe: Recipe, kind: str, data: Data, console: Console) -> None:
+    """Make the folder this experiment's, for the images that it was begun with.
+
+    Raises:
+        SettingError: It was begun with others; or, before it is begun, an image cannot be scored.
+    """
+    try:
+        stored = read_record(folder / IMAGES)
+    except DamagedError as error:
+        warn(f"{error}, so whether the images have changed cannot be told; written again, as of the images now")
+        stored = None
+    then = None if stored is None else stored[0]
+    changed = [] if then is None else differences(then, data.record)
+    begins, differs = any_of([then is None and is_writer(), bool(changed)])  # the folder may be the writer's alone
+    if differs:
+        raise SettingError(
+            f"{folder} was begun with other images:\n  "
+            + ("\n  ".join(changed) or "as another process has found")
+            + "\nput them back as they were, choose another output=, or begin again with --restart"
+        )
+    if begins:
+        data.check_scored(partial(console.print, soft_wrap=True) if is_writer() else lambda text: None)
+    claim_folder(folder, recipe, kind)
+    if begins and is_writer():
+        write_record(folder / IMAGES, data.record)
+
+
+def check_tweaks(recipe: Recipe, model: nn.Module) -> None:
+    """Refuse now, and not after the search, tweaks that the model or the training's criterion cannot have."""
+    tweaks = create_tweaks(model, recipe.retrain.tweaks)
+    try:
+        tweaks.criterion(criterion_of(recipe.training))
+    finally:
+        tweaks.remove_()
+
+
+def origin_of(recipe: Recipe, data: Data, model: Any) -> dict[str, Any]:
+    """What a ticket says of where it comes from."""
+    described = describe_model(model) | {"kwargs": model_kwargs(recipe, data.num_classes)}
+    return {"model": described, "recipe": {"name": recipe.name, "hash": recipe.hash, "dataset": recipe.data.dataset}}

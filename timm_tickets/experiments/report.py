@@ -1,0 +1,209 @@
+"""What people see of an experiment: progress, tables, the plot."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..pruning.training import Training
+from ..storage.files import is_writer, replacing, write_bytes
+
+COLUMNS: tuple[str, ...] = (
+    "name",
+    "round",
+    "part",
+    "sparsity",
+    "layer_min",
+    "layer_max",
+    "val_top1_best",
+    "val_top1",
+    "val_top1_soft",
+    "test_top1",
+    "epochs",
+    "steps",
+    "seconds",
+)
+
+
+class RichProgress:
+    """Bars for the whole search, the run and the epoch, with the time left; a line for each finished run.
+
+    Args:
+        console: Where to show them. Bars are drawn on terminals only, lines everywhere.
+        trainings: How many trainings there will be, None where nobody knows.
+    """
+
+    def __init__(self, console: Console, trainings: int | None):
+        self.console = console
+        self._tells = is_writer()  # later the first of each group writes, but still only the first of all tells
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not (console.is_terminal and self._tells),
+        )
+        self.trainings = trainings
+        self._search = self._bars.add_task("search (epochs)", total=None)
+        self._epoch = self._bars.add_task("steps", total=None)
+        self._done = 0
+
+    def __enter__(self) -> "RichProgress":
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        if self._tells:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def replayed(self, names: Sequence[str], folder: Path) -> None:
+        """Say once which finished runs were read from the folder instead of trained."""
+        if names and not self._done:
+            self.say(f"continuing {folder}: {len(names)} finished runs skipped ({names[0]} to {names[-1]})")
+            self._done = len(names)
+
+    def begin(self, run: Training, steps: int) -> None:
+        self.epochs, self.steps = run.schedule_epochs, steps
+        total = None if self.trainings is None else self.trainings * run.schedule_epochs
+        self._name = f"{run.name}, sparsity {run.sparsity:.3f}"
+        self._bars.update(self._search, total=total, completed=self._done * run.schedule_epochs)
+        self._bars.update(self._epoch, description=self._name, total=steps, completed=0)
+
+    def step(self) -> None:
+        self._bars.advance(self._epoch)
+
+    def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        self._bars.update(self._search, completed=self._done * self.epochs + epoch + 1)
+        text = f"{self._name}, epoch {epoch + 1}/{self.epochs}, val {metrics['top1']:.2f}"
+        self._bars.update(self._epoch, description=text, completed=0)
+
+    def end(self, run: Training) -> None:
+        self._done += 1
+        m = run.metrics
+        if run.reads_only:
+            self.say(f"{run.name}  read the gradients of {run.batches} batches")
+            return
+        self.say(
+            f"{run.name}  sparsity {run.sparsity:.4f}  val {m['val_top1']:6.2f} ({_beside(m)})  "
+            f"test {m['test_top1']:6.2f}  {m['seconds']:.1f} s"
+        )
+
+
+def _beside(metrics: dict[str, Any]) -> str:
+    soft = metrics.get("val_top1_soft")
+    return f"best {metrics['val_top1_best']:.2f}" if soft is None else f"soft {soft:.2f}"
+
+
+def counted(epochs: int) -> str:
+    return f"{epochs} epoch" + "s" * (epochs != 1)
+
+
+def row(record: dict[str, Any]) -> dict[str, Any]:
+    """A run's record as one row of the summary."""
+    return {key: (record | record["metrics"]).get(key) for key in COLUMNS}
+
+
+def write_summary(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write summary.csv: one row a training."""
+    write_csv([row(record) for record in records], COLUMNS, path)
+
+
+def write_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
+    """Write rows, each with these columns, under a line of their names."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def print_table(records: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print the table of a search; with the epochs, where not all were trained equally long."""
+    if not is_writer():
+        return
+    rows = [row(record) for record in records]
+    epochs = len({one["epochs"] for one in rows}) > 1
+    table = Table(box=None, header_style="bold", pad_edge=not epochs)
+    last = ("layers", "val best", "val last", "test top-1", "epochs", "s")  # 80 characters have room for no more
+    if not epochs:
+        last = ("layers min..max", "val best", "val last", "test top-1", "seconds")
+    for title in ("round", "sparsity", *last):
+        table.add_column(title, justify="left" if title == "round" else "right", no_wrap=True)
+    for one in rows:
+        table.add_row(
+            one["name"],
+            f"{one['sparsity']:.4f}",
+            f"{one['layer_min']:.3f}..{one['layer_max']:.3f}",
+            *(f"{one[key]:.2f}" for key in ("val_top1_best", "val_top1", "test_top1")),
+            *([str(one["epochs"])] if epochs else []),
+            f"{one['seconds']:.1f}",
+        )
+    console.print(table)
+    if soft := [f"{one['name']} {one['val_top1_soft']:.2f}" for one in rows if one["val_top1_soft"] is not None]:
+        text = (
+            f"the masks of soft networks, cut hard, have these scores; the soft networks' own: {', '.join(soft)} (val)"
+        )
+        console.print(text, soft_wrap=True, highlight=False)
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path, title: str, dense: dict[str, Any] | None) -> None:
+    """Draw `figure` into a PNG."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        figure(records, title, dense).savefig(file, format="png")
+
+
+def figure(records: Sequence[dict[str, Any]], title: str, dense: dict[str, Any] | None) -> Any:
+    """Accuracy against sparsity, a matplotlib figure.
+
+    A curve joins what was trained as long as the ticket, the last record; others are hollow points beside it.
+
+    Args:
+        records: The trainings.
+        title: Above it.
+        dense: The record of the dense network that was trained as long as the ticket: a line.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Runs on some of the classes or images are another task; and nobody has trained a soft network's hard mask yet.
+    plain = [row(one) for one in records if one["all_images"] and one["metrics"].get("val_top1_soft") is None]
+    rows = sorted(plain, key=lambda one: one["sparsity"])
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    lengths = sorted({one["epochs"] for one in rows}, key=lambda epochs: epochs != records[-1]["epochs"])
+    for epochs in lengths:
+        told = f", after {counted(epochs)}" if len(lengths) > 1 else ""
+        shown = [one for one in rows if one["epochs"] == epochs]
+        for key, label, colour, marker, line in (
+            ("test_top1", "test", "C0", "o", "-"),
+            ("val_top1", "validation", "C1", "s", ":"),
+        ):
+            looks: Any = {"linestyle": line} if epochs == lengths[0] else {"linestyle": "", "markerfacecolor": "none"}
+            x, y = ([1 - one["sparsity"] for one in shown], [one[key] for one in shown])
+            axes.plot(x, y, color=colour, marker=marker, markersize=4, label=label + told, **looks)
+    if dense is not None:
+        axes.axhline(row(dense)["test_top1"], color="black", linestyle="--", linewidth=1, label="dense, test")
+    density = [1 - one["sparsity"] for one in rows]
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.set_xticks(density, [f"{1 - d:.3g}" for d in density], rotation=60, fontsize=7)
+    axes.minorticks_off()
+    axes.set_xlabel("sparsity (log scale of what remains)")
+    axes.set_ylabel("top-1 (%)")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

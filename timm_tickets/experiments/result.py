@@ -1,0 +1,36 @@
+"""What an experiment leaves, and how its trainings are shared among the processes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config.recipe import Recipe
+from ..pruning.pruner import Parallel
+from ..tickets.ticket import Ticket
+from .controls import Trainers
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an experiment left.
+
+    Attributes:
+        folder: The run folder.
+        ticket: The final ticket, its metrics in its metadata.
+        rows: One record a training, as in summary.csv.
+    """
+
+    folder: Path
+    ticket: Ticket
+    rows: list[dict[str, Any]]
+
+
+def parallel_of(recipe: Recipe, trainers: Trainers) -> Parallel:
+    """The recipe's, but that what spans the processes, a split model or synchronised statistics, is not handed out."""
+    spans = trainers.of(recipe.parallel == "runs").splits or recipe.training.sync_bn
+    return "data" if spans and recipe.parallel == "auto" else recipe.parallel
+
+
+def hands_out(parallel: Parallel, count: int, groups: int) -> bool:
+    """Whether each group trains its own of so many independent trainings, instead of all processes each together."""
+    return groups > 1 and (parallel == "runs" or (parallel == "auto" and count >= groups))

@@ -1,0 +1,169 @@
+"""Experiments: a recipe searched, or a ticket trained, in a run folder that the same command continues.
+
+The folder holds the resolved recipe, one folder a round (its ticket, its trained weights as a plain timm checkpoint,
+``run.json`` written last), the final ticket, summary.csv and the plot.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from ..config.parts import RetrainSettings
+from ..config.recipe import Recipe, load_recipe
+from ..core.errors import SettingError
+from ..core.masks import full_masks
+from ..data.datasets import Data
+from ..data.images import minding_workers
+from ..distributed.processes import apart
+from ..pruning.checks import refuse_split
+from ..pruning.pruner import Pruner
+from ..pruning.registry import create_pruner
+from ..sparse.subnet import Subnet
+from ..storage.files import is_writer
+from ..tickets.ticket import load_ticket
+from ..training.build import build_model
+from .begin import built, check_tweaks, claim, origin_of
+from .controls import Controls, Trainers, control_of
+from .report import RichProgress, plot, print_table, write_summary
+from .result import Result, hands_out, parallel_of
+from .run_folder import check_folder, finished, records, working_in, write_result
+
+
+def search(
+    recipe: str | Path | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    restart: bool = False,
+    console: Console | None = None,
+) -> Result:
+    """Search a recipe's ticket and train it; called again, continue where it stopped.
+
+    Args:
+        recipe: Name of a shipped recipe, path, or a loaded one.
+        overrides: Settings like ``pruner.sparsity=0.9``.
+        restart: Delete what an earlier search left in the folder, and begin again.
+        console: Where progress and tables go; standard output where None.
+
+    Raises:
+        SettingError: A wrong recipe, splits that cannot be compared, another recipe's folder, one that was begun with
+            other images, or one that another command works in.
+        Stopped: SIGTERM came; a checkpoint is written, the same call continues. Not caught, it exits with code 143.
+        TrainingError: A training's loss was NaN, an image cannot be read, or another process has died; finished rounds
+            are kept.
+        OSError: The folder cannot be written; what was written before is kept.
+    """
+    recipe = load_recipe(recipe, overrides)
+    console = console or Console()
+    with working_in(recipe.folder, partial(console.print, soft_wrap=True)), minding_workers():
+        return _search(recipe, restart, console)
+
+
+def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
+    folder, final = recipe.folder, recipe.folder / f"{recipe.name}.ticket"
+    check_folder(folder, recipe, "search", restart)
+    if (done := finished(folder, final)) is not None:
+        console.print(f"{folder} is finished; nothing to do (--restart searches again)", soft_wrap=True)
+        print_table(done["rows"], console)
+        return Result(folder, load_ticket(final), done["rows"])
+
+    data, model = built(recipe, console)
+    pruner = _pruner(recipe, data, model)
+    learned, trainers = bool(pruner.subnet.gates), Trainers(recipe, model, data)
+    pruner.parallel, pruner.processes_per_run = parallel_of(recipe, trainers), recipe.processes_per_run
+    if trainers.of(recipe.parallel == "runs").splits:
+        refuse_split(pruner.method)
+    claim(folder, recipe, "search", data, console)  # only now: a recipe that cannot be built leaves no folder behind
+    subnet, epochs = pruner.subnet, recipe.ticket_epochs
+    as_long = recipe.pruner["epochs"] == epochs
+    extra = 1 if pruner.runs and as_long else 2  # the ticket's own training, and a dense one where no run is as long
+    with RichProgress(console, None if pruner.runs is None else pruner.runs + extra) as progress:
+        for run in pruner:
+            progress.replayed(pruner.replayed, folder)
+            with apart(run.processes):
+                trainers.of(run.processes is not None).fit(run, folder / run.name, progress)
+            progress.end(run)
+        progress.replayed(pruner.replayed, folder)
+        ticket = pruner.ticket
+        if learned:  # its parameters have changed: what was prepared is no longer the model
+            if subnet.sealed:
+                model = build_model(recipe, data.num_classes)
+                subnet = Subnet(model, subnet.names)
+            trainers = Trainers(recipe, model, data)
+        # Where runs were handed out, one group trains the ticket too: then no number depends on how many there were.
+        dense = recipe.dense and not (pruner.trained_dense and as_long)
+        side_by_side = dense and not pruner.method.ends_trained and hands_out(pruner.parallel, 2, trainers.groups)
+        by_itself = pruner.handed_out or side_by_side
+        processes = recipe.processes_per_run if by_itself else None
+        controls = Controls(
+            folder, trainers.of(by_itself), subnet, progress, ticket.metadata, epochs, processes=processes
+        )
+        controls = replace(controls, follows=pruner.history.lineage[-1])
+        if dense:
+            controls.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0, by=1)
+        controls = replace(controls, retrain=recipe.retrain, pretrained=ticket.pretrained)
+        last = pruner.rounds_done
+        controls.train(
+            name := f"round_{last:02d}",
+            ticket.masks,
+            ticket.values,
+            pruner.runs_done,
+            last,
+            ticket.metadata["start_epoch"],
+            train=not pruner.method.ends_trained,
+        )
+        *_, ticket.metadata["metrics"] = controls.ended(*(["dense"] if dense else []), name)
+    rows, control, why = _compared(recipe, pruner, name)
+    if control is not None:
+        ticket.metadata["dense"] = control["metrics"]
+    if is_writer():
+        ticket.save(final)
+        write_summary(rows, folder / "summary.csv")
+        title = f"{recipe.name}: {recipe.model.model}, {recipe.pruner['name']}"
+        plot(rows, folder / "accuracy.png", title, control)
+        write_result(folder, rows, ticket.fingerprint)
+        print_table(rows, console)
+        if why:
+            console.print(why, soft_wrap=True)
+        size = f"{final.stat().st_size:,} bytes"
+        console.print(f"ticket: {final} (sparsity {ticket.sparsity:.4f}, {size})", soft_wrap=True)
+    return Result(folder, ticket, rows)
+
+
+def _pruner(recipe: Recipe, data: Data, model: nn.Module) -> Pruner:
+    """The recipe's pruner on its model.
+
+    Raises:
+        SettingError: What the recipe trains with does not go with it.
+    """
+    pruner = create_pruner(recipe.pruner["name"], model, folder=recipe.folder, **recipe.method_settings)
+    pruner.metadata |= origin_of(recipe, data, model)
+    if pruner.method.ends_trained and recipe.retrain != RetrainSettings():
+        raise SettingError(
+            f"retrain: {pruner.method.name} ends with a trained ticket, which is not trained again; leave it out, or "
+            "train the ticket on with `timm-tickets train`"
+        )
+    check_tweaks(recipe, model)
+    if pruner.subnet.gates and recipe.training.model_ema:
+        raise SettingError(
+            f"training.model_ema: an average of soft masks is no mask; set it to false for {pruner.method.name}"
+        )
+    return pruner
+
+
+def _compared(recipe: Recipe, pruner: Pruner, name: str) -> tuple[list[dict[str, Any]], dict[str, Any] | None, str]:
+    """The rows of a search, and the dense network's that may be compared with the ticket; else why there is none.
+
+    Args:
+        recipe: The recipe.
+        pruner: At the end of its search.
+        name: Of the ticket's own training.
+    """
+    rows = records(recipe.folder, pruner.history.lineage)
+    # A part's dense run, the first of COLT's, is another task.
+    full = [row for row in rows if row["name"] == "dense" or (pruner.trained_dense and row["name"] != name)]
+    return rows, *control_of(full, recipe.ticket_epochs, recipe.dense)

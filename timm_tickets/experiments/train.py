@@ -1,0 +1,75 @@
+"""Training a recipe's ticket, or its dense network."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from ..config.recipe import Recipe, load_recipe
+from ..core.masks import full_masks
+from ..data.images import minding_workers
+from ..sparse.prunable import prunable_names
+from ..sparse.subnet import Subnet
+from ..storage.files import is_writer
+from ..tickets.ticket import Ticket, load_ticket
+from ..training.trainer import Trainer
+from .begin import built, check_tweaks, claim, origin_of
+from .controls import Controls
+from .report import RichProgress, print_table, write_summary
+from .result import Result
+from .run_folder import check_folder, finished, records, working_in, write_result
+
+
+def train(
+    recipe: str | Path | Recipe,
+    ticket: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    restart: bool = False,
+    console: Console | None = None,
+) -> Result:
+    """Train a ticket, or the dense network where none is given, under a recipe's data and training.
+
+    The run folder is the recipe's ``output``, else ``output/<recipe>_train_<ticket>``.
+
+    Raises:
+        TicketError: The ticket cannot be read, or is for another architecture.
+        SettingError, TrainingError, OSError: As `search`.
+    """
+    recipe = load_recipe(recipe, overrides)
+    console = console or Console()
+    given = None if ticket is None else load_ticket(ticket)
+    stem = "dense" if ticket is None else Path(ticket).stem
+    folder = recipe.output or Path("output") / f"{recipe.name}_train_{stem}"
+    with working_in(folder, partial(console.print, soft_wrap=True)), minding_workers():
+        return _train(recipe, given, folder, restart, console)
+
+
+def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, console: Console) -> Result:
+    kind = "training of dense" if given is None else f"training of ticket {given.fingerprint}"
+    check_folder(folder, recipe, kind, restart)
+    data, model = built(recipe, console)
+    if given is None:
+        # The masks of the dense network name the weights that the recipe's pruner would prune.
+        names = prunable_names(model, *(recipe.pruner[key] for key in ("include", "exclude", "classifier")))
+        given = Ticket.of(model, full_masks(Subnet(model, names).weights()), origin_of(recipe, data, model))
+    given.apply_(model)
+    check_tweaks(recipe, model)
+    if (done := finished(folder)) is not None:
+        console.print(f"{folder} is finished; nothing to do (--restart trains again)", soft_wrap=True)
+    else:
+        trainer = Trainer(recipe, model, data)
+        claim(folder, recipe, kind, data, console)
+        subnet, epochs = Subnet(model, tuple(given.masks)), recipe.retrain.epochs or recipe.training.epochs
+        with RichProgress(console, 1) as progress:
+            more = (epochs, recipe.retrain, given.pretrained)
+            controls = Controls(folder, trainer, subnet, progress, given.metadata, *more)
+            controls.train("round_00", given.masks, given.values, 0, 0, given.metadata.get("start_epoch", 0.0))
+            controls.ended("round_00")
+        done = {"rows": records(folder), "fingerprint": given.fingerprint}
+        if is_writer():
+            write_summary(done["rows"], folder / "summary.csv")
+            write_result(folder, **done)
+    print_table(done["rows"], console)
+    return Result(folder, given, done["rows"])

@@ -1,0 +1,47 @@
+"""Drafts of tickets: what a search says of the tickets that it leaves."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..core.masks import Masks, sparsity
+from ..sparse.pretrained import Pretrained, cached_pretrained
+from ..sparse.subnet import Subnet
+from ..tickets.ticket import Ticket
+
+
+class Draft:
+    """Makes the tickets of one search.
+
+    Args:
+        subnet: The model with its mask; its origin and notes go into every ticket.
+        metadata: What else does.
+
+    Attributes:
+        metadata: What goes into every ticket; callers may add to it.
+        shapes: Of the model's tensors, by name, once the search has begun.
+    """
+
+    def __init__(self, subnet: Subnet, metadata: dict[str, Any]):
+        self.subnet, self.metadata = subnet, metadata
+        self.shapes: dict[str, Sequence[int]] = {}
+        self._pretrained: tuple[Pretrained | None] | None = None  # looked for once
+
+    def ticket(self, mask: Masks, start: Mapping[str, Tensor], start_epoch: float) -> Ticket:
+        """The ticket of a mask over a start, whose values are made as they are read."""
+        counts = {name: int(layer.sum()) for name, layer in mask.items()}
+        facts = {"sparsity": sparsity(mask), "kept": counts, "start_epoch": start_epoch, "notes": self.subnet.notes}
+        origin = {"origin": self.subnet.origin} if self.subnet.origin else {}
+        ticket = Ticket.over(self.subnet.pruned_state(start, mask), mask, {**self.metadata, **facts, **origin})
+        ticket.pretrained = self._pretrained_start()
+        return ticket
+
+    def _pretrained_start(self) -> Pretrained | None:
+        """The pretrained weights a method says it started from, if this machine has them; a search fetches nothing."""
+        tag = self.subnet.origin.get("tag")
+        if tag is None:
+            return None
+        if self._pretrained is None:
+            self._pretrained = (cached_pretrained(tag, self.shapes),)
+        return self._pretrained[0]

@@ -1,0 +1,64 @@
+"""Pruners by name: those in methods/, and those of other packages through entry points.
+
+An entry point of the group ``timm_tickets.pruners`` names a module; importing it runs its `register_pruner` decorators.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+from typing_extensions import dataclass_transform
+
+from ..core.errors import check
+from ..core.registry import Registry
+from .method import Method
+from .pruner import Pruner
+
+M = TypeVar("M", bound=type[Method])
+
+
+_pruners: Registry[Method] = Registry("pruner", "timm_tickets.methods")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def register_pruner(name: str) -> Callable[[M], M]:
+    """Class decorator: make a `Method` available as a pruner under this name.
+
+    The class becomes a frozen dataclass; its annotated fields are its settings and are checked when it is created.
+
+    Raises:
+        ValueError: The name is taken by another class.
+    """
+    return lambda cls: _pruners.add(name, cls)
+
+
+def list_pruners(filter: str = "*") -> list[str]:
+    """Sorted names of the registered pruners that match a wildcard."""
+    return _pruners.names(filter)
+
+
+def get_method(name: str) -> type[Method]:
+    """The class of a pruner.
+
+    Raises:
+        SettingError: There is none of this name; the message names the closest.
+    """
+    return _pruners.get(name)
+
+
+def create_pruner(name: str, model: nn.Module, *, folder: str | Path | None = None, **settings: Any) -> Pruner:
+    """Bind a method to a model.
+
+    Args:
+        name: A registered name; `list_pruners` has them.
+        model: The model to prune, in place.
+        folder: Where finished runs are written down; created again on the same folder, the pruner replays them and
+            asks only for the rest. It starts from the weights it was first given.
+        **settings: ``sparsity`` (fraction to prune, in [0, 1)), ``epochs`` of one run, and the method's own.
+
+    Raises:
+        SettingError: An unknown pruner or setting, a value out of range, nothing to prune in the model, or a sparsity
+            that its prunable weights cannot reach.
+    """
+    return Pruner(check(get_method(name), settings, "pruner"), model, folder)

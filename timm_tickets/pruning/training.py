@@ -1,0 +1,345 @@
+"""Training: a run that goes on, as the user or a trainer carries it out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..core.errors import TrainingError
+from ..core.masks import Masks, Scores
+from ..core.states import State, digest, not_finite, sharing
+from ..core.warn import warn
+from ..data.subset import Selection, is_loader, slice_classes, subset_of
+from ..distributed.collectives import mean_over_processes, share_buffers_
+from ..distributed.fsdp2 import local, reshard_, shard_of
+from ..distributed.processes import world_size
+from ..sparse.blind import Reached
+from ..sparse.optimizers import plain_optimizer, reset_, separate_
+from ..sparse.subnet import Subnet
+from ..tweaks.base import Tweaks
+from .clock import Clock
+from .loss_again import LossAgain, exact_derivatives
+from .run import Place, Run, rewind_parts
+from .run_end import End, fresh_view, plain_metrics
+
+
+class Training(Clock):
+    """A run that goes on: what iterating a pruner gives.
+
+    Args:
+        request: What is to be trained.
+        subnet: The model with its mask.
+        place: Where in the search it is.
+        schedule_epochs: Length of the schedule; the request's where None.
+        start_epoch: Epochs of the schedule that lie before this training.
+        seed: The method's.
+
+    Attributes:
+        request: What the method asked for.
+        subnet: The model with its mask.
+        metrics: For the trainer to fill; kept with the run and in its ticket. JSON types.
+        scores: What the method gathers while the run goes on (`add_scores_`): a tensor a weight, given back in its end.
+        optimizer: The optimizer that changes the weights, once attached.
+        tweaks: Retraining tweaks, taken back at its end; they change the loss and anneal with its steps.
+    """
+
+    def __init__(
+        self,
+        request: Run,
+        subnet: Subnet,
+        place: Place | None = None,
+        schedule_epochs: int | None = None,
+        start_epoch: float = 0.0,
+        seed: int = 0,
+    ):
+        super().__init__(schedule_epochs or request.epochs or 0, start_epoch)
+        self.request, self.subnet, self.place, self.seed = request, subnet, place or Place(), seed
+        self.metrics: dict[str, Any] = {}
+        self.scores: Scores = {}
+        self.optimizer: Optimizer | None = None
+        self.tweaks: Tweaks | None = None
+        self._rewind: tuple[State, float] | None = None  # the rewind point that was taken, and its epoch
+        self._again: LossAgain | None = None
+        self._reached: Reached | None = None
+        self._first_mask = ""
+
+    def __repr__(self) -> str:
+        return f"Training({self.name!r}, epochs={self.epochs}, step={self.step}, sparsity={self.sparsity:.4f})"
+
+    @property
+    def name(self) -> str:
+        """Name of its folder: ``round_00``, or ``round_00_part_1`` where a round has several."""
+        return self.place.name
+
+    @property
+    def index(self) -> int:
+        """Its number in the whole search, from 0."""
+        return self.place.index
+
+    @property
+    def round(self) -> int:
+        """Number of its round, from 0."""
+        return self.place.round
+
+    @property
+    def part(self) -> int:
+        """Its number within the round, from 0."""
+        return self.place.part
+
+    @property
+    def processes(self) -> int | None:
+        """How many processes train it by themselves (within `processes.apart`); None where all of them do."""
+        return self.place.processes
+
+    @property
+    def classes(self) -> Sequence[int] | None:
+        """The classes that it trains on; all where None."""
+        return self.request.classes
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether it reads gradients and is no training; it is not scored."""
+        return self.request.read is not None
+
+    @property
+    def all_images(self) -> bool:
+        """Whether this is a training on all classes and images."""
+        return self.classes is None and self.request.data_part is None and not self.reads_only
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity of the mask now being trained, in [0, 1)."""
+        return self.subnet.sparsity
+
+    def attach(self, optimizer: Any, reset: bool = True) -> Any:
+        """Start the run on an optimizer: its state cleared, earlier hooks gone, pruned weights held at exactly zero.
+
+        Its hyper-parameters stay as they are, but for a learning rate that a schedule has moved: it returns to where
+        that schedule began. Build the run's schedule afterwards.
+
+        Args:
+            optimizer: A torch optimizer over the model's parameters, or Accelerate's wrapper of one.
+            reset: Whether to clear its state and put the learning rate back; False for one that is fresh, or holds
+                the state of this very run from a checkpoint.
+
+        Returns:
+            The same optimizer.
+        """
+        self.optimizer = plain_optimizer(optimizer)
+        if self.subnet.gates:
+            reshard_(self.subnet.model)
+            separate_(self.optimizer, [gate.score for gate in self.subnet.gates.values()], self.request.weight_decay)
+        if reset:
+            reset_(self.optimizer)
+        self.subnet.hold_(optimizer, self._stepped)
+        return optimizer
+
+    def subset(self, data: Any) -> Any:
+        """The part of a data set or loader that this run trains on, with its original labels.
+
+        Args:
+            data: A torch ``DataLoader``, Accelerate's or timm's prefetching one, or a data set with an item for each
+                index. Give a loader that Accelerate has prepared, not the one before: its length is this process's.
+
+        Returns:
+            The same kind of thing; the very same object where the run trains on everything.
+        """
+        asked = self.request
+        selection = Selection(asked.classes, asked.data_part, asked.limit, asked.images_per_class, self.seed)
+        out = subset_of(data, selection)
+        if self.batches_per_epoch is None and is_loader(out):
+            with suppress(TypeError):  # a stream has no length
+                self.batches_per_epoch = len(out)
+        return out
+
+    def loss(self, criterion: Callable[[Tensor, Tensor], Tensor], output: Any, target: Tensor) -> Tensor:
+        """The criterion on this run's classes, plus what the method adds. Call it once a batch.
+
+        Args:
+            criterion: Takes logits and targets.
+            output: Logits (batch, classes), or a tuple of such.
+            target: Class indices (batch,), or soft targets (batch, classes); soft ones are scaled to sum to 1 again.
+
+        Returns:
+            The loss to go backward from.
+
+        Raises:
+            ValueError: A target outside the run's classes: train on `subset`.
+        """
+        if self.tweaks is not None:
+            criterion = self.tweaks.criterion(criterion)
+        loss = self._sliced(criterion, output, target)
+        if not torch.is_grad_enabled():  # scoring a validation batch must neither add a penalty nor be read
+            return loss
+        asked, again = self.request, self._again
+        if asked.read is not None and again is not None and (asked.limit is None or self.taken < asked.limit):
+            with exact_derivatives(loss.device):
+                asked.read(self, lambda temperature=1.0: self._sliced(criterion, again.output(temperature), target))
+        self.count_batch_()
+        return loss if asked.on_loss is None else asked.on_loss(self, loss)
+
+    def _sliced(self, criterion: Callable[[Tensor, Tensor], Tensor], output: Any, target: Tensor) -> Tensor:
+        if self.classes is not None:
+            output, target = slice_classes(output, target, self.classes)
+        return criterion(output, target)
+
+    def add_scores_(self, readings: Mapping[str, Tensor]) -> None:
+        """Add readings, a tensor a weight, to what this run has gathered; over several processes their mean is taken.
+
+        They wait on the CPU, where scores are compared, unless processes have to average them.
+        """
+        for name, reading in readings.items():
+            self.scores[name] = self.scores.get(name, 0) + (reading if world_size() > 1 else reading.cpu())
+
+    def forget_(self, weights: Masks) -> None:
+        """Zero what the optimizer remembers of these weights, such as momentum: a weight that begins anew has no past.
+
+        Args:
+            weights: Bool, True for those to forget, by parameter name.
+        """
+        if self.optimizer is None:
+            return
+        for name, parameter in self.subnet.parameters().items():
+            gone = shard_of(weights[name], parameter)
+            for value in self.optimizer.state[parameter].values():
+                if getattr(value, "shape", None) == parameter.shape:
+                    local(value).masked_fill_(gone, 0)
+
+    def _stepped(self) -> None:
+        self.count_step_()
+        if self._reached is not None:
+            self._reached.look({name: gate.score.grad for name, gate in self.subnet.gates.items()})
+        if self.request.after_step is not None:
+            self.request.after_step(self)
+        self._anneal()
+        if self._rewind is None and self.request.rewind is not None and self.passed(self.request.rewind):
+            reached = 0.0 if self.batches_per_epoch is None else self.position
+            share_buffers_(self.subnet.model)
+            self._take_rewind_point_(self.subnet.state(), reached)
+
+    def _take_rewind_point_(self, state: State, epoch: float) -> None:
+        self._rewind = state, epoch
+        if self.place.single:  # at once, so that the point before is freed: each is a copy of the model
+            self.subnet.set_start_(state, epoch)
+
+    def _anneal(self) -> None:
+        if self.tweaks is not None:
+            self.tweaks.at_(self.progress)
+
+    def begin_(self) -> None:
+        """Bring the model to the run's starting state."""
+        asked, subnet = self.request, self.subnet
+        if asked.setup is not None:
+            asked.setup(subnet)
+        subnet.apply_()
+        self._first_mask = digest(subnet.mask) if asked.after_step is not None and not self.reads_only else ""
+        if subnet.gates:
+            self._reached = Reached(self.name, subnet.gates)
+        if self.reads_only:
+            self._again = LossAgain(self.name, subnet.model)
+        if asked.rewind is not None and rewind_parts(asked.rewind)[0] == 0:
+            self._take_rewind_point_(sharing(subnet.live_state(), subnet.start or {}), 0.0)
+
+    def settle_(self) -> None:
+        """Bring the mask up to date with learned scores; before scoring a model in the middle of a run."""
+        if self.request.settle is not None:
+            self.request.settle(self.subnet)
+
+    def finish_(self) -> End:
+        """Let go of the optimizer and read off what the run ended with.
+
+        Raises:
+            TrainingError: A weight or buffer is not finite.
+        """
+        self.subnet.release_()
+        if self._again is not None:
+            self._again.remove_()
+        if self.tweaks is not None:
+            self.tweaks.remove_()
+        share_buffers_(self.subnet.model)  # not in `end`: a checkpoint may be one process's alone
+        end = self.end()
+        # A caller may keep this object: it is not to keep momentum, scores and rewind point alive, each as large as the
+        # model.
+        self.optimizer, self._rewind, self.scores = None, None, {}
+        return end
+
+    def end(self) -> End:
+        """What the run would end with now: a live view of the model, to be read before it is changed.
+
+        Raises:
+            TrainingError: A weight or buffer is not finite.
+        """
+        self.settle_()
+        self.subnet.apply_()
+        state = self.subnet.live_state()
+        if (name := not_finite(state, self.subnet.strange)) is not None:
+            raise TrainingError(
+                f"{self.name} ended with values in {name} that are not finite; it is not written down. Lower the "
+                "learning rate or clip gradients, and train it again"
+            )
+        if self.step == 0:
+            warn(f"{self.name} ended without an optimizer step; train it on the optimizer that `run.attach` returns")
+        else:
+            self._tell_schedule()
+        # Read from each process's own batches, past DDP's reduction.
+        gathered = mean_over_processes(self.scores)
+        scores = {name: score.detach().cpu().contiguous() for name, score in gathered.items()}
+        learned = fresh_view(self.subnet.live_scores(), self.subnet, self.name)
+        end = End(
+            fresh_view(state, self.subnet, self.name),
+            self.subnet.mask,
+            {**scores, **learned} if scores else learned,
+            metrics=plain_metrics(self.metrics),
+        )
+        if self.request.rewind is not None:
+            if self._rewind is None or self._rewind[1] >= self.schedule_epochs:
+                hint = " (use `run.subset(loader)` so that epochs can be counted)" * (self.batches_per_epoch is None)
+                warn(
+                    f"{self.name} ended after {self.step} steps without passing its rewind point "
+                    f"{self.request.rewind!r}{hint}; its last state is used instead, and later runs train their whole "
+                    "schedule from it",
+                )
+                end.rewind, end.rewind_epoch = dict(state), 0.0
+            else:
+                end.rewind, end.rewind_epoch = self._rewind
+        return end
+
+    def _tell_schedule(self) -> None:
+        """Say where what the method schedules has not happened: a training shorter than told, a mask that stood."""
+        if (self.request.after_step is None and not self.start_epoch) or self.reads_only:
+            return
+        if self.batches_per_epoch is not None:
+            over = self.position - self.schedule_epochs
+            if over < -0.5 or over >= 1:
+                warn(
+                    f"{self.name} trained up to epoch {self.position:.3g} of a schedule of {self.schedule_epochs}: the "
+                    "method's own schedule counts on it. Create the pruner with the epochs that are trained, and loop "
+                    "over `run.epochs`"
+                )
+        if self._first_mask and self._first_mask == digest(self.subnet.mask) and self.subnet.sparsity:
+            warn(
+                f"{self.name} has not moved its mask in {self.step} steps: it ends with the one it began with. Train "
+                "longer, or let the method move it more often (its `interval`, where it has one; its learning rate)"
+            )
+
+    def progress_state(self) -> dict[str, Any]:
+        """What a checkpoint within the run must hold besides model and optimizer: tensors and primitives."""
+        gates = {name: dict(gate.named_buffers()) for name, gate in self.subnet.gates.items()}
+        mask, tap = self.subnet.mask, self.subnet.tap.open
+        method = {"mask": mask, "gates": gates, "scores": dict(self.scores), "tap": tap}
+        return self.counters() | method | {"taken": self._rewind}
+
+    def load_progress_(self, saved: dict[str, Any]) -> None:
+        self.load_counters_(saved)
+        if saved["taken"] is not None:
+            self._take_rewind_point_(*saved["taken"])
+        self.scores = saved["scores"]
+        self.subnet.tap_(saved["tap"])
+        self.subnet.set_mask_(saved["mask"])
+        for name, gate in self.subnet.gates.items():
+            for key, value in gate.named_buffers():
+                value.copy_(saved["gates"][name][key])
+        self._anneal()

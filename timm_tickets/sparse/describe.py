@@ -1,0 +1,17 @@
+"""What timm needs to build a model again, as far as the model itself can tell."""
+
+from typing import Any
+
+from torch import nn
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """What timm needs to build the model again, as far as the model itself can tell: JSON types only."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    stem = config.get("first_conv")
+    stem_weight = dict(model.named_parameters()).get(f"{stem}.weight") if isinstance(stem, str) else None
+    return {
+        "architecture": config.get("architecture"),
+        "num_classes": getattr(model, "num_classes", None),
+        "in_chans": None if stem_weight is None else stem_weight.shape[1],
+    }

@@ -1,0 +1,164 @@
+"""Holding masks: two hooks that keep pruned weights exactly zero while an optimizer steps."""
+
+from collections.abc import Callable, Container, Mapping
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.fsdp2 import check_supported, is_split, local, shard_of
+from .optimizers import after_slow, after_step, plain_optimizer
+
+# The hooks now on each model, so that whoever attaches next takes over instead of adding a second set.
+_hooks: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
+class GradientTap:
+    """Keeps gradients as they were before the mask, after the steps for which a method opens it.
+
+    Attributes:
+        open: Whether the next step's gradients are kept.
+        kept: The gradients, by name: on the CPU, or split as FSDP2 has split them.
+    """
+
+    def __init__(self) -> None:
+        self.open = False
+        self.kept: dict[str, Tensor] = {}
+        self._of: dict[str, Any] = {}  # the gradients that these are copies of, as weak references
+
+    def close_(self) -> None:
+        """Keep no more, and let go of what was kept."""
+        self.open = False
+        self.kept.clear()
+
+    def keep_(self, name: str, gradient: Tensor, held: Tensor | None) -> None:
+        """Keep a gradient from before it is masked.
+
+        Args:
+            name: The weight's.
+            gradient: Its gradient; under accumulation, with what earlier batches have left of it.
+            held: Its mask on the gradient's device; None where it keeps everything.
+        """
+        dense = gradient.detach()
+        # A gradient scaler may skip the step, and what it could not use would stay: the next gradient is another one.
+        before = self._of.get(name, lambda: None)()
+        if name in self.kept and (before is not gradient or not local(self.kept[name]).isfinite().all()):
+            del self.kept[name]
+        self._of[name] = ref(gradient)
+        # Under accumulation, what was pruned has lost its earlier batches to the mask.
+        if held is not None and name in self.kept:
+            dense = dense.clone()
+            local(dense).add_(local(self.kept[name]).to(held.device) * ~held)
+        # On the host, where it will be ranked: a copy on the device would take as much as the gradient itself.
+        self.kept[name] = dense.clone() if is_split(dense) else dense.to("cpu", copy=True)
+
+
+class Holder:
+    """Masks the gradients of a model's weights as they come, and the weights after every step.
+
+    Both are needed to equal a parametrized mask bit for bit: with the gradient alone, momentum and decay move pruned
+    weights; with the weight alone, gradient clipping has counted their gradients in the norm.
+
+    Args:
+        model: The plain model; hooks that are on it should have been removed (`release_`).
+        parameters: Gives its prunable parameters by name, as they are now: FSDP2 replaces the objects.
+        masks: Bool, the masks to hold, by name.
+        gated: Names of the weights behind gates, where nothing is held: gates do it themselves.
+        tap: Given the gradients before they are masked, while it is open.
+        optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
+        then: Called after each optimizer step, once the masks are applied.
+
+    Raises:
+        ValueError: The optimizer trains another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Callable[[], Mapping[str, nn.Parameter]],
+        masks: Mapping[str, Tensor],
+        gated: Container[str],
+        tap: GradientTap,
+        optimizer: Any,
+        then: Callable[[], None] | None = None,
+    ):
+        check_supported(model)  # again: it may have been prepared since
+        self._model, self._parameters, self._gated, self._tap = model, parameters, gated, tap
+        now = parameters()
+        _check_optimizer(model, optimizer)
+        self._held: dict[str, Tensor] = {}  # on the weights' devices
+        self.take_(masks)
+        hooks: list[Any] = [
+            parameter.register_post_accumulate_grad_hook(partial(self._mask_gradient, name))
+            for name, parameter in now.items()
+            if parameter.requires_grad and name not in gated
+        ]
+        hooks.append(plain_optimizer(optimizer).register_step_post_hook(self._mask_weights))
+        # Slow weights remember what a mask that has since moved let through.
+        hooks += after_slow(optimizer, self._mask_weights)
+        if then is not None:
+            hooks.append(after_step(optimizer, then))
+        _hooks[model] = hooks
+
+    def take_(self, masks: Mapping[str, Tensor]) -> None:
+        """Hold these masks from here on. A layer that keeps everything needs none."""
+        gated = self._gated
+        moved = {n: mask for n, mask in masks.items() if n not in gated and (n in self._held or not bool(mask.all()))}
+        if not moved:  # as after every step behind gates
+            return
+        parameters = self._parameters()
+        for name, mask in moved.items():
+            now = shard_of(mask, parameters[name])
+            if name in self._held:
+                self._held[name].copy_(now)
+            else:
+                self._held[name] = now.clone()
+
+    def _mask_gradient(self, name: str, parameter: Tensor) -> None:
+        # This hook must return None. On CPUs a product with a bool mask is vectorised, masked_fill_ is not.
+        if parameter.grad is None:
+            return
+        held = self._on(parameter.grad.device, name) if name in self._held else None
+        if self._tap.open:
+            self._tap.keep_(name, parameter.grad, held)
+        if held is not None:
+            local(parameter.grad).mul_(held)
+
+    @torch.no_grad()
+    def _mask_weights(self, *_: Any) -> None:
+        # After a step FSDP2's parameters are parts already, and to make sure would walk through the whole model.
+        parameters = dict(self._model.named_parameters())
+        for name in self._held:
+            weight = parameters[name].detach()
+            local(weight).mul_(self._on(weight.device, name))
+
+    def _on(self, device: torch.device, name: str) -> Tensor:
+        held = self._held[name]
+        if held.device != device:  # the model moved after it was attached
+            held = self._held[name] = held.to(device)
+        return held
+
+
+def release_(model: nn.Module) -> None:
+    """Remove the hooks on a model, whoever put them there. The weights stay as they are."""
+    for hook in _hooks.pop(model, []):
+        hook.remove()
+
+
+def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
+    stepped = {id(p): p for group in plain_optimizer(optimizer).param_groups for p in group["params"]}
+    own = {id(p): p for p in model.parameters()}
+    strange = [p for key, p in stepped.items() if key not in own]
+    missing = {p.shape for key, p in own.items() if key not in stepped and is_split(p)}
+    if any(p.shape in missing and not is_split(p) for p in strange):
+        raise ValueError(
+            "optimizer: it has whole copies of parameters that FSDP2 has split, as they stand in the model after a "
+            "forward pass without a backward one; build it before, or call `model.reshard()` first"
+        )
+    if len(strange) == len(stepped):
+        raise ValueError(
+            "optimizer: it has none of this model's parameters, so it would train another model; "
+            "build it from the parameters of the model that the pruner was created with"
+        )

@@ -1,0 +1,75 @@
+"""A model's prunable weights by timm's names, wherever they are now."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..distributed.fsdp2 import check_supported, reshard_
+from .gates import Gate
+from .wrappers import plain_model
+
+
+class NamedWeights:
+    """A model's prunable weights, addressed by timm's names, whether or not gates stand before them.
+
+    Args:
+        model: The model, wrapped or not.
+        names: Names of the prunable weights.
+
+    Attributes:
+        model: The plain model.
+        names: Names of the prunable weights, in the model's order.
+        gates: The gates before the weights, by name.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]):
+        self.model = plain_model(model)
+        check_supported(self.model)
+        self.names = tuple(names)
+        self.gates: dict[str, Gate] = {}
+        self._aliases = aliases(self.model, self.names)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The prunable parameters by name, looked up afresh: wrappers such as FSDP2 replace the objects."""
+        reshard_(self.model)
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[self._key(name)] for name in self.names}
+
+    def _key(self, name: str) -> str:
+        """Where the weight of this timm name is now: behind its gate, if it has one."""
+        return self._behind_gate(name) if name in self.gates else name
+
+    @staticmethod
+    def _behind_gate(name: str) -> str:
+        layer, dot, leaf = name.rpartition(".")
+        return f"{layer}{dot}parametrizations.{leaf}.original"
+
+    def _owners(self, name: str) -> list[tuple[Any, str]]:
+        """The modules that have this weight, each once, and what they call it."""
+        found: dict[int, tuple[Any, str]] = {}
+        for one in self._all_names(name):
+            layer, _, leaf = one.rpartition(".")
+            module = self.model.get_submodule(layer)
+            found[id(module)] = module, leaf
+        return list(found.values())
+
+    def _all_names(self, name: str) -> tuple[str, ...]:
+        """This name and the others of the same weight, where it is shared."""
+        return name, *self._aliases.get(name, ())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The prunable weights, detached, not copied; under FSDP2, this process's parts as DTensors."""
+        return {name: parameter.detach() for name, parameter in self.parameters().items()}
+
+
+def aliases(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The other names of shared weights, by the first: tied parameters, or a module that stands in several places."""
+    wanted = set(names)
+    first: dict[int, str] = {}
+    found: dict[str, tuple[str, ...]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name and known in wanted:
+            found[known] = (*found.get(known, ()), name)
+    return found

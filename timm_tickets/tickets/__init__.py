@@ -1,0 +1,1 @@
+"""Tickets: what is in one, its file, and what can be done with it."""

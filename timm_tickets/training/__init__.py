@@ -1,0 +1,1 @@
+"""The trainer of recipes: one run under Accelerate, its checkpoints and checks."""

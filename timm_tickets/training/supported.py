@@ -1,0 +1,67 @@
+"""What Accelerate trains with: refused at the start where masks cannot be kept in it, and made deterministic."""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, parse_flag_from_env
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from ..config.recipe import Recipe
+from ..core.errors import SettingError
+from ..core.warn import warn
+from ..distributed.processes import world_size
+
+
+def check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Refuse, before anything is trained, what `accelerate launch` was told and cannot be done.
+
+    Raises:
+        SettingError: DeepSpeed, Megatron or FSDP1; a batch that the processes cannot share; or a part of the recipe
+            that FSDP2 cannot do.
+    """
+    if accelerator.num_processes != world_size():
+        raise SettingError(
+            f"accelerate: it counts {accelerator.num_processes} processes where {world_size()} work together, so each "
+            "would train on everything; let `timm_tickets.processes.join_processes()` be the first to ask Accelerate"
+        )
+    size, count = recipe.training.batch_size, accelerator.num_processes
+    if size % count:
+        raise SettingError(
+            f"training.batch_size: {size} images cannot be shared by {count} processes in equal parts; set a multiple "
+            f"of {count}, or start a number of processes that divides it"
+        )
+    kind, asked = accelerator.distributed_type, parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise SettingError(
+            f"accelerate: {kind.value} takes weights apart, where no mask can be kept; launch with DDP (`--multi_gpu`) "
+            "or FSDP2 (`--use_fsdp --fsdp_version 2`)"
+        )
+    if asked and kind != DistributedType.FSDP and accelerator.num_processes > 1:
+        warn("accelerate: FSDP was asked for and is not there on CPUs; every process holds the whole model")
+    if kind != DistributedType.FSDP:
+        return
+    plugin: Any = accelerator.state.fsdp_plugin
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise SettingError(
+            "accelerate: FSDP2's CPU offload is not supported; launch with `--fsdp_offload_params false`"
+        )
+    if recipe.training.torchcompile:
+        raise SettingError("training.torchcompile: FSDP2 has to split a model before it is compiled; leave it out")
+    if recipe.training.model_ema:
+        raise SettingError("training.model_ema: no average is kept of weights that FSDP2 has split; set it to false")
+    if recipe.retrain.tweaks:
+        raise SettingError("retrain.tweaks: not with FSDP2; train the ticket with DDP, or leave them out")
+    # It would leave all but the first process without the buffers; here every process builds the same model anyway.
+    plugin.cpu_ram_efficient_loading = False
+
+
+def be_deterministic() -> None:
+    """Ask cuDNN and cuBLAS for algorithms that give the same bits each time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
