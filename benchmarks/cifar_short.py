@@ -37,7 +37,9 @@ SHORTER = {
         "continuous_sparsification_cifar10_resnet20",
         ["pruner.rounds=2", "pruner.rewind=100it", "pruner.meet=top", "pruner.sparsity=0.6"],
     ),
+    "edge_popup": ("edge_popup_cifar10_conv6", []),
     "frozen_slt": ("frozen_slt_cifar10_conv6", []),
+    "grasp": ("imp_cifar10_resnet20", ["pruner.name=grasp", "pruner.sparsity=0.9"]),
     "jackpot": ("jackpot_cifar10_resnet32x2", ["model.model=cifar_resnet20", "training.batch_size=128"]),
 }
 DENSE = "dense_cifar10_resnet32x2"
@@ -76,7 +78,7 @@ def one_method(name: str, data: Path, epochs: int, output: Path) -> list[Row]:
         told("imp at two partitions' rate", tt.search(recipe, [*settings, *control], console=console).rows)
     masks = tt.shuffled_masks(found.ticket.masks, 0)
     ticket = tt.Ticket(masks, found.ticket.values, found.ticket.metadata)
-    if name == "frozen_slt":  # never trained: the same random weights under another mask, given new statistics only
+    if name in ("edge_popup", "frozen_slt"):  # never trained: the same random weights under another mask, given new statistics only
         told("random mask, its layer counts", _scored(recipe, settings, ticket))
         return out
     (folder / "random").mkdir(parents=True, exist_ok=True)
