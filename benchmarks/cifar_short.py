@@ -78,7 +78,8 @@ def one_method(name: str, data: Path, epochs: int, output: Path) -> list[Row]:
         told("imp at two partitions' rate", tt.search(recipe, [*settings, *control], console=console).rows)
     masks = tt.shuffled_masks(found.ticket.masks, 0)
     ticket = tt.Ticket(masks, found.ticket.values, found.ticket.metadata)
-    if name in ("edge_popup", "frozen_slt"):  # never trained: the same random weights under another mask, given new statistics only
+    if name in ("edge_popup", "frozen_slt"):
+        # Never trained: the same random weights under another mask, given new statistics only.
         told("random mask, its layer counts", _scored(recipe, settings, ticket))
         return out
     (folder / "random").mkdir(parents=True, exist_ok=True)

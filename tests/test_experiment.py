@@ -278,6 +278,7 @@ def test_stopped_after_the_last_training_it_only_reports(whole, tmp_path, monkey
     assert metrics["test_top1"] == whole[0].rows[-1]["metrics"]["test_top1"]
 
 
+@pytest.mark.slow  # tests/test_faults.py kills five times in the continuous run
 def test_killed_it_continues_to_the_same_ticket(whole, tmp_path):
     command = [sys.executable, "-m", "timm_tickets", "search", "digits_imp"]
     for setting in [*SHORT, f"output={tmp_path}"]:

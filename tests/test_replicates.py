@@ -49,6 +49,7 @@ def test_the_summary_has_mean_and_spread(one):
     assert (mean["seed"], std["seed"]) == ("mean", "std")
 
 
+@pytest.mark.slow  # tests/test_parallel.py kills one of two in the continuous run
 def test_one_of_two_processes_is_killed_and_the_same_command_continues_to_the_same_tickets(one, tmp_path):
     done = searched(tmp_path, IMP, 2, seeds=SEEDS, moment=60, of=1, check=False)
     assert done.returncode != 0
