@@ -19,6 +19,19 @@ from timm_tickets.training.checkpointing import Silent
 from timm_tickets.training.trainer import Trainer
 
 RECIPES = tt.list_recipes()
+
+
+def _once_a_method_and_network():
+    """The recipes; those are slow that share method and network with one before."""
+    seen = set()
+    for name in RECIPES:
+        recipe = tt.load_recipe(name)
+        kind = recipe.pruner["name"], recipe.model.model
+        yield pytest.param(name, marks=pytest.mark.slow) if kind in seen else name
+        seen.add(kind)
+
+
+FIRST_OF_THEIR_KIND = list(_once_a_method_and_network())
 CLASSES = {"digits": 10, "torch/cifar10": 10, "torch/cifar100": 100, "folder": 1000}
 
 
@@ -95,7 +108,7 @@ def first_run(pruner):
 
 @pytest.mark.filterwarnings("ignore:jackpot")  # the trained networks here are made up
 @pytest.mark.filterwarnings("ignore:synflow.*1 of 15 layers")  # a shortcut beside a branch may go
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", FIRST_OF_THEIR_KIND)
 def test_two_steps_of_every_recipe(name, images, tmp_path):
     # Sorting the 20 million scores of VGG-19 takes ten seconds: only the first of its jackpots has them all.
     narrow = ["model.model_kwargs.widths=[16,16,16,16,16]"] if name.startswith("jackpot_cifar10_vgg19_") else []
