@@ -244,15 +244,23 @@ def three_starts(tmp_path):
 
 @pytest.mark.parametrize("tensor", ["masks", "header", "values.float32"])
 def test_one_changed_bit_is_caught(file, tensor):
+    """Or it says nothing: a stream of zlib, as some versions end it, has bits of filling that nobody reads."""
+    whole = tt.load_ticket(file)
     tensors, generator = load(file.read_bytes()), python_random.Random(0)
-    data = tensors[tensor].view(torch.uint8)
+    data, caught = tensors[tensor].view(torch.uint8), 0
     for _ in range(60):
         place, bit = generator.randrange(len(data)), 1 << generator.randrange(8)
         data[place] ^= bit
         save_file(tensors, file, {"timm_tickets": json.dumps({"format": 2})})
-        with pytest.raises(tt.TicketError):
-            tt.load_ticket(file)
+        try:
+            loaded = tt.load_ticket(file)
+        except tt.TicketError:
+            caught += 1
+        else:
+            assert tensor == "header"
+            assert (loaded.fingerprint, loaded.metadata) == (whole.fingerprint, whole.metadata)
         data[place] ^= bit
+    assert caught >= 58
     save_file(tensors, file, {"timm_tickets": json.dumps({"format": 2})})
     tt.load_ticket(file)
 

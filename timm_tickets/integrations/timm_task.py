@@ -1,5 +1,6 @@
 """TicketTask: timm's classification task under a ticket or a pruner, for timm's train.py and loops like it."""
 
+import inspect
 import logging
 from collections import OrderedDict
 from pathlib import Path
@@ -18,6 +19,8 @@ from ..sparse.subnet import Subnet
 from ..tickets.ticket import Ticket, load_ticket
 
 _logger = logging.getLogger(__name__)
+# timm 1.0.27 has no criterion of its own.
+_WANTS_CRITERION = inspect.signature(ClassificationTask).parameters["criterion"].default is inspect.Parameter.empty
 
 
 class TicketTask(ClassificationTask):
@@ -58,6 +61,8 @@ class TicketTask(ClassificationTask):
         pruner: Pruner | None = None,
         **kwargs: Any,
     ):
+        if not args and _WANTS_CRITERION:
+            kwargs.setdefault("criterion", nn.CrossEntropyLoss())
         super().__init__(model, *args, **kwargs)
         if (ticket is None) == (pruner is None):
             raise SettingError("TicketTask: give either a ticket to train, or a pruner to search with")

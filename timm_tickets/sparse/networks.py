@@ -82,7 +82,11 @@ class _Network(nn.Module):
         """A new linear layer for so many classes, none where 0; and other pooling, where given."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-        self.head_hidden_size = self.head.num_features
+        self._tell_width()
+
+    def _tell_width(self) -> None:
+        """What goes into the head's linear layer; heads of timm 1.0.27 do not say it, but what goes into them."""
+        self.head_hidden_size = getattr(self.head, "num_features", None) or self.head.in_features
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The map of features, (batch, num_features, height, width), of images (batch, in_chans, height, width)."""
@@ -146,7 +150,7 @@ class CifarResNet(_Network):
             self.add_module(self.stages[-1], nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": outputs, "reduction": 2**stage, "module": self.stages[-1]})
         self.head = ClassifierHead(inputs, num_classes, global_pool, drop_rate)
-        self.head_hidden_size = self.head.num_features
+        self._tell_width()
         _start(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -189,7 +193,7 @@ class CifarVGG(_Network):
             self.feature_info.append(_info(outputs, stage, layers))
         self.features = nn.Sequential(*layers)
         self.head = ClassifierHead(inputs, num_classes, global_pool, drop_rate)
-        self.head_hidden_size = self.head.num_features
+        self._tell_width()
         _start(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
