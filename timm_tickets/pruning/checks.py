@@ -1,7 +1,11 @@
 """What a search is stopped or warned for between its rounds."""
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from ..core.errors import SettingError
-from ..core.masks import Masks, collapsed
+from ..core.masks import collapsed
 from ..core.states import digest
 from ..core.warn import warn
 from ..distributed.collectives import check_same_everywhere
@@ -23,7 +27,7 @@ def refuse_split(method: Method) -> None:
         )
 
 
-def check_same_masks(name: str, masks: Masks) -> None:
+def check_same_masks(name: str, masks: Mapping[str, Tensor]) -> None:
     """Stop where the processes hold different masks; one process has nothing to hash them for.
 
     Raises:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.masks import Masks, sparsity
+from ..core.masks import sparsity
 from ..sparse.pretrained import Pretrained, cached_pretrained
 from ..sparse.subnet import Subnet
 from ..tickets.ticket import Ticket
@@ -28,7 +28,7 @@ class Draft:
         self.shapes: dict[str, Sequence[int]] = {}
         self._pretrained: tuple[Pretrained | None] | None = None  # looked for once
 
-    def ticket(self, mask: Masks, start: Mapping[str, Tensor], start_epoch: float) -> Ticket:
+    def ticket(self, mask: Mapping[str, Tensor], start: Mapping[str, Tensor], start_epoch: float) -> Ticket:
         """The ticket of a mask over a start, whose values are made as they are read."""
         counts = {name: int(layer.sum()) for name, layer in mask.items()}
         facts = {"sparsity": sparsity(mask), "kept": counts, "start_epoch": start_epoch, "notes": self.subnet.notes}

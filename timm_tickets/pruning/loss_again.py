@@ -1,6 +1,6 @@
 """A batch's loss once more, in full precision, for methods that differentiate it themselves."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -56,5 +56,6 @@ class LossAgain:
 @contextmanager
 def exact_derivatives(device: torch.device) -> Any:
     """Within the block nothing is cast, and attention has a second derivative; backward passes are cast as well."""
-    with torch.autocast(device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+    casts = torch.amp.is_autocast_available(device.type)
+    with torch.autocast(device.type, enabled=False) if casts else nullcontext(), sdpa_kernel(SDPBackend.MATH):
         yield

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from ..core.lazy import Lazy
-from ..core.masks import Masks
 from ..core.states import State
 from ..sparse.subnet import Subnet
 
@@ -17,8 +16,8 @@ class End:
     """What a run ended with: plain data on the CPU.
 
     The pruner holds it until the method asks for its next round, and then lets go of all tensors in it. Of the only run
-    of a round, ``state`` and learned ``scores`` are views of the model, which refuse to be read once it has changed. Of
-    several, or where the run was read from its folder, they are copies.
+    of a round, ``state``, ``mask`` and learned ``scores`` are views of the model, which refuse to be read once it has
+    changed. Of several, or where the run was read from its folder, they are copies.
 
     Attributes:
         state: The state dict at the end, pruned weights zero; behind gates, weights as before them.
@@ -31,7 +30,7 @@ class End:
     """
 
     state: Mapping[str, Tensor] = field(repr=False)
-    mask: Masks = field(repr=False)
+    mask: Mapping[str, Tensor] = field(repr=False)
     scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     rewind: State | None = field(default=None, repr=False)
     rewind_epoch: float = 0.0
@@ -44,8 +43,8 @@ class End:
         return {name: self.state[name] for name in self.mask}
 
     def copy_(self) -> None:
-        """Make ``state`` and ``scores`` copies: the model goes on to another run."""
-        self.state, self.scores = dict(self.state), dict(self.scores)
+        """Make ``state``, ``mask`` and ``scores`` copies: the model goes on to another run."""
+        self.state, self.mask, self.scores = dict(self.state), dict(self.mask), dict(self.scores)
 
     def release_(self) -> None:
         """Let go of every tensor: each part is as large as a model, and another run is about to be trained."""
@@ -66,7 +65,7 @@ def fresh_view(view: Lazy, subnet: Subnet, name: str) -> Lazy:
         if subnet.version != version:
             raise RuntimeError(
                 f"{name}: the model has changed since this run ended, and what it ended with is a view of it; read "
-                "`end.state`, `end.weights` and `end.scores` before `set_mask_`, `rewind_` or `load_`"
+                "`end.state`, `end.mask` and `end.scores` before `set_mask_`, `rewind_` or `load_`"
             )
         return view[key]
 

@@ -290,7 +290,7 @@ class Training(Clock):
         learned = fresh_view(self.subnet.live_scores(), self.subnet, self.name)
         end = End(
             fresh_view(state, self.subnet, self.name),
-            self.subnet.mask,
+            fresh_view(self.subnet.live_mask(), self.subnet, self.name),
             {**scores, **learned} if scores else learned,
             metrics=plain_metrics(self.metrics),
         )

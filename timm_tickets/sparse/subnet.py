@@ -1,7 +1,6 @@
 """Subnet: a model, its mask and its rewind point, addressed by parameter name.
 
-The invariant it keeps: outside a search that learns its masks, the model is a plain timm model whose pruned weights
-are exactly zero. Nothing is wrapped and no key is renamed; two hooks do the work while an optimizer steps.
+Outside a search that learns its masks, the model is a plain timm model whose pruned weights are exactly zero.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,10 +75,14 @@ class Subnet(NamedWeights):
         """The present mask, bool on the CPU; replace it with `set_mask_`."""
         return dict(self._mask)
 
+    def live_mask(self) -> Lazy:
+        """As `mask`, but each as it is when it is read: this keeps none alive that has been replaced."""
+        return Lazy(self.names, lambda name: self._mask[name])
+
     @property
     def sparsity(self) -> float:
         """Fraction of the prunable weights now pruned, in [0, 1)."""
-        return sparsity(self.mask)
+        return sparsity(self._mask)
 
     def set_mask_(self, masks: Mapping[str, Tensor]) -> None:
         """Replace the mask and zero what it prunes; behind a gate, let through what it keeps. Hooks follow at once."""
