@@ -82,7 +82,12 @@ NEEDS: dict[str, tuple[float, float, str]] = {
     "set": (13, 5, "device: + mask; host: the ticket, as exchanges stay within a layer"),
     "rigl": (13, 6, "device: + mask; host: the dense gradient, which the step must not see, 4, masks 2"),
     "snip": (12, 10, "device: weight and gradient; host: start 4, scores 4, masks 2"),
-    "grasp": (12, 10, "device: weight, gradient, Hessian times gradient; host: start 4, scores 4, masks 2"),
+    "grasp": (
+        12,
+        12,
+        "device: weight, gradient, Hessian times gradient; host: start 4, all batches' gradient 4, which the products "
+        "with the Hessian are taken of, and the sum of these 4",
+    ),
     "synflow": (
         12,
         14,

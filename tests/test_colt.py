@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import timm_tickets as tt
-from timm_tickets.core.masks import intersect, kept, prune
+from timm_tickets.core.masks import cut, intersect, kept
 
 
 def colt(**settings):
@@ -39,9 +39,9 @@ def test_masks_at_chance_keep_the_rate_to_the_number_of_parts():
     """0.85^n: methods that find unrelated masks prune at this effective rate."""
     generator = torch.Generator().manual_seed(0)
     full = {"w": torch.ones(200_000, dtype=torch.bool)}
-    cut = round(0.15 * 200_000)
+    keep = round(0.85 * 200_000)
     for partitions, expected in ((2, 0.7225), (3, 0.614125)):
-        masks = [prune(full, {"w": torch.rand(200_000, generator=generator)}, cut) for _ in range(partitions)]
+        masks = [cut(full, {"w": torch.rand(200_000, generator=generator)}, keep) for _ in range(partitions)]
         assert kept(intersect(*masks)) / 200_000 == pytest.approx(expected, abs=0.003)
 
 

@@ -537,11 +537,11 @@ def test_cs_rounds_carry_weights_on_and_begin_their_schedule_anew(model):
 
 def test_erk_budgets_hold_while_gradual_prunes(model):
     """A layer's rounded share can be smaller of a larger count: it is capped by what the layer still keeps."""
-    from timm_tickets.core.masks import full_masks, kept, prune, total
+    from timm_tickets.core.masks import cut, full_masks, kept, total
 
     masks = full_masks(tt.Subnet(model, tt.prunable_names(model)).weights())
     scores = {name: torch.rand(mask.shape) for name, mask in masks.items()}
     for keep in range(4000, 3900, -1):
-        masks = prune(masks, scores, kept(masks) - keep, "layerwise", "erk")
+        masks = cut(masks, scores, keep, "layerwise", "erk")
         assert kept(masks) == keep
     assert total(masks) > keep

@@ -67,24 +67,24 @@ def test_epl_fills_conv6_as_the_frozen_slt_paper_says():
     assert densities == [1, 1, 1, 1, 0.907, 0.454, 0.255, 1, 1]
 
 
-def test_prune_global_compares_layers_and_never_revives():
+def test_cut_global_compares_layers_and_never_revives():
     scores = {"a": torch.tensor([5.0, 1.0, 4.0]), "b": torch.tensor([3.0, 2.0, 9.0])}
     start = {"a": torch.tensor([True, True, True]), "b": torch.tensor([True, True, False])}
-    out = m.prune(start, scores, 2)
+    out = m.cut(start, scores, 3)
     assert out["a"].tolist() == [True, False, True]
     assert out["b"].tolist() == [True, False, False]  # 9.0 was pruned before and stays so
 
 
-def test_prune_layerwise_takes_the_same_fraction_of_each_layer():
+def test_cut_layerwise_takes_the_same_fraction_of_each_layer():
     scores = {"a": torch.tensor([9.0, 8.0, 7.0, 6.0]), "b": torch.tensor([1.0, 2.0])}
-    out = m.prune(m.full_masks(scores), scores, 3, "layerwise")
+    out = m.cut(m.full_masks(scores), scores, 3, "layerwise")
     assert out["a"].tolist() == [True, True, False, False]
     assert out["b"].tolist() == [False, True]
 
 
-def test_prune_reaches_all_but_one_of_half_precision_scores():
+def test_cut_reaches_all_but_one_of_half_precision_scores():
     scores = {"a": torch.arange(1, 9, dtype=torch.bfloat16)}
-    assert m.prune(m.full_masks(scores), scores, 7)["a"].tolist() == [False] * 7 + [True]
+    assert m.cut(m.full_masks(scores), scores, 1)["a"].tolist() == [False] * 7 + [True]
 
 
 @pytest.mark.parametrize("sparsity", [1, 1.5, -0.1, 0.999])

@@ -43,7 +43,7 @@ def test_a_cut_takes_little_more_than_the_masks_it_makes(scope):
     full = m.full_masks(weights)
     count = m.total(full)
     with Made() as made:
-        m.prune(full, magnitude(weights), round(0.9 * count), scope)
+        m.cut(full, magnitude(weights), round(0.1 * count), scope)
     assert made.peak < 2.5 * count
 
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 
 import timm_tickets as tt
-from timm_tickets.core.masks import keep_count, prune, total
+from timm_tickets.core.masks import cut, keep_count, total
 from timm_tickets.pruning import registry
 
 
@@ -41,8 +41,8 @@ def test_a_method_is_one_class(model):
 
         def search(self, subnet):
             (end,) = yield [tt.Run(epochs=1)]
-            cut = total(end.mask) - keep_count(total(end.mask), self.sparsity)
-            subnet.set_mask_(prune(end.mask, {n: -(w.abs() ** self.power) for n, w in end.weights.items()}, cut))
+            keep = keep_count(total(end.mask), self.sparsity)
+            subnet.set_mask_(cut(end.mask, {n: -(w.abs() ** self.power) for n, w in end.weights.items()}, keep))
             subnet.rewind_()
 
     with pytest.raises(tt.SettingError, match=r"pruner\.power: -1 is not valid; it must be greater than 0"):
@@ -59,14 +59,14 @@ def test_a_method_is_one_class(model):
 def test_a_method_of_another_package_is_found_through_its_entry_point(tmp_path, monkeypatch, model):
     (tmp_path / "elsewhere.py").write_text(
         "import timm_tickets as tt\n"
-        "from timm_tickets.masks import keep_count, prune, total\n"
+        "from timm_tickets.masks import cut, keep_count, total\n"
         "@tt.register_pruner('elsewhere')\n"
         "class Elsewhere(tt.Method):\n"
         "    '''Prune the largest.'''\n"
         "    def search(self, subnet):\n"
-        "        cut = total(subnet.mask) - keep_count(total(subnet.mask), self.sparsity)\n"
+        "        keep = keep_count(total(subnet.mask), self.sparsity)\n"
         "        scores = {n: -w.abs() for n, w in subnet.weights().items()}\n"
-        "        subnet.set_mask_(prune(subnet.mask, scores, cut))\n"
+        "        subnet.set_mask_(cut(subnet.mask, scores, keep))\n"
         "        yield from ()\n"
     )
     info = tmp_path / "elsewhere-1.0.dist-info"

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from timm_tickets import shuffled_masks
-from timm_tickets.core.masks import full_masks, prune
+from timm_tickets.core.masks import cut, full_masks
 from timm_tickets.core.scores import random
 from timm_tickets.sparse.optimizers import plain_optimizer, reset_
 from timm_tickets.sparse.prunable import prunable_names
@@ -24,7 +24,7 @@ def _masked_in_place(parameter, mask):
 def half_masks(model, seed=0):
     weights = Subnet(model, prunable_names(model)).weights()
     full = full_masks(weights)
-    return prune(full, random(weights, seed), sum(v.numel() for v in full.values()) // 2)
+    return cut(full, random(weights, seed), -(-sum(v.numel() for v in full.values()) // 2))
 
 
 def batches(count, size=8, seed=0):

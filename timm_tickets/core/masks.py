@@ -130,18 +130,6 @@ def budgets(
     return fill(count, shares[distribution], caps or sizes)
 
 
-def prune(
-    masks: Mapping[str, Tensor],
-    scores: Mapping[str, Tensor],
-    count: int,
-    scope: Scope = "global",
-    distribution: Distribution = "uniform",
-    spare: Collection[str] = (),
-) -> Masks:
-    """As `cut`, but given how many weights to prune, not how many to keep."""
-    return cut(masks, scores, kept(masks) - count, scope, distribution, spare)
-
-
 def cut(
     masks: Mapping[str, Tensor],
     scores: Mapping[str, Tensor],

@@ -36,8 +36,7 @@ class ContinuousSparsification(Method):
     seeds) and better after an epoch of CIFAR-10 at .6 (67.7 with, 64.4 without).
     A model that is evaluated in the middle of the search is the soft network, as in the released code.
     Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says: what was suppressed
-    stays so; the released code resets beta first, and so revives it. Momentum starts anew with each round; the paper
-    carries it on.
+    stays so; the released code resets beta first, and so revives it. Momentum starts anew each round; the paper's goes on.
     """
 
     s0: Annotated[float, Field(ge=-1, le=1, description="first score of every weight")] = 0.0
@@ -58,7 +57,8 @@ class ContinuousSparsification(Method):
         if self.parallel:
             ends = yield [self.run(True, lambda subnet, s0=s0: self.set_(subnet, s0)) for s0 in self.parallel]
             nearest = min(ends, key=lambda end: abs(above_zero(end.scores) - (1 - self.sparsity)))
-            subnet.set_start_(nearest.rewind or {}, nearest.rewind_epoch)
+            assert nearest.rewind is not None  # each of these runs takes one
+            subnet.set_start_(nearest.rewind, nearest.rewind_epoch)
             self.set_(subnet, self.parallel[ends.index(nearest)])
             subnet.load_scores_(nearest.scores)
         else:

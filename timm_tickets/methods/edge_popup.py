@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ..core.draws import Kind
-from ..core.masks import Masks, Scope, all_kept, total
+from ..core.masks import Masks, Scope, all_kept, kept, total
 from ..core.scores import magnitude
 from ..pruning.method import Method
 from ..pruning.registry import register_pruner
@@ -95,11 +95,11 @@ class EdgePopup(Method):
         """Cut the mask from the scores as they are now, and scale what it keeps."""
         masks = self.mask_of_scores(subnet)
         subnet.set_mask_(masks)
-        count = {name: int(mask.sum()) for name, mask in masks.items()}
-        ticket = sum(count.values()) / total(masks)
-        layer = {name: count[name] / mask.numel() for name, mask in masks.items()}
-        density = {"none": dict.fromkeys(masks, 1.0), "static": dict.fromkeys(masks, ticket), "dynamic": layer}
-        subnet.scale_gates_({n: 1 / math.sqrt(d) if d else 1.0 for n, d in density[self.scale].items()})
+        if self.scale == "none":
+            return
+        whole = kept(masks) / total(masks) if self.scale == "static" else None
+        density = {name: whole or int(mask.sum()) / mask.numel() for name, mask in masks.items()}
+        subnet.scale_gates_({n: 1 / math.sqrt(d) if d else 1.0 for n, d in density.items()})
 
     def mask_of_scores(self, subnet: Subnet) -> Masks:
         """Keep the largest |scores|: exactly the asked number, ties to the first."""

@@ -10,7 +10,6 @@ from ..core.errors import SettingError
 from ..core.lazy import Lazy
 from ..core.states import State
 from ..distributed.processes import apart, from_first
-from ..storage.files import is_writer
 from ..tickets.ticket import Ticket
 from .beginning import begun, first_state
 from .run_end import End
@@ -77,8 +76,8 @@ class History:
         return appearing_run(self.folder / run.name, run.place.follows)
 
     def write_(self, run: Training, end: End, ticket: Ticket, baked: Mapping[str, Tensor] | None) -> None:
-        """Write a run down, as `write_run`; only the process that writes does."""
-        if self.folder is not None and is_writer():
+        """Write a run down, as `write_run`; only the process that writes calls this."""
+        if self.folder is not None:
             write_run(self.folder / run.name, run, end, ticket, baked)
 
     def follow_(self, ends: Sequence[End]) -> None:
