@@ -36,7 +36,7 @@ class ContinuousSparsification(Method):
     seeds) and better after an epoch of CIFAR-10 at .6 (67.7 with, 64.4 without).
     A model that is evaluated in the middle of the search is the soft network, as in the released code.
     Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says: what was suppressed
-    stays so; the released code resets beta first, and so revives it. Momentum starts anew each round; the paper's goes on.
+    stays so; the released code resets beta first, and so revives it. Momentum starts anew each round; in the paper not.
     """
 
     s0: Annotated[float, Field(ge=-1, le=1, description="first score of every weight")] = 0.0
