@@ -63,10 +63,15 @@ class COLT(Method):
         """Cut to what the copies of a round all keep, but not below ``goal``, and note how much that is."""
         before = kept(subnet.mask)
         cut = max(1, round(self.prune_rate * before)) if before > goal else 0
-        found = self.overlap(subnet.mask, scores, cut)
         chance = (1 - cut / before) ** self.partitions
-        subnet.notes.append({"kept_by_all": kept(found) / before, "by_chance": chance, "pruned_by_each": cut / before})
-        subnet.set_mask_(found if kept(found) >= goal else self.exactly(subnet.mask, scores, cut, goal))
+
+        def noted(found: Masks) -> Masks | None:  # too few are not held while others are looked for
+            of_all = kept(found) / before
+            subnet.notes.append({"kept_by_all": of_all, "by_chance": chance, "pruned_by_each": cut / before})
+            return found if kept(found) >= goal else None
+
+        found = noted(self.overlap(subnet.mask, scores, cut))
+        subnet.set_mask_(found or self.exactly(subnet.mask, scores, cut, goal))
 
     def round(self, subnet: Subnet) -> list[Run]:
         """One run a partition: contiguous blocks of classes, sizes differing by one at most, or parts of the images."""
