@@ -84,9 +84,9 @@ NEEDS: dict[str, tuple[float, float, str]] = {
     "snip": (12, 10, "device: weight and gradient; host: start 4, scores 4, masks 2"),
     "grasp": (
         12,
-        12,
-        "device: weight, gradient, Hessian times gradient; host: start 4, all batches' gradient 4, which the products "
-        "with the Hessian are taken of, and the sum of these 4",
+        13,
+        "device: weight, gradient of all batches, Hessian times it; host: start 4, that gradient 4, the sum of the "
+        "products 4, mask 1",
     ),
     "synflow": (
         12,

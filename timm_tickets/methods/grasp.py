@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from ..core.scores import grasp
 from ..pruning.method import OneShot
@@ -76,5 +77,10 @@ def add_products(
 ) -> None:
     """Add this batch's H g: the gradient of ``g . dL/dw`` with g, that of all batches, held fixed."""
     own = gradients(loss(temperature), differentiated(run), graph=True)
-    product = torch.stack([(gradient[name].to(value.device) * value).sum() for name, value in own.items()]).sum()
-    run.add_scores_(gradients(product, run.subnet.parameters()))
+    reached = [name for name, value in own.items() if value.requires_grad]
+    held = [gradient[name].to(own[name].device) for name in reached]
+    # Of this batch's gradient itself only the graph is needed, and not its values.
+    edges = [get_gradient_edge(own.pop(name)) for name in reached]
+    weights = run.subnet.parameters()
+    products = torch.autograd.grad(edges, list(weights.values()), held, materialize_grads=True)
+    run.add_scores_(dict(zip(weights, products, strict=True)))

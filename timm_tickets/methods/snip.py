@@ -49,7 +49,7 @@ def reading_run(
     images_per_class: int | None = None,
 ) -> Run:
     """A short run that adds up something of the gradients of a few images, all of them at the same weights."""
-    return Run(epochs=1, read=read, limit=limit, images_per_class=images_per_class, after_step=_restore)
+    return Run(epochs=1, read=read, limit=limit, images_per_class=images_per_class, after_step=Training.undo_step_)
 
 
 def add_gradients(run: Training, loss: Callable[..., Tensor]) -> None:
@@ -61,9 +61,3 @@ def gradients(value: Tensor, weights: Mapping[str, Tensor], graph: bool = False)
     """The gradient of a scalar with respect to each weight; with its graph where it is to be differentiated again."""
     found = torch.autograd.grad(value, list(weights.values()), create_graph=graph, materialize_grads=True)
     return dict(zip(weights, found, strict=True))
-
-
-def _restore(run: Training) -> None:
-    """Undo the optimizer's step and batch normalisation's statistics, for the next batch."""
-    assert run.subnet.start is not None
-    run.subnet.load_(run.subnet.start)

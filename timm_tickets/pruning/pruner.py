@@ -259,6 +259,7 @@ class Pruner(Iterator[Training]):
                 self._ended = True
                 return
             ends = yield from self._round(requests)
+            requests = None  # they may hold a gradient of all weights, which the next round has no use for
             self.rounds_done += 1
 
     def _round(self, requests: list[Run]) -> Generator[Training, None, list[End]]:

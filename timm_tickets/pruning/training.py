@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Training(Clock):
         scores: What the method gathers while the run goes on (`add_scores_`): a tensor a weight, given back in its end.
         optimizer: The optimizer that changes the weights, once attached.
         tweaks: Retraining tweaks, taken back at its end; they change the loss and anneal with its steps.
+        reads_only: Whether it reads gradients and is no training; it is not scored.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Training(Clock):
     ):
         super().__init__(schedule_epochs or request.epochs or 0, start_epoch)
         self.request, self.subnet, self.place, self.seed = request, subnet, place or Place(), seed
+        self.reads_only = request.read is not None
         self.metrics: dict[str, Any] = {}
         self.scores: Scores = {}
         self.optimizer: Optimizer | None = None
@@ -98,11 +101,6 @@ class Training(Clock):
     def classes(self) -> Sequence[int] | None:
         """The classes that it trains on; all where None."""
         return self.request.classes
-
-    @property
-    def reads_only(self) -> bool:
-        """Whether it reads gradients and is no training; it is not scored."""
-        return self.request.read is not None
 
     @property
     def all_images(self) -> bool:
@@ -194,6 +192,13 @@ class Training(Clock):
         for name, reading in readings.items():
             self.scores[name] = self.scores.get(name, 0) + (reading if world_size() > 1 else reading.cpu())
 
+    def undo_step_(self) -> None:
+        """Return to the search's beginning, as if no step had been taken: weights, statistics, the optimizer's memory."""
+        assert self.subnet.start is not None  # there in every search that does not end trained
+        self.subnet.load_(self.subnet.start)
+        if self.optimizer is not None:
+            reset_(self.optimizer)
+
     def forget_(self, weights: Masks) -> None:
         """Zero what the optimizer remembers of these weights, such as momentum: a weight that begins anew has no past.
 
@@ -261,9 +266,9 @@ class Training(Clock):
             self.tweaks.remove_()
         share_buffers_(self.subnet.model)  # not in `end`: a checkpoint may be one process's alone
         end = self.end()
-        # A caller may keep this object: it is not to keep momentum, scores and rewind point alive, each as large as the
-        # model.
+        # A caller may keep this object: it is not to keep what is as large as the model alive.
         self.optimizer, self._rewind, self.scores = None, None, {}
+        self.request = replace(self.request, read=None)
         return end
 
     def end(self) -> End:
