@@ -193,7 +193,7 @@ class Training(Clock):
             self.scores[name] = self.scores.get(name, 0) + (reading if world_size() > 1 else reading.cpu())
 
     def undo_step_(self) -> None:
-        """Return to the search's beginning, as if no step had been taken: weights, statistics, the optimizer's memory."""
+        """Return to where the search began, as if there had been no step: weights, statistics, momentum."""
         assert self.subnet.start is not None  # there in every search that does not end trained
         self.subnet.load_(self.subnet.start)
         if self.optimizer is not None:
