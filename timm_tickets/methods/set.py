@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..core.errors import SettingError
+from ..core.lazy import Lazy
 from ..core.masks import Distribution, exchange, keep_count, total
 from ..core.scores import magnitude, random
 from ..core.seeds import seed_from
@@ -75,7 +76,7 @@ class SET(OneShot):
         drop = magnitude(subnet.weights_on_cpu())
         new = {n: exchange(mask, drop[n], grow[n].cpu(), round(rate * int(mask.sum()))) for n, mask in old.items()}
         subnet.set_mask_(new)
-        run.forget_({name: mask & ~old[name] for name, mask in new.items()})  # what has grown: it begins anew
+        run.forget_(Lazy(new, lambda name: new[name] & ~old[name]))  # what has grown: it begins anew
 
     def runs(self, subnet: Subnet) -> int:
         return 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..core.errors import TrainingError
-from ..core.masks import Masks, Scores
+from ..core.masks import Scores
 from ..core.states import State, digest, not_finite, sharing
 from ..core.warn import warn
 from ..data.subset import Selection, is_loader, slice_classes, subset_of
@@ -199,7 +199,7 @@ class Training(Clock):
         if self.optimizer is not None:
             reset_(self.optimizer)
 
-    def forget_(self, weights: Masks) -> None:
+    def forget_(self, weights: Mapping[str, Tensor]) -> None:
         """Zero what the optimizer remembers of these weights, such as momentum: a weight that begins anew has no past.
 
         Args:
