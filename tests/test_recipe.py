@@ -149,13 +149,20 @@ def test_the_schema_asks_for_a_whole_recipe_only_where_it_extends_none():
     assert "required" not in schema
     assert schema["if"] == {"not": {"required": ["extends"]}}
     whole = schema["then"]
-    assert set(whole["required"]) == {"name", "model", "pruner"}
+    assert set(whole["required"]) == {"model", "pruner"}
     assert whole["properties"] == {"model": {"required": ["model"]}, "pruner": {"required": ["name", "sparsity"]}}
 
 
 def write(folder, **files):
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
+
+
+def test_a_recipe_without_a_name_has_its_file_s_and_not_its_base_s(tmp_path):
+    write(tmp_path, mine="extends: digits_imp\ntraining: {epochs: 2}\n")
+    recipe = tt.load_recipe(tmp_path / "mine.yaml")
+    assert (recipe.name, str(recipe.folder)) == ("mine", "output/mine")
+    assert tt.load_recipe(tmp_path / "mine.yaml", ["name=other"]).name == "other"
 
 
 def test_a_recipe_extends_another_one(tmp_path):

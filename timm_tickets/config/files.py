@@ -94,6 +94,7 @@ def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
     if len(data) > MOST_BYTES:
         raise SettingError(f"{path} is not a recipe: it has more than {MOST_BYTES:,} bytes")
     values = _parsed(text, f"{path} is not a recipe")
+    values.setdefault("name", path.stem)  # and not that of the recipe it extends, whose folder has another result
     if "extends" not in values:
         return values
     base = values.pop("extends")

@@ -24,7 +24,7 @@ class Recipe(Part):
     """A whole search."""
 
     name: str
-    """names the run folder, output/<name>"""
+    """names the run folder, output/<name>; the file's name where not given"""
     output: Path | None = None
     """the run folder itself, where it is not output/<name>"""
     source: str | None = None
@@ -166,5 +166,6 @@ def json_schema() -> dict[str, Any]:
     parts = {name: {"required": schema["$defs"][f"{name.title()}Settings"].pop("required")} for name in ("model",)}
     parts["pruner"] = {"required": ["name", "sparsity"]}
     schema["if"] = {"not": {"required": ["extends"]}}
-    schema["then"] = {"required": schema.pop("required"), "properties": parts}
+    required = [name for name in schema.pop("required") if name != "name"]  # a file has one of its own
+    schema["then"] = {"required": required, "properties": parts}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
