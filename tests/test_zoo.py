@@ -254,12 +254,15 @@ def check_gates(model, other, images, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*has not moved its mask")  # in so few steps
+@pytest.mark.filterwarnings("ignore:.*keep a single weight")
 @pytest.mark.parametrize("module", FEW)
 def test_a_few_families(module, tmp_path):
     check(SMALLEST[module], tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*has not moved its mask")
+@pytest.mark.filterwarnings("ignore:.*keep a single weight")
 @pytest.mark.parametrize("module", timm.list_modules())
 def test_every_module_of_timm(module, tmp_path, capsys):
     name = SMALLEST.get(module) or timm.list_models(module=module)[0]

@@ -40,14 +40,15 @@ def check_same_masks(name: str, masks: Mapping[str, Tensor]) -> None:
 
 def warn_of_lone_weights(name: str, subnet: Subnet) -> None:
     """Say, at the end of a search, which standardised layers have output channels that keep a single weight."""
-    alone = lone_weights({name: subnet.mask[name] for name in subnet.names if name in subnet.standardised})
-    if alone:
+    masks = {layer: subnet.mask[layer] for layer in subnet.names if layer in subnet.standardised}
+    if alone := lone_weights(masks):
+        channels = sum(len(mask) for mask in masks.values())
         told = ", ".join(f"{layer} {count}" for layer, count in [*alone.items()][:5])
         told += f" and {len(alone) - 5} more layers" if len(alone) > 5 else ""
         warn(
-            f"{name}: {sum(alone.values())} output channels of weight-standardised layers keep a single weight ({told})"
-            ", and standardising makes it zero: nothing passes through them. Lower the sparsity, choose "
-            "scope=layerwise, or leave these layers out with exclude"
+            f"{name}: {sum(alone.values())} of {channels} output channels of weight-standardised layers keep a single "
+            f"weight ({told}), which standardising makes zero: nothing passes through them. Lower the sparsity, or "
+            "leave these layers out with exclude"
         )
 
 
