@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import timm_tickets as tt
 from timm_tickets.sparse.gates import _Product
-from timm_tickets.sparse.standardised import check_channels, deviations, prune_
+from timm_tickets.sparse.standardised import centred, check_channels, prune_
 
 KINDS = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
@@ -85,8 +85,9 @@ def test_the_kernel_by_hand():
     model = nn.Sequential(layer)
     subnet = tt.Subnet(model, ("0.weight",))
     subnet.set_mask_({"0.weight": mask_of([[1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 0, 0]])})
-    # Kept are 3, 1 and 5: less their mean 0, -2 and 2, of the variance (0 + 4 + 0 + 4) / 4 with the zero.
-    assert layer.weight[0].flatten().tolist() == [0, -2, 0, 2]
+    # Kept are 3, 1 and 5, less their mean 0, -2 and 2; stretched from a length of 8 ** 0.5 to the 35 ** 0.5 before.
+    stretched = 2 * (35 / 8) ** 0.5
+    assert layer.weight[0].flatten().tolist() == pytest.approx([0, -stretched, 0, stretched])
     assert weight_of(layer)[0].flatten().tolist() == pytest.approx([0, -(2**0.5), 0, 2**0.5], abs=1e-6)
     # The second, of which nothing is pruned, stays bit for bit; the third keeps one weight, which mean zero makes 0.
     assert torch.equal(layer.weight[1], given[1])
@@ -103,7 +104,7 @@ def test_a_weight_that_is_centred_stays_bit_for_bit(dtype, offset):
     weight = (torch.randn(64, 16, 3, 3, generator=generator) + offset).to(dtype)
     weight[0] = weight[0, 0, 0, 0]  # all alike: nothing is left of them
     mask = torch.rand(64, 16, 3, 3, generator=generator) < torch.linspace(0, 1, 64).view(-1, 1, 1, 1)
-    mask[0, 0], mask[-1] = True, True
+    mask[0, 0], mask[0, 1:5, 0], mask[-1] = True, True, True
     given = weight.clone()
     prune_(weight, mask, True)
     once = weight.clone()
@@ -122,10 +123,16 @@ def test_the_gradients_of_a_soft_mask_before_the_standardisation():
     weight, value = (torch.rand(3, 4, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
     scale = torch.tensor(1.5, dtype=torch.float64)
     inputs = (weight.requires_grad_(), scale, value.requires_grad_(), True)
-    assert torch.autograd.gradcheck(_Product.apply, inputs)
-    by_hand = value * (1.5 * weight - (1.5 * weight * value).sum((1, 2, 3), True) / value.sum((1, 2, 3), True))
-    torch.testing.assert_close(_Product.apply(*inputs), by_hand)
-    assert torch.equal(deviations(weight, torch.ones_like(value)), weight)
+    apart = 1.5 * weight - (1.5 * weight * value).sum((1, 2, 3), True) / value.sum((1, 2, 3), True)
+    stretch = (
+        (1.5 * weight * value).square().sum((1, 2, 3), True) / (apart * value).square().sum((1, 2, 3), True)
+    ) ** 0.5
+    by_hand, out = value * apart * stretch.detach(), _Product.apply(*inputs)
+    torch.testing.assert_close(out, by_hand)
+    upstream = torch.rand(out.shape, generator=generator, dtype=out.dtype)
+    found, expected = (torch.autograd.grad(one, (weight, value), upstream) for one in (out, by_hand))
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(centred(weight, torch.ones_like(value))[0], weight)
 
 
 @pytest.mark.filterwarnings("ignore:.*layers are pruned to nothing", "ignore:.*keep a single weight")

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from ..core.private import changes_of, forget_flat_weights_
 from ..distributed.fsdp2 import gathered, is_split
-from .standardised import deviations, prune_
+from .standardised import centred, deviations, prune_
 
 # Of each module with gates: the order of its parameters, and a hook where it is recurrent.
 _before: WeakKeyDictionary[nn.Module, tuple[list[str], Any]] = WeakKeyDictionary()
@@ -109,29 +109,31 @@ def ranked_gate(weight: Tensor, pattern: tuple[Tensor, Tensor] | None = None) ->
 class _Product(torch.autograd.Function):
     """``weight * scale * value``, whose backward makes ``weight * scale`` again instead of keeping it.
 
-    Centred it is the `deviations` of ``weight * scale`` times the value, and its backward takes those of the gradient.
+    Where the layer standardises it, ``weight * scale`` is `centred`; the stretch is a constant to the backward, as
+    standardising takes it out again.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, value: Tensor, centred: bool) -> Tensor:
-        ctx.save_for_backward(weight, scale, value if weight.requires_grad or centred else None)
-        ctx.centred = centred
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, value: Tensor, standardised: bool) -> Tensor:
+        ctx.save_for_backward(weight, scale, value if weight.requires_grad or standardised else None)
+        ctx.standardised = standardised
         scaled = weight * scale
-        return (deviations(scaled, value) if centred else scaled) * value
+        return (centred(scaled, value)[0] if standardised else scaled) * value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         (gradient,) = gradients
         weight, scale, value = ctx.saved_tensors
         by_weight, _, by_value, _ = ctx.needs_input_grad
-        scaled = weight * scale if by_value else None
-        if ctx.centred:
+        scaled = weight * scale
+        if ctx.standardised:
             gradient = deviations(gradient, value)
-            scaled = None if scaled is None else deviations(scaled, value)
+            scaled, stretch = centred(scaled, value)
+            scale = scale * stretch
         return (
             gradient * value * scale if by_weight else None,
             None,
-            None if scaled is None else gradient * scaled,
+            gradient * scaled if by_value else None,
             None,
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..distributed.fsdp2 import is_split, local, shard_of
 from .named_weights import NamedWeights
 from .optimizers import after_slow, after_step, plain_optimizer
-from .standardised import prune_
+from .standardised import deviations
 
 # The hooks now on each model, so that whoever attaches next takes over instead of adding a second set.
 _hooks: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
@@ -138,7 +138,7 @@ class Holder:
         # On CPUs a product with a bool mask is vectorised, masked_fill_ is not.
         part = local(tensor).mul_(held)
         if name in self._weights.standardised:
-            prune_(part, held, True)
+            part.copy_(deviations(part, held)).mul_(held)
 
     def _on(self, device: torch.device, name: str) -> Tensor:
         held = self._held[name]

@@ -19,36 +19,56 @@ from ..distributed.fsdp2 import is_split
 STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
-def deviations(weight: Tensor, value: Tensor) -> Tensor:
-    """A weight less its mean over what each output channel keeps.
+def centred(weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight less its mean over what each output channel keeps, and stretched so that this is as long as before.
 
-    A channel stays bit for bit where nothing of it is pruned, and where its mean is zero but for rounding: or else it
-    would move with every checkpoint that is read.
+    The stretch changes nothing of a standardised kernel. Without it, channels that lose much would have large gradients
+    and be the first to be pruned by magnitude. A channel stays bit for bit where nothing of it is pruned, and where its
+    mean is zero but for rounding: or else it would move with every checkpoint that is read.
 
     Args:
         weight: Float, (out, ...).
         value: The mask, of its shape: bool, or what a soft one lets through, in [0, 1]; the mean is weighted by it.
+
+    Returns:
+        The weight, and by how much each channel was stretched, (out, 1, ...).
     """
+    rows, stretch = _centred(weight, value)
+    ones = (1,) * (weight.ndim - 1)
+    return (rows * stretch).to(weight.dtype).view_as(weight), stretch.to(weight.dtype).view(-1, *ones)
+
+
+def deviations(gradient: Tensor, value: Tensor) -> Tensor:
+    """A gradient less its mean over what each output channel keeps, as a weight in `centred`; not stretched."""
+    return _centred(gradient, value)[0].to(gradient.dtype).view_as(gradient)
+
+
+def _centred(weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     rows, by = weight.flatten(1).to(wide), value.flatten(1).to(wide)
-    kept, size = rows * by, by.sum(1).clamp(min=torch.finfo(wide).tiny)
-    mean, rounding = kept.sum(1) / size, max(torch.finfo(weight.dtype).eps, 16 * torch.finfo(wide).eps)
-    moves = (mean.abs() > rounding * kept.abs().sum(1) / size) & (by < 1).any(1)
-    return (rows - torch.where(moves, mean, 0).unsqueeze(1)).to(weight.dtype).view_as(weight)
+    tiny, rounding = torch.finfo(wide).tiny, max(torch.finfo(weight.dtype).eps, 16 * torch.finfo(wide).eps)
+    kept, size = rows * by, by.sum(1, keepdim=True).clamp(min=tiny)
+    mean = kept.sum(1, keepdim=True) / size
+    moves = (mean.abs() > rounding * kept.abs().sum(1, keepdim=True) / size) & (by < 1).any(1, keepdim=True)
+    left = rows - torch.where(moves, mean, 0)
+    before, after = (part.norm(dim=1, keepdim=True) for part in (kept, left * by))
+    differ = after > rounding * before  # what is left of weights that are all alike is rounding
+    left = torch.where(moves & ~differ, 0, left)
+    return left, torch.where(moves & differ, before / after.clamp(min=tiny), 1)
 
 
 @torch.no_grad()
 def prune_(weight: Tensor, mask: Tensor, standardised: bool) -> None:
-    """Set what a mask prunes to exactly zero and, of a standardised weight, move what a channel keeps to mean zero.
+    """Set what a mask prunes to exactly zero; of a standardised weight, centre what is kept.
 
     Args:
-        weight: Float; a weight, (out, ...) where it is standardised, or its gradient.
+        weight: Float; (out, ...) where it is standardised.
         mask: Bool, of its shape.
         standardised: Whether the layer standardises it.
     """
     weight.masked_fill_(~mask, 0)
     if standardised:
-        weight.copy_(deviations(weight, mask)).masked_fill_(~mask, 0)
+        weight.copy_(centred(weight, mask)[0]).masked_fill_(~mask, 0)
 
 
 def check_channels(name: str, weight: Tensor) -> None:
