@@ -40,8 +40,8 @@ class TicketTask(ClassificationTask):
     the call after the last trains the ticket. A run is written down with the first checkpoint after its last epoch.
     Rewound to a later epoch, runs want ``--start-epoch``. Validation stays train.py's, over all classes.
 
-    Weight-standardised layers (NFNet, BiT, hybrid ViT) are the exception to plain checkpoints: their pruned weights are
-    zero in the file, but a plain timm model standardises them away from zero; apply the ticket before it is loaded.
+    Of weight-standardised layers (NFNet, BiT, hybrid ViT) what an output channel keeps is held at mean zero, so that a
+    plain timm model, which standardises the checkpoint's weights, computes the sparse network too.
 
     Args:
         model: The model to train, as timm created it; before ``torch.compile`` and DDP.

@@ -71,8 +71,8 @@ class ContinuousSparsification(Method):
         self.tell(subnet)
         if not self.bake_scale:
             subnet.scale_gates_(dict.fromkeys(subnet.names, 1.0))
-        subnet.bake_()
         subnet.restart_()
+        subnet.bake_()
 
     def tell(self, subnet: Subnet) -> None:
         """Note what the scores alone would keep, beside what the ticket keeps, and warn where it keeps more."""

@@ -34,7 +34,7 @@ class EdgePopup(Method):
     First scores are uniform, as in the released code (Kaiming's with a = sqrt 5): drawn wider than the learning rate
     can move them, the first mask stays.
     Departures: what is not pruned trains by default, so that any timm model works. On weight-standardised layers the
-    scale has no effect: standardising cancels it.
+    scale has no effect: standardising cancels it. What such a channel keeps passes less its mean.
     """
 
     ends_trained: ClassVar[bool] = True
@@ -71,8 +71,8 @@ class EdgePopup(Method):
         self.begin_(subnet)
         yield [Run(after_step=lambda run: self.settle_(run.subnet), weight_decay=self.weight_decay)]
         self.settle_(subnet)
-        subnet.bake_()
         subnet.restart_()
+        subnet.bake_()
 
     def begin_(self, subnet: Subnet) -> None:
         """Draw weights and scores, and say how, for the ticket."""

@@ -78,8 +78,8 @@ class Jackpot(Method):
         tag = pretrained_tag(subnet.model)
         subnet.origin = {"start": "pretrained", "tag": tag} if tag else {}
         yield [Run(after_step=self.step_, weight_decay=self.weight_decay)]
-        subnet.bake_()
         subnet.restart_()
+        subnet.bake_()
 
     def step_(self, run: Training) -> None:
         rate = self.scheduled(run.progress)

@@ -10,6 +10,7 @@ from ..core.states import digest
 from ..core.warn import warn
 from ..distributed.collectives import check_same_everywhere
 from ..distributed.processes import world_size
+from ..sparse.standardised import lone_weights
 from ..sparse.subnet import Subnet
 from .method import Method
 
@@ -35,6 +36,20 @@ def check_same_masks(name: str, masks: Mapping[str, Tensor]) -> None:
     """
     if world_size() > 1:
         check_same_everywhere(f"the mask of {name}", digest(masks))
+
+
+def warn_of_lone_weights(name: str, subnet: Subnet) -> None:
+    """Say, at the end of a search, which standardised layers have output channels that keep a single weight."""
+    masks = {layer: subnet.mask[layer] for layer in subnet.names if layer in subnet.standardised}
+    if alone := lone_weights(masks):
+        channels = sum(len(mask) for mask in masks.values())
+        told = ", ".join(f"{layer} {count}" for layer, count in [*alone.items()][:5])
+        told += f" and {len(alone) - 5} more layers" if len(alone) > 5 else ""
+        warn(
+            f"{name}: {sum(alone.values())} of {channels} output channels of weight-standardised layers keep a single "
+            f"weight ({told}), which standardising makes zero: nothing passes through them. Lower the sparsity, or "
+            "leave these layers out with exclude"
+        )
 
 
 class EmptyLayers:

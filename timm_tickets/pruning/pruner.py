@@ -25,7 +25,7 @@ from ..sparse.prunable import prunable_names
 from ..sparse.subnet import Subnet
 from ..storage.files import is_writer
 from ..tickets.ticket import Ticket
-from .checks import EmptyLayers, check_same_masks, refuse_split
+from .checks import EmptyLayers, check_same_masks, refuse_split, warn_of_lone_weights
 from .draft import Draft
 from .history import History
 from .method import Method
@@ -256,6 +256,7 @@ class Pruner(Iterator[Training]):
             name = "the ticket" if requests is None else f"round {self.rounds_done}"
             check_same_masks(name, subnet.mask)
             if requests is None:
+                warn_of_lone_weights(self.method.name, subnet)
                 self._ended = True
                 return
             ends = yield from self._round(requests)

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from ..core.private import changes_of, forget_flat_weights_
 from ..distributed.fsdp2 import gathered, is_split
+from .standardised import centred, deviations, prune_
 
 # Of each module with gates: the order of its parameters, and a hook where it is recurrent.
 _before: WeakKeyDictionary[nn.Module, tuple[list[str], Any]] = WeakKeyDictionary()
@@ -40,9 +41,11 @@ class Gate(nn.Module):
     Attributes:
         soft: Whether the weight passes a soft mask instead of the hard one; `Subnet.hard` says for how long it does
         not.
+        standardised: Whether the layer standardises the weight: what passes has mean zero in each output channel then.
     """
 
     soft: bool = False
+    standardised: bool = False
     mask: Tensor
     scale: Tensor
     free: Tensor | None
@@ -57,7 +60,7 @@ class Gate(nn.Module):
         self.register_buffer("scale", torch.ones((), dtype=score.dtype), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _Product.apply(weight, self.scale, self.value(weight.dtype))
+        return _Product.apply(weight, self.scale, self.value(weight.dtype), self.standardised)
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """What the weight is multiplied with, but for the scale."""
@@ -68,9 +71,16 @@ class Gate(nn.Module):
         return self.mask.to(dtype) + through.to(dtype)
 
     @torch.no_grad()
+    def kept(self, weight: Tensor) -> Tensor:
+        """What the mask keeps of the weight."""
+        return (weight * self.scale).masked_fill(~self.mask, 0)
+
+    @torch.no_grad()
     def hard(self, weight: Tensor) -> Tensor:
         """The weight that stays when the gate goes."""
-        return (weight * self.scale).masked_fill(~self.mask, 0)
+        hard = weight * self.scale
+        prune_(hard, self.mask, self.standardised)
+        return hard
 
     def full_score(self) -> Tensor:
         """The scores in the weight's shape; zero where nothing is free."""
@@ -97,22 +107,34 @@ def ranked_gate(weight: Tensor, pattern: tuple[Tensor, Tensor] | None = None) ->
 
 
 class _Product(torch.autograd.Function):
-    """``weight * scale * value``, whose backward makes ``weight * scale`` again instead of keeping it."""
+    """``weight * scale * value``, whose backward makes ``weight * scale`` again instead of keeping it.
+
+    Where the layer standardises it, ``weight * scale`` is `centred`; the stretch is a constant to the backward, as
+    standardising takes it out again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, value: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale, value if weight.requires_grad else None)
-        return weight * scale * value
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, value: Tensor, standardised: bool) -> Tensor:
+        ctx.save_for_backward(weight, scale, value if weight.requires_grad or standardised else None)
+        ctx.standardised = standardised
+        scaled = weight * scale
+        return (centred(scaled, value)[0] if standardised else scaled) * value
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         (gradient,) = gradients
         weight, scale, value = ctx.saved_tensors
-        by_weight, _, by_value = ctx.needs_input_grad
+        by_weight, _, by_value, _ = ctx.needs_input_grad
+        scaled = weight * scale
+        if ctx.standardised:
+            gradient = deviations(gradient, value)
+            scaled, stretch = centred(scaled, value)
+            scale = scale * stretch
         return (
             gradient * value * scale if by_weight else None,
             None,
-            gradient * (weight * scale) if by_value else None,
+            gradient * scaled if by_value else None,
+            None,
         )
 
 

@@ -1,6 +1,6 @@
 """Holding masks: two hooks that keep pruned weights exactly zero while an optimizer steps."""
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -8,8 +8,10 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from ..distributed.fsdp2 import check_supported, is_split, local, shard_of
+from ..distributed.fsdp2 import is_split, local, shard_of
+from .named_weights import NamedWeights
 from .optimizers import after_slow, after_step, plain_optimizer
+from .standardised import deviations
 
 # The hooks now on each model, so that whoever attaches next takes over instead of adding a second set.
 _hooks: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
@@ -62,10 +64,9 @@ class Holder:
     weights; with the weight alone, gradient clipping has counted their gradients in the norm.
 
     Args:
-        model: The plain model; hooks that are on it should have been removed (`release_`).
-        parameters: Gives its prunable parameters by name, as they are now: FSDP2 replaces the objects.
-        masks: Bool, the masks to hold, by name.
-        gated: Names of the weights behind gates, where nothing is held: gates do it themselves.
+        weights: The model's prunable weights; hooks that are on it should have been removed (`release_`). Behind gates
+            nothing is held: they do it themselves.
+        masks: Bool, the masks to hold, by name. What they keep of a standardised weight is held at mean zero.
         tap: Given the gradients before they are masked, while it is open.
         optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
         then: Called after each optimizer step, once the masks are applied.
@@ -76,24 +77,23 @@ class Holder:
 
     def __init__(
         self,
-        model: nn.Module,
-        parameters: Callable[[], Mapping[str, nn.Parameter]],
+        weights: NamedWeights,
         masks: Mapping[str, Tensor],
-        gated: Container[str],
         tap: GradientTap,
         optimizer: Any,
         then: Callable[[], None] | None = None,
     ):
-        check_supported(model)  # again: it may have been prepared since
-        self._model, self._parameters, self._gated, self._tap = model, parameters, gated, tap
-        now = parameters()
+        model = weights.model
+        weights.check_supported()  # again: it may have been prepared since
+        self._weights, self._tap = weights, tap
+        now = weights.parameters()  # FSDP2 replaces the objects
         _check_optimizer(model, optimizer)
         self._held: dict[str, Tensor] = {}  # on the weights' devices
         self.take_(masks)
         hooks: list[Any] = [
             parameter.register_post_accumulate_grad_hook(partial(self._mask_gradient, name))
             for name, parameter in now.items()
-            if parameter.requires_grad and name not in gated
+            if parameter.requires_grad and name not in weights.gates
         ]
         hooks.append(plain_optimizer(optimizer).register_step_post_hook(self._mask_weights))
         # Slow weights remember what a mask that has since moved let through.
@@ -104,11 +104,11 @@ class Holder:
 
     def take_(self, masks: Mapping[str, Tensor]) -> None:
         """Hold these masks from here on. A layer that keeps everything needs none."""
-        gated = self._gated
+        gated = self._weights.gates
         moved = {n: mask for n, mask in masks.items() if n not in gated and (n in self._held or not bool(mask.all()))}
         if not moved:  # as after every step behind gates
             return
-        parameters = self._parameters()
+        parameters = self._weights.parameters()
         for name, mask in moved.items():
             now = shard_of(mask, parameters[name])
             if name in self._held:
@@ -117,22 +117,28 @@ class Holder:
                 self._held[name] = now.clone()
 
     def _mask_gradient(self, name: str, parameter: Tensor) -> None:
-        # This hook must return None. On CPUs a product with a bool mask is vectorised, masked_fill_ is not.
+        # This hook must return None.
         if parameter.grad is None:
             return
         held = self._on(parameter.grad.device, name) if name in self._held else None
         if self._tap.open:
             self._tap.keep_(name, parameter.grad, held)
         if held is not None:
-            local(parameter.grad).mul_(held)
+            self._hold_(name, parameter.grad, held)
 
     @torch.no_grad()
     def _mask_weights(self, *_: Any) -> None:
         # After a step FSDP2's parameters are parts already, and to make sure would walk through the whole model.
-        parameters = dict(self._model.named_parameters())
+        parameters = dict(self._weights.model.named_parameters())
         for name in self._held:
             weight = parameters[name].detach()
-            local(weight).mul_(self._on(weight.device, name))
+            self._hold_(name, weight, self._on(weight.device, name))
+
+    def _hold_(self, name: str, tensor: Tensor, held: Tensor) -> None:
+        # On CPUs a product with a bool mask is vectorised, masked_fill_ is not.
+        part = local(tensor).mul_(held)
+        if name in self._weights.standardised:
+            part.copy_(deviations(part, held)).mul_(held)
 
     def _on(self, device: torch.device, name: str) -> Tensor:
         held = self._held[name]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..distributed.fsdp2 import check_supported, reshard_
 from .gates import Gate
+from .standardised import STANDARDISED, check_channels
 from .wrappers import plain_model
 
 
@@ -21,14 +22,29 @@ class NamedWeights:
         model: The plain model.
         names: Names of the prunable weights, in the model's order.
         gates: The gates before the weights, by name.
+        standardised: Names of the weights that their layers standardise: what is kept of them has mean zero in every
+            output channel of which something is pruned.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
         self.model = plain_model(model)
-        check_supported(self.model)
+        check_supported(self.model)  # before names are looked up, which FSDP1 changes
         self.names = tuple(names)
         self.gates: dict[str, Gate] = {}
         self._aliases = aliases(self.model, self.names)
+        self.standardised = {n for n in self.names if any(isinstance(m, STANDARDISED) for m, _ in self._owners(n))}
+        self.check_supported()
+
+    def check_supported(self) -> None:
+        """Refuse a model whose weights cannot be masked where they are; again when it may have been prepared.
+
+        Raises:
+            SettingError: DeepSpeed or FSDP1 has taken them apart, or FSDP2 has split channels that are standardised.
+        """
+        check_supported(self.model)
+        parameters = self.parameters() if self.standardised else {}
+        for name in self.standardised:
+            check_channels(name, parameters[name])
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The prunable parameters by name, looked up afresh: wrappers such as FSDP2 replace the objects."""

@@ -1,85 +1,90 @@
-"""Masks on weight-standardised convolutions (NFNet, ResNetV2/BiT, hybrid ViT).
+"""Weight-standardised convolutions (NFNet, ResNetV2/BiT, hybrid ViT): how a mask outlasts the standardisation.
 
-Standardising a weight moves its zeros: a mask on the raw weight alone prunes nothing. Such a layer keeps its keys and
-parameters and gets a class that computes ``mask * standardise(mask * w)``, the raw pruned weights also being zero. Only
-a layer of this class reads its checkpoint as the ticket means it.
+timm convolves with ``(w - mean(w)) / sqrt(var(w) + eps)``, mean and variance over all weights of an output channel, so
+its zeros move unless their mean is zero. Hence what a channel keeps is held at mean zero as what it does not keep is at
+zero: plain timm then computes the sparse kernel from the parameters as they are, whoever saved them. This takes no
+freedom but the one that standardising takes too. A channel of which nothing is pruned stays as it is; one that keeps a
+single weight is zero, as no kernel of mean zero has a single weight.
 """
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from timm.layers.padding import pad_same
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from .gates import Gate
+from ..core.errors import SettingError
+from ..distributed.fsdp2 import is_split
+
+STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
-class _Masked(nn.Module):
-    """The common forward of timm's four standardised convolutions, with a mask before and after standardising."""
+def centred(weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight less its mean over what each output channel keeps, and stretched so that this is as long as before.
 
-    prune_mask: Tensor
+    The stretch changes nothing of a standardised kernel. Without it, channels that lose much would have large gradients
+    and be the first to be pruned by magnitude. A channel stays bit for bit where nothing of it is pruned, and where its
+    mean is zero but for rounding: or else it would move with every checkpoint that is read.
 
-    def forward(self, x: Tensor) -> Tensor:
-        layer: Any = self
-        if getattr(layer, "same_pad", False):
-            x = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
-        weight = layer.weight
-        gate = self._gate()
-        if gate is None:
-            value = self.prune_mask.to(weight.dtype)
-            weight = weight * value
-        else:  # already before the weight; its scale goes in standardising
-            value = gate.value(weight.dtype)
-            if gate.soft:  # a soft mask starts at 1 / scale
-                value = value * gate.scale
-        weight = functional.batch_norm(
-            weight.reshape(1, layer.out_channels, -1),
-            None,
-            None,
-            weight=(layer.gain * layer.scale).view(-1) if hasattr(layer, "gain") else None,
-            training=True,
-            momentum=0.0,
-            eps=layer.eps,
-        ).reshape_as(weight)
-        return functional.conv2d(
-            x, weight * value, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
+    Args:
+        weight: Float, (out, ...).
+        value: The mask, of its shape: bool, or what a soft one lets through, in [0, 1]; the mean is weighted by it.
+
+    Returns:
+        The weight, and by how much each channel was stretched, (out, 1, ...).
+    """
+    rows, stretch = _centred(weight, value)
+    ones = (1,) * (weight.ndim - 1)
+    return (rows * stretch).to(weight.dtype).view_as(weight), stretch.to(weight.dtype).view(-1, *ones)
+
+
+def deviations(gradient: Tensor, value: Tensor) -> Tensor:
+    """A gradient less its mean over what each output channel keeps, as a weight in `centred`; not stretched."""
+    return _centred(gradient, value)[0].to(gradient.dtype).view_as(gradient)
+
+
+def _centred(weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64
+    rows, by = weight.flatten(1).to(wide), value.flatten(1).to(wide)
+    tiny, rounding = torch.finfo(wide).tiny, max(torch.finfo(weight.dtype).eps, 16 * torch.finfo(wide).eps)
+    kept, size = rows * by, by.sum(1, keepdim=True).clamp(min=tiny)
+    mean = kept.sum(1, keepdim=True) / size
+    moves = (mean.abs() > rounding * kept.abs().sum(1, keepdim=True) / size) & (by < 1).any(1, keepdim=True)
+    left = rows - torch.where(moves, mean, 0)
+    before, after = (part.norm(dim=1, keepdim=True) for part in (kept, left * by))
+    differ = after > rounding * before  # what is left of weights that are all alike is rounding
+    left = torch.where(moves & ~differ, 0, left)
+    return left, torch.where(moves & differ, before / after.clamp(min=tiny), 1)
+
+
+@torch.no_grad()
+def prune_(weight: Tensor, mask: Tensor, standardised: bool) -> None:
+    """Set what a mask prunes to exactly zero; of a standardised weight, centre what is kept.
+
+    Args:
+        weight: Float; (out, ...) where it is standardised.
+        mask: Bool, of its shape.
+        standardised: Whether the layer standardises it.
+    """
+    weight.masked_fill_(~mask, 0)
+    if standardised:
+        weight.copy_(centred(weight, mask)[0]).masked_fill_(~mask, 0)
+
+
+def check_channels(name: str, weight: Tensor) -> None:
+    """Refuse a standardised weight that FSDP2 has split within its output channels.
+
+    Raises:
+        SettingError: It is one.
+    """
+    if is_split(weight) and any(place.is_shard() and not place.is_shard(0) for place in weight.placements):
+        raise SettingError(
+            f"model: {name} is standardised by output channels, and FSDP2 has split these; let `shard_placement_fn` "
+            "split it along its first dimension, or leave it out of pruning with exclude"
         )
 
-    def _gate(self) -> Gate | None:
-        layer: Any = self
-        return layer.parametrizations.weight[0] if hasattr(layer, "parametrizations") else None
 
-
-class MaskedStdConv2d(_Masked, StdConv2d):
-    """timm's StdConv2d under a mask."""
-
-
-class MaskedStdConv2dSame(_Masked, StdConv2dSame):
-    """timm's StdConv2dSame under a mask."""
-
-
-class MaskedScaledStdConv2d(_Masked, ScaledStdConv2d):
-    """timm's ScaledStdConv2d under a mask."""
-
-
-class MaskedScaledStdConv2dSame(_Masked, ScaledStdConv2dSame):
-    """timm's ScaledStdConv2dSame under a mask."""
-
-
-_MASKED: dict[type, type] = {
-    masked.__mro__[2]: masked
-    for masked in (MaskedStdConv2d, MaskedStdConv2dSame, MaskedScaledStdConv2d, MaskedScaledStdConv2dSame)
-}
-
-
-def with_mask_(module: nn.Module) -> "_Masked | None":
-    """Give a standardised convolution its masked class; None for any other layer."""
-    if type(module) in _MASKED:
-        module.__class__ = _MASKED[type(module)]
-        weight: Any = module.weight
-        module.register_buffer(
-            "prune_mask", torch.ones(weight.shape, dtype=torch.bool, device=weight.device), persistent=False
-        )
-    return module if isinstance(module, _Masked) else None
+def lone_weights(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many output channels of these layers keep a single weight, by name, where any do."""
+    alone = {name: int((mask.flatten(1).sum(1) == 1).sum()) for name, mask in masks.items() if mask[0].numel() > 1}
+    return {name: count for name, count in alone.items() if count}

@@ -19,7 +19,7 @@ from ..distributed.processes import world_size
 from .gates import Gate, put_gate_, take_gate_
 from .holder import GradientTap, Holder, release_
 from .named_weights import NamedWeights
-from .standardised import with_mask_
+from .standardised import prune_
 
 
 class Subnet(NamedWeights):
@@ -50,10 +50,6 @@ class Subnet(NamedWeights):
         self.tap = GradientTap()
         self.sealed = False
         self.changes = self._loads = 0
-        self._standardised: list[tuple[str, Any]] = []
-        for name in self.names:
-            layers = [with_mask_(module) for module, _ in self._owners(name)]
-            self._standardised += [(name, layer) for layer in layers if layer is not None]
         self._frozen: list[nn.Parameter] = []
         self._mask = full_masks(self.weights())
         self._holder: Holder | None = None
@@ -89,8 +85,6 @@ class Subnet(NamedWeights):
         self._mask = {name: masks[name].detach().to("cpu", torch.bool) for name in self.names}
         for name, gate in self.gates.items():
             gate.mask.copy_(self._mask[name])
-        for name, layer in self._standardised:
-            layer.prune_mask.copy_(self._mask[name])
         if self._holder is not None:
             self._holder.take_(self._mask)
         self.changes += 1
@@ -105,9 +99,8 @@ class Subnet(NamedWeights):
     def apply_(self) -> None:
         """Set every pruned weight to exactly zero; not behind a gate, where the gate does that."""
         for name, weight in self.weights().items():
-            if name in self.gates:
-                continue
-            local(weight).masked_fill_(~shard_of(self._mask[name], weight), 0)
+            if name not in self.gates:
+                prune_(local(weight), shard_of(self._mask[name], weight), name in self.standardised)
 
     def mask_(self, other: nn.Module) -> None:
         """Zero in another copy of the model, such as its moving average, what is pruned here now.
@@ -117,7 +110,7 @@ class Subnet(NamedWeights):
         """
         if self.gates:
             raise RuntimeError("mask_: the masks are still being learned; mask the copy when the search has ended")
-        Subnet(other, self.names).set_mask_(self.mask)  # standardised layers hold their masks themselves
+        Subnet(other, self.names).set_mask_(self.mask)
 
     def state(self) -> State:
         """A copy of the whole state dict under timm's names, contiguous, on the CPU; weights as before their gates."""
@@ -144,6 +137,9 @@ class Subnet(NamedWeights):
 
     def baked_state(self) -> Lazy:
         """The state dict of the plain model that `bake_` would leave, each tensor made when it is read."""
+        return self._without_gates(Gate.hard)
+
+    def _without_gates(self, left: Callable[[Gate, Tensor], Tensor]) -> Lazy:
         state, weights = self.live_state(), self.weights()
         gated = {one: name for name in self.gates for one in self._all_names(name)}
 
@@ -151,7 +147,7 @@ class Subnet(NamedWeights):
             if name not in gated:
                 return state[name]
             gate = self.gates[gated[name]]
-            return gate.hard(gathered(weights[gated[name]])).cpu()
+            return left(gate, gathered(weights[gated[name]])).cpu()
 
         return self._present(state, make)
 
@@ -189,6 +185,7 @@ class Subnet(NamedWeights):
         """
         for name, weight in self.weights().items():
             gate = make(name, weight).to(weight.device)
+            gate.standardised = name in self.standardised
             for module, leaf in self._owners(name):
                 put_gate_(module, leaf, gate)
             self.gates[name] = gate
@@ -286,9 +283,12 @@ class Subnet(NamedWeights):
         self._start_epoch = epoch
 
     def restart_(self) -> None:
-        """Make the model as it is now the rewind point, in place of the one before."""
+        """Make the model as it is now the rewind point, in place of the one before; before `bake_`.
+
+        Of gates, what they keep: standardised weights too are still what a seed or pretrained weights give again.
+        """
         self._start = None  # first, or for a moment there would be two copies of the model
-        self.set_start_(self.state(), self._start_epoch)
+        self.set_start_(dict(self._without_gates(Gate.kept)), self._start_epoch)
 
     def rewind_(self) -> None:
         """Return to the rewind point: weights, biases, normalisation and buffers; then apply the mask.
@@ -319,7 +319,7 @@ class Subnet(NamedWeights):
                 "again, apply the ticket to it, shard it and train that"
             )
         self.release_()
-        self._holder = Holder(self.model, self.parameters, self._mask, self.gates, self.tap, optimizer, then)
+        self._holder = Holder(self, self._mask, self.tap, optimizer, then)
 
     def tap_(self, open: bool) -> None:
         """Keep the next step's gradients as they are before the mask, for `dense_gradients`, or keep none.

@@ -72,7 +72,10 @@ class Ticket:
         return cls(dict(masks), values, {**metadata, "versions": _versions()})
 
     def state(self) -> State:
-        """The state dict that the ticket gives a model: `values`, exactly zero where pruned."""
+        """The state dict to start from: `values`, exactly zero where pruned.
+
+        Give it to a model by `apply_`, which also moves what weight-standardised layers keep to mean zero.
+        """
         return {name: pruned_value(name, value, self.masks) for name, value in self.values.items()}
 
     @property
@@ -120,7 +123,7 @@ class Ticket:
         self._check_names(inner.state_dict())
         self._check_masks(inner)
         load_state_(inner, self.state())
-        Subnet(inner, tuple(self.masks)).set_mask_(self.masks)  # standardised layers hold theirs themselves
+        Subnet(inner, tuple(self.masks)).set_mask_(self.masks)  # moves what standardised layers keep to mean zero
         return model
 
     def check_architecture(self, model: nn.Module) -> None:
