@@ -179,8 +179,6 @@ def resolved(values: dict[str, Any]) -> dict[str, Any]:
 
 def switch_(values: dict[str, Any], given: dict[str, Any]) -> None:
     """Where an override or an extending recipe names another pruner or architecture, drop what was only the first's."""
-    from ..pruning.method import Method
-
     old, new = (str(_part(one, "model").get("model")).partition(".")[0] for one in (values, given))
     if new not in ("None", old):
         _part(values, "model").pop("model_kwargs", None)
@@ -192,6 +190,8 @@ def switch_(values: dict[str, Any], given: dict[str, Any]) -> None:
     pruner = _part(values, "pruner")
     if new is None or new == pruner.get("name"):
         return
+    from ..pruning.method import Method  # only now: it waits for torch
+
     for key in pruner.keys() - {"name", *Method.__dataclass_fields__}:
         del pruner[key]
 
