@@ -1,10 +1,12 @@
 """Commands that search, train and transfer a recipe, and print one."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .answers import kept, write_text
 from .app import RecipeName, Restart, Set, app, errors, loading
 
 
@@ -93,13 +95,20 @@ def recipe(
             for one in list_recipes():
                 print(f"{one}: {read_recipe(find_recipe(one)).get('source') or 'no source given'}")
             return
-        if name is not None:
-            read_recipe(find_recipe(name))
-            read_overrides(set or ())
-        from ..config.recipe import json_schema, load_recipe
-        from ..storage.files import write_json
+        values = None if name is None else read_recipe(find_recipe(name))
+        read_overrides(set or ())
+
+        def resolved() -> str:
+            from ..config.recipe import load_recipe
+
+            return load_recipe(name or "", set or ()).to_yaml()
+
+        def schema_text() -> str:
+            from ..config.recipe import json_schema
+
+            return json.dumps(json_schema(), indent=2) + "\n"
 
         if schema is not None:
-            write_json(schema, json_schema())
-        elif name is not None:
-            print(load_recipe(name, set or ()).to_yaml(), end="")
+            write_text(schema, kept("schema", schema_text))
+        else:
+            print(kept([values, set], resolved), end="")
