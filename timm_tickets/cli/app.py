@@ -8,7 +8,6 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +23,8 @@ Restart = Annotated[bool, typer.Option("--restart", help="delete the folder's ea
 
 def _version(asked: bool) -> None:
     if asked:
+        from importlib.metadata import version
+
         with_ = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "accelerate"))
         print(f"timm-tickets {version('timm-tickets')} ({with_}, Python {platform.python_version()})")
         raise typer.Exit

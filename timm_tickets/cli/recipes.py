@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from .answers import kept, write_text
 from .app import RecipeName, Restart, Set, app, errors, loading
 
 
@@ -95,6 +94,8 @@ def recipe(
             for one in list_recipes():
                 print(f"{one}: {read_recipe(find_recipe(one)).get('source') or 'no source given'}")
             return
+        from .answers import kept, write_text
+
         values = None if name is None else read_recipe(find_recipe(name))
         read_overrides(set or ())
 

@@ -149,8 +149,14 @@ def write_summary(records: Sequence[dict[str, Any]], folder: Path, more: Sequenc
     write_csv([row for record in records for row in rows_of(folder / record["name"])], EPOCH_COLUMNS, folder / EPOCHS)
 
 
-def print_table(records: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print the table of a search; with the epochs, where not all were trained equally long."""
+def print_table(records: Sequence[dict[str, Any]], console: Console, why: str = "") -> None:
+    """Print the table of a search; with the epochs, where not all were trained equally long.
+
+    Args:
+        records: The trainings.
+        console: Where to.
+        why: Said below it, such as why no dense network stands in it.
+    """
     if not is_writer():
         return
     rows = [row(record) for record in records]
@@ -176,6 +182,8 @@ def print_table(records: Sequence[dict[str, Any]], console: Console) -> None:
             f"the masks of soft networks, cut hard, have these scores; the soft networks' own: {', '.join(soft)} (val)"
         )
         say(console, text)
+    if why:
+        say(console, why)
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path, title: str, dense: dict[str, Any] | None) -> None:

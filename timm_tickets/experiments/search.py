@@ -132,9 +132,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
         best = f"round_{last - 1:02d}" if pruner.method.ends_trained else name
         files = write_model(folder, name, recipe, data, subnet.model, best)
         write_result(folder, rows, ticket.fingerprint, files)
-        print_table(rows, console)
-        if why:
-            say(console, why)
+        print_table(rows, console, why)
         tell_files(folder, recipe, rows, name, console)
     return Result(folder, ticket, rows)
 
