@@ -136,6 +136,7 @@ def test_search_then_info_then_train(tmp_path):
     ticket = tmp_path / "a" / "digits_imp.ticket"
     out = call("info", ticket)
     assert out.exit_code == 0, out.output
+    assert "…" not in out.output  # no layer's name or shape is cut in 80 columns
     parts = ("masks", "start", "batch-norm statistics", "header", "mask bits", "bound", "fp32 checkpoint")
     for words in (*parts, "test_resnet", "0.500000", "test_top1", '"name": "imp"', f"{ticket.stat().st_size:,} bytes"):
         assert words in out.output

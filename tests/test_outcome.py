@@ -17,7 +17,7 @@ from support.pictures import CLASSES, make
 
 import timm_tickets as tt
 from timm_tickets.experiments import search as experiment
-from timm_tickets.experiments import trackers
+from timm_tickets.experiments import report, trackers
 from timm_tickets.experiments.dry_run import dry_run
 from timm_tickets.training import best, trainer
 from timm_tickets.training.epoch_log import COLUMNS, EPOCHS
@@ -426,3 +426,22 @@ def test_a_dry_run_says_what_the_search_takes_and_leaves_nothing(search, root, t
         assert (found.runs, found.epochs, found.steps) == measured
         assert used <= found.disk + 200_000 <= 3 * used  # plots and records beside the weights
     assert found.seconds > 0
+
+
+def test_the_table_of_a_search_has_room_in_80_columns():
+    text = io.StringIO()
+    metrics = {"val_top1_best": 100.0, "val_top1": 100.0, "test_top1": 100.0, "seconds": 1234.5, "val_top1_soft": None}
+    numbers = {
+        "round": 0,
+        "part": 0,
+        "sparsity": 0.5,
+        "layer_min": 0.1,
+        "layer_max": 0.9,
+        "steps": 1,
+        "metrics": metrics,
+    }
+    rows = [{**numbers, "name": f"round_00_part_{i}", "epochs": 160 + i} for i in range(2)]
+    for some in (rows, rows[:1]):
+        report.print_table(some, Console(file=text, width=80))
+    assert "…" not in text.getvalue()
+    assert text.getvalue().count("round_00_part_0") == 2

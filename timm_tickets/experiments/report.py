@@ -161,9 +161,10 @@ def print_table(records: Sequence[dict[str, Any]], console: Console, why: str = 
         return
     rows = [row(record) for record in records]
     epochs = len({one["epochs"] for one in rows}) > 1
-    table = Table(box=None, header_style="bold", pad_edge=not epochs)
-    last = ("layers", "val best", "val last", "test top-1", "epochs", "s")  # 80 characters have room for no more
-    if not epochs:
+    long = max(len(one["name"]) for one in rows) > len("round_00")  # parts of rounds
+    table = Table(box=None, header_style="bold", pad_edge=not epochs, padding=(0, 1, 0, 0) if long else (0, 1))
+    last = ("layers", "val best", "val last", "test top-1", *["epochs"] * epochs, "s")  # 80 characters hold no more
+    if not epochs and not long:
         last = ("layers min..max", "val best", "val last", "test top-1", "seconds")
     for title in ("round", "sparsity", *last):
         table.add_column(title, justify="left" if title == "round" else "right", no_wrap=True)
