@@ -4,26 +4,112 @@ import sys
 
 import pytest
 import timm
+import typer
 import yaml
 from support.commands import call
 
 import timm_tickets as tt
+from timm_tickets.cli import answers
+from timm_tickets.cli.app import errors
+from timm_tickets.config.files import OF_EVERY_PRUNER
 
 
-def test_help_does_not_wait_for_torch():
-    """torch takes over a second to import; help must not touch it."""
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where answers are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "timm-tickets"
+
+
+WITHOUT_TORCH = [
+    (["--help"], 0, "search"),
+    (["--version"], 0, "timm-tickets"),
+    (["search", "--help"], 0, "--dry-run"),
+    (["recipe", "--list"], 0, "digits_imp: the package"),
+    (["recipe", "digit_imp"], 2, "did you mean 'digits_imp'"),
+    (["search", "digit_imp"], 2, "did you mean 'digits_imp'"),
+    (["train", "digit_imp"], 2, "did you mean 'digits_imp'"),
+    (["transfer", "a.ticket", "digit_imp"], 2, "did you mean 'digits_imp'"),
+    (["search", "digits_imp", "--set", "sparsity"], 2, "write key=value"),
+]
+
+
+def test_what_needs_no_torch_does_not_wait_for_it(tmp_path):
+    """torch and timm take seconds to import; nor are recipes and their schema asked of them a second time."""
+    for args in (
+        ["recipe", "digits_colt", "--set", "pruner.sparsity=0.7"],
+        ["recipe", "--schema", tmp_path / "a.json"],
+    ):
+        assert call(*args).exit_code == 0
+    again = [
+        (["recipe", "digits_colt", "--set", "pruner.sparsity=0.7"], 0, "name: colt"),
+        (["recipe", "--schema", str(tmp_path / "b.json")], 0, ""),
+    ]
     script = (
         "import sys; from typer.testing import CliRunner; from timm_tickets.cli import app\n"
-        "out = CliRunner().invoke(app, ['--help']); assert out.exit_code == 0, out.output\n"
-        "assert all(name in out.output for name in ('list', 'search', 'train', 'info', 'recipe'))\n"
-        "assert not {'torch', 'timm', 'numpy', 'matplotlib'} & set(sys.modules), sorted(sys.modules)\n"
+        f"for args, code, words in {[*WITHOUT_TORCH, *again]!r}:\n"
+        "    out = CliRunner().invoke(app, args)\n"
+        "    assert (out.exit_code, words in out.output) == (code, True), (args, out.output)\n"
+        "    assert not {'torch', 'timm', 'numpy', 'matplotlib'} & set(sys.modules), args\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_a_kept_answer_holds_only_for_what_it_was_found_from(tmp_path, cache, monkeypatch):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine\nmodel: {model: test_resnet}\npruner: {name: imp, sparsity: 0.5}\n")
+
+    def sparsity(*more):
+        return yaml.safe_load(call("recipe", recipe, *more).output)["pruner"]["sparsity"]
+
+    assert (sparsity(), sparsity(), len([*cache.iterdir()])) == (0.5, 0.5, 1)
+    assert sparsity("--set", "pruner.sparsity=0.6") == 0.6
+    recipe.write_text(recipe.read_text().replace("0.5", "0.7"))
+    assert sparsity() == 0.7
+    assert len([*cache.iterdir()]) == 3
+    for path in cache.iterdir():
+        path.write_text(path.read_text().replace("0.7", "0.8"))  # damaged
+    assert sparsity() == 0.7
+    monkeypatch.setattr(answers, "_installed", lambda: "another version")
+    assert sparsity() == 0.7
+    assert len([*cache.iterdir()]) == 4
+    out = call("recipe", recipe, "--set", "pruner.sparsity=2")
+    assert (out.exit_code, len([*cache.iterdir()])) == (2, 4)
+    monkeypatch.setattr(answers, "entry_points", lambda group: [group])  # another package's pruners
+    assert sparsity("--set", "pruner.sparsity=0.9") == 0.9
+    assert len([*cache.iterdir()]) == 4
+
+
+def test_every_pruners_settings_are_known_without_torch():
+    from dataclasses import fields
+
+    assert [field.name for field in fields(tt.Method)] == list(OF_EVERY_PRUNER)
+
+
+def test_a_search_says_at_once_that_it_loads_and_a_dry_run_writes_nothing(tmp_path):
+    args = ["search", "digits_imp", "--set", f"output={tmp_path / 'run'}", "--set", "training.epochs=1"]
+    first, *_ = (out := call(*args, "--set", "pruner.prune_rate=0.9", "--dry-run")).output.splitlines()
+    assert first == "digits_imp: loading torch and timm"
+    assert out.exit_code == 0, out.output
+    assert "runs    3" in out.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_message_on_a_terminal_breaks_between_words(monkeypatch, capsys):
+    path = "/a/" + "very-long-" * 12 + "name.yaml"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(typer.Exit), errors():
+        raise tt.SettingError(f"{path} was not written by timm-tickets; choose another output=")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["error:", path, "was not written by timm-tickets; choose", "another output="]
 
 
 def test_the_module_is_the_command():
     out = subprocess.run([sys.executable, "-m", "timm_tickets", "--help"], capture_output=True, text=True, check=True)
     assert "search" in out.stdout
+    assert "Usage: timm-tickets " in out.stdout
 
 
 def test_list_shows_every_pruner_with_its_line_and_settings():
@@ -50,6 +136,7 @@ def test_search_then_info_then_train(tmp_path):
     ticket = tmp_path / "a" / "digits_imp.ticket"
     out = call("info", ticket)
     assert out.exit_code == 0, out.output
+    assert "…" not in out.output  # no layer's name or shape is cut in 80 columns
     parts = ("masks", "start", "batch-norm statistics", "header", "mask bits", "bound", "fp32 checkpoint")
     for words in (*parts, "test_resnet", "0.500000", "test_top1", '"name": "imp"', f"{ticket.stat().st_size:,} bytes"):
         assert words in out.output

@@ -7,4 +7,4 @@ __all__ = ["app", "main", "models", "recipes", "tickets"]
 
 
 def main() -> None:
-    app()
+    app(prog_name="timm-tickets")  # under `python -m` too, whose name nobody types

@@ -1,8 +1,12 @@
 """What the commands share: their options, and how they report what a user can mend."""
 
+import os
+import platform
+import shutil
 import sys
+import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -17,12 +21,28 @@ ROWS = 1_000  # of a table; timm's deepest, resnetrs420, has 704 layers
 Restart = Annotated[bool, typer.Option("--restart", help="delete the folder's earlier results and begin again")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        with_ = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "accelerate"))
+        print(f"timm-tickets {version('timm-tickets')} ({with_}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
 @app.callback()
-def _about() -> None:
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
     """Lottery tickets for any timm model.
 
-    Exit codes: 0 done; 2 a wrong setting, a training or a file that failed; 130 stopped by Ctrl-C; 143 stopped by
-    SIGTERM, after a checkpoint. Stopped, the same command continues.
+    Exit codes: 0, done; 2, a wrong setting, or a training or a file that failed;
+
+    130, stopped by Ctrl-C; 143, stopped by SIGTERM, after a checkpoint.
+
+    Stopped, the same command continues.
     """
 
 
@@ -44,14 +64,40 @@ def errors() -> Iterator[None]:
         raise typer.Exit(STOPPED) from None
     except (SettingError, TicketError, TrainingError, OSError) as error:
         # Whoever raised it has cut what a stranger says; what still comes through is not to steer the terminal.
-        print("error:", "\n".join(shown(line, 2000) for line in str(error).split("\n")[:60]), file=sys.stderr)
+        print(
+            _between_words("error: " + "\n".join(shown(line, 2000) for line in str(error).split("\n")[:60])),
+            file=sys.stderr,
+        )
         raise typer.Exit(2) from None
+
+
+def _between_words(text: str) -> str:
+    """A message as a terminal is to show it, which would break its lines within words; as it is in a pipe or a file."""
+    if not sys.stderr.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    whole: Any = {"break_long_words": False, "break_on_hyphens": False}  # a path is to be copied
+    return "\n".join("\n".join(textwrap.wrap(line, width, **whole)) for line in text.split("\n"))
 
 
 def _show_warning(text: Any, kind: type[Warning], file: str, line: int, *_: Any) -> None:
     """One line on standard error; a place in the code says nothing to who typed a command."""
     shown = f"warning: {text}" if kind is UserWarning else warnings.formatwarning(text, kind, file, line).rstrip()
-    print(shown, file=sys.stderr)
+    print(_between_words(shown), file=sys.stderr)
+
+
+def loading(recipe: str, overrides: Sequence[str]) -> None:
+    """Refuse what can be refused without torch, then say that it is loaded: on a slow disk that takes a while.
+
+    Raises:
+        SettingError: There is no such recipe, or it or the overrides cannot be read.
+    """
+    from ..config.files import find_recipe, read_overrides, read_recipe
+
+    read_recipe(find_recipe(recipe))
+    read_overrides(overrides)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{recipe}: loading torch and timm", flush=True)
 
 
 def say_more(console: Console, layers: int) -> None:

@@ -1,11 +1,12 @@
 """Commands that search, train and transfer a recipe, and print one."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .app import RecipeName, Restart, Set, app, errors
+from .app import RecipeName, Restart, Set, app, errors, loading
 
 
 @app.command()
@@ -17,9 +18,20 @@ def search(
         typer.Option(metavar="0,1,2", help="search once for each of these seeds, in folders seed_0 ... of the output"),
     ] = None,
     restart: Restart = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say how many runs and steps, how much time and disk it takes")
+    ] = False,
 ) -> None:
     """Search a ticket as a recipe says, and train it; continue where an earlier call stopped."""
     with errors():
+        loading(recipe, set or ())
+        if dry_run:
+            from ..experiments.dry_run import dry_run as estimate
+
+            estimate(recipe, set or ())
+            if seeds is not None:
+                print(f"this is one seed's search; --seeds {seeds} searches once for each")
+            return
         if seeds is not None:
             from ..experiments.seeds import search_seeds, seeds_of
 
@@ -39,6 +51,7 @@ def train(
 ) -> None:
     """Train a ticket under a recipe's data and training."""
     with errors():
+        loading(recipe, set or ())
         from ..experiments.train import train as run
 
         run(recipe, ticket, set or (), restart=restart)
@@ -58,6 +71,7 @@ def transfer(
 ) -> None:
     """Train a ticket under another task's recipe: other classes, channels or image size; controls beside it."""
     with errors():
+        loading(recipe, set or ())
         from ..experiments.transfer import CONTROLS
         from ..experiments.transfer import transfer as run
 
@@ -74,14 +88,28 @@ def recipe(
 ) -> None:
     """Print a recipe with every setting resolved."""
     with errors():
-        from ..config.files import list_recipes
-        from ..config.recipe import json_schema, load_recipe
-        from ..storage.files import write_json
+        from ..config.files import find_recipe, list_recipes, read_overrides, read_recipe
+
+        if schema is None and (list or name is None):  # of what stands in the files: nobody waits for torch
+            for one in list_recipes():
+                print(f"{one}: {read_recipe(find_recipe(one)).get('source') or 'no source given'}")
+            return
+        from .answers import kept, write_text
+
+        values = None if name is None else read_recipe(find_recipe(name))
+        read_overrides(set or ())
+
+        def resolved() -> str:
+            from ..config.recipe import load_recipe
+
+            return load_recipe(name or "", set or ()).to_yaml()
+
+        def schema_text() -> str:
+            from ..config.recipe import json_schema
+
+            return json.dumps(json_schema(), indent=2) + "\n"
 
         if schema is not None:
-            write_json(schema, json_schema())
-        elif list or name is None:
-            for one in list_recipes():
-                print(f"{one}: {load_recipe(one).source or 'no source given'}")
+            write_text(schema, kept("schema", schema_text))
         else:
-            print(load_recipe(name, set or ()).to_yaml(), end="")
+            print(kept([values, set], resolved), end="")

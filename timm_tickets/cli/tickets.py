@@ -59,10 +59,10 @@ def info(
         least = size.bound + size.values
         parts.add_row("file", f"{size.file:,}", f"{least:,.0f} (x {size.file / least:.4f})" if least else "0")
         console.print(parts)
-        table = Table(box=None, header_style="bold")
-        table.add_column("layer")
+        table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+        table.add_column("layer", overflow="fold", min_width=12)  # a name that is cut says nothing
         for title in ("shape", "kept", "sparsity", "free", "mask bits", "bound", "start bytes"):
-            table.add_column(title, justify="right")
+            table.add_column(title, justify="right", no_wrap=title != "start bytes")
         for layer in size.layers[:ROWS]:
             sparsity = 1 - layer.kept / math.prod(layer.shape)
             numbers = (f"{layer.free:,}", f"{layer.bits:,.0f}", f"{layer.bound:,.0f}", f"{layer.start:,}")
@@ -103,7 +103,7 @@ def compare(
             first, second = (layer_sparsities(one) for one in masks)
             table = Table(box=None, header_style="bold")
             for title in ("layer", "density", "and", "shared / either", "by chance", "shared / chance"):
-                table.add_column(title, justify="left" if title == "layer" else "right")
+                table.add_column(title, justify="left" if title == "layer" else "right", overflow="fold")
             for name, found in islice(layer_overlaps(*masks).items(), ROWS):
                 densities = f"{1 - first[name]:.4f}", f"{1 - second[name]:.4f}"
                 table.add_row(Text(name), *densities, *(f"{value:.4f}" for value in found.values()))

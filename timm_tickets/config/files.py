@@ -16,6 +16,8 @@ from omegaconf import OmegaConf
 from ..core.errors import SettingError, shown, unknown
 
 MOST_BYTES = 1 << 20
+# The fields of `Method`, which cannot be asked without torch.
+OF_EVERY_PRUNER = ("sparsity", "epochs", "seed", "include", "exclude", "classifier", "collapse")
 _MOST_NODES = 10_000  # keys and values, what aliases repeat counted as often
 _MOST_CHARACTERS = 10_000  # of one of them: YAML reads 1:1:1 as a number, in quadratic time
 _DEEPEST = 20
@@ -180,8 +182,6 @@ def resolved(values: dict[str, Any]) -> dict[str, Any]:
 
 def switch_(values: dict[str, Any], given: dict[str, Any]) -> None:
     """Where an override or an extending recipe names another pruner or architecture, drop what was only the first's."""
-    from ..pruning.method import Method
-
     old, new = (str(_part(one, "model").get("model")).partition(".")[0] for one in (values, given))
     if new not in ("None", old):
         _part(values, "model").pop("model_kwargs", None)
@@ -193,7 +193,7 @@ def switch_(values: dict[str, Any], given: dict[str, Any]) -> None:
     pruner = _part(values, "pruner")
     if new is None or new == pruner.get("name"):
         return
-    for key in pruner.keys() - {"name", *Method.__dataclass_fields__}:
+    for key in pruner.keys() - {"name", *OF_EVERY_PRUNER}:
         del pruner[key]
 
 

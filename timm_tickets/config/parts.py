@@ -174,6 +174,27 @@ class TrainingSettings(Part):
     """backend of torch.compile, such as 'inductor'"""
     checkpoint_interval: Annotated[float, Field(ge=0)] = 60.0
     """least seconds between two checkpoints within a run, more where writing takes long; 0 is one for each step"""
+    keep_best: bool = False
+    """keep the weights of each run's best epoch on validation too, as model_best.safetensors; the test split is scored
+    on the last ones in any case"""
+    log_with: tuple[str, ...] = ()
+    """Accelerate's trackers to log every epoch to, by name: tensorboard, wandb, mlflow ...; one or several"""
+
+    @field_validator("log_with", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("log_with")
+    @classmethod
+    def _known_trackers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+            for name in value:
+                if name not in LOGGER_TYPE_TO_CLASS:
+                    raise ValueError(unknown("tracker", name, LOGGER_TYPE_TO_CLASS))
+        return value
 
     @field_validator("opt")
     @classmethod

@@ -21,7 +21,7 @@ from ..distributed.processes import rank, world_size
 from .contents import check_apart, contents, record
 from .digits import Digits
 from .images import ImageError, Images, Undecodable, Unreadable
-from .splits import open_splits
+from .splits import label_names, open_splits
 from .subset import Shuffled, labels_of
 
 # So many images take long to read.
@@ -105,7 +105,7 @@ class Data:
                 f"data.input_img_mode: the images' mode {mode} has {found} channels, and the model takes {channels}; "
                 f"set {mend}model.in_chans={found}"
             )
-        config = self._config(model)
+        config = self.preprocessing(model)
         for name in ("mean", "std"):
             if len(config[name]) != channels:
                 raise SettingError(
@@ -148,7 +148,7 @@ class Data:
         names = ("no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter")
         augmentation = {name: getattr(s, name) for name in names}
         more = {"auto_augment": s.aa, "re_prob": s.reprob, "re_mode": s.remode, "re_count": s.recount}
-        config = self._config(model)
+        config = self.preprocessing(model)
         if s.train_interpolation:
             config["interpolation"] = s.train_interpolation
         if s.crop_padding is not None:
@@ -158,16 +158,22 @@ class Data:
         return _Transformed(self._train, transform, self.unreadable)
 
     def val_set(self, model: nn.Module) -> Dataset[Any]:
-        return _Transformed(self._val, create_transform(**self._config(model)))
+        return _Transformed(self._val, create_transform(**self.preprocessing(model)))
 
     def test_set(self, model: nn.Module) -> Dataset[Any]:
-        return _Transformed(self._test, create_transform(**self._config(model)))
+        return _Transformed(self._test, create_transform(**self.preprocessing(model)))
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """The names of the labels, as far as there are any."""
+        return label_names(self._splits[0], self.settings.classes)
 
     def input_size(self, model: nn.Module) -> tuple[int, int]:
         """Height and width of an image as the model gets it."""
-        return self._config(model)["input_size"][1:]
+        return self.preprocessing(model)["input_size"][1:]
 
-    def _config(self, model: nn.Module) -> dict[str, Any]:
+    def preprocessing(self, model: nn.Module) -> dict[str, Any]:
+        """What timm makes of the settings and the model: size, mean, deviation, interpolation and crop of an image."""
         s = self.settings
         names = ("img_size", "in_chans", "mean", "std", "interpolation", "crop_pct", "crop_mode")
         return resolve_data_config({name: getattr(s, name) for name in names}, model=model)

@@ -22,6 +22,8 @@ class Digits(Dataset[tuple[Any, int]]):
         SettingError: There is no such split.
     """
 
+    classes = tuple("0123456789")
+
     def __init__(self, split: str, mode: str = "RGB", name: str = "split of the digits"):
         from PIL import Image
         from sklearn.datasets import load_digits

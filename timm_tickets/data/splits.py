@@ -208,3 +208,20 @@ def class_names(split: Split) -> dict[int, str]:
     if not isinstance(split.data, Images):
         return {}
     return {number: name or "no folder" for name, number in split.data.classes.items()}
+
+
+def label_names(split: Split, chosen: Sequence[int] | None) -> dict[int, str]:
+    """The names of the labels that a model is trained on, as far as the data set has any.
+
+    Args:
+        split: The training split.
+        chosen: The classes that were chosen, in the order of their labels; all where None.
+    """
+    whole = split.whole
+    if isinstance(whole, Images):
+        names = {number: name for name, number in whole.classes.items()}
+    else:  # torchvision's data sets, and the digits
+        names = dict(enumerate(getattr(whole, "classes", ())))
+    if chosen is not None:
+        names = {label: names[number] for label, number in enumerate(chosen) if number in names}
+    return {label: str(name) for label, name in names.items() if name}

@@ -17,14 +17,17 @@ from ..sparse.describe import describe_model
 from ..storage.files import DamagedError, is_writer, read_record, write_record
 from ..training.build import build_model, channels_of, criterion_of, model_kwargs
 from ..tweaks.registry import create_tweaks
+from .report import say
 from .run_folder import IMAGES, claim_folder
+from .trackers import check_trackers
 
 
 def built(recipe: Recipe, console: Console) -> tuple[Data, nn.Module]:
     """The recipe's data and model, which have to suit each other."""
+    check_trackers(recipe)
     data = Data(recipe.data)
     if is_writer():
-        console.print(data.told, highlight=False, soft_wrap=True)
+        say(console, data.told)
     model = build_model(recipe, data.num_classes)
     data.check_channels(model, channels_of(recipe, model))
     return data, model
@@ -51,7 +54,7 @@ def claim(folder: Path, recipe: Recipe, kind: str, data: Data, console: Console)
             + "\nput them back as they were, choose another output=, or begin again with --restart"
         )
     if begins:
-        data.check_scored(partial(console.print, soft_wrap=True) if is_writer() else lambda text: None)
+        data.check_scored(partial(say, console) if is_writer() else lambda text: None)
     claim_folder(folder, recipe, kind)
     if begins and is_writer():
         write_record(folder / IMAGES, data.record)

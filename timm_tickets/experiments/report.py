@@ -1,7 +1,5 @@
 """What people see of an experiment: progress, tables, the plot."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..pruning.training import Training
-from ..storage.files import is_writer, replacing, write_bytes
+from ..storage.files import is_writer, replacing
+from ..storage.tables import write_csv
+from ..training.epoch_log import COLUMNS as EPOCH_COLUMNS
+from ..training.epoch_log import EPOCHS, rows_of
+from .trackers import Trackers
 
 COLUMNS: tuple[str, ...] = (
     "name",
@@ -31,16 +33,23 @@ COLUMNS: tuple[str, ...] = (
 )
 
 
+def say(console: Console, text: str) -> None:
+    """Print a sentence: between its words on a terminal, which would break within them; as one line elsewhere."""
+    console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+
 class RichProgress:
     """Bars for the whole search, the run and the epoch, with the time left; a line for each finished run.
 
     Args:
-        console: Where to show them. Bars are drawn on terminals only, lines everywhere.
+        console: Where to show them. Bars are drawn on terminals that can redraw a line; in a pipe, a file or with
+            TERM=dumb, each epoch is a line instead.
         trainings: How many trainings there will be, None where nobody knows.
+        trackers: Told of every epoch too; they begin and end with this.
     """
 
-    def __init__(self, console: Console, trainings: int | None):
-        self.console = console
+    def __init__(self, console: Console, trainings: int | None, trackers: Trackers | None = None):
+        self.console, self.trackers = console, trackers
         self._tells = is_writer()  # later the first of each group writes, but still only the first of all tells
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -50,7 +59,7 @@ class RichProgress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not (console.is_terminal and self._tells),
+            disable=not (console.is_interactive and self._tells),
         )
         self.trainings = trainings
         self._search = self._bars.add_task("search (epochs)", total=None)
@@ -58,15 +67,19 @@ class RichProgress:
         self._done = 0
 
     def __enter__(self) -> "RichProgress":
+        if self.trackers is not None:
+            self.trackers.__enter__()
         self._bars.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._bars.stop()
+        if self.trackers is not None:
+            self.trackers.__exit__(kind, error, trace)
 
     def say(self, text: str) -> None:
         if self._tells:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            say(self.console, text)
 
     def replayed(self, names: Sequence[str], folder: Path) -> None:
         """Say once which finished runs were read from the folder instead of trained."""
@@ -84,10 +97,17 @@ class RichProgress:
     def step(self) -> None:
         self._bars.advance(self._epoch)
 
-    def epoch(self, epoch: int, metrics: dict[str, float]) -> None:
-        self._bars.update(self._search, completed=self._done * self.epochs + epoch + 1)
-        text = f"{self._name}, epoch {epoch + 1}/{self.epochs}, val {metrics['top1']:.2f}"
+    def epoch(self, row: dict[str, Any]) -> None:
+        if self.trackers is not None:
+            self.trackers.log(row)
+        self._bars.update(self._search, completed=self._done * self.epochs + row["epoch"])
+        text = f"{self._name}, epoch {row['epoch']}/{self.epochs}, val {row['val_top1']:.2f}"
         self._bars.update(self._epoch, description=text, completed=0)
+        if not self.console.is_interactive:
+            self.say(
+                f"{row['run']}  epoch {row['epoch']:{len(str(self.epochs))}d}/{self.epochs}  "
+                f"loss {row['train_loss']:.4f}  val {row['val_top1']:6.2f}  lr {row['lr']:.3g}  {row['seconds']:.1f} s"
+            )
 
     def end(self, run: Training) -> None:
         self._done += 1
@@ -95,15 +115,17 @@ class RichProgress:
         if run.reads_only:
             self.say(f"{run.name}  read the gradients of {run.batches} batches")
             return
+        seconds = f"{m['seconds']:.{0 if m['seconds'] >= 100 else 1}f} s"  # the line has room in 80 columns
         self.say(
             f"{run.name}  sparsity {run.sparsity:.4f}  val {m['val_top1']:6.2f} ({_beside(m)})  "
-            f"test {m['test_top1']:6.2f}  {m['seconds']:.1f} s"
+            f"test {m['test_top1']:6.2f}  {seconds}"
         )
 
 
 def _beside(metrics: dict[str, Any]) -> str:
-    soft = metrics.get("val_top1_soft")
-    return f"best {metrics['val_top1_best']:.2f}" if soft is None else f"soft {soft:.2f}"
+    soft, epoch = metrics.get("val_top1_soft"), metrics.get("val_epoch_best")
+    at = "" if epoch is None else f", epoch {epoch}"
+    return f"best {metrics['val_top1_best']:.2f}{at}" if soft is None else f"soft {soft:.2f}"
 
 
 def counted(epochs: int) -> str:
@@ -115,29 +137,34 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
     return {key: (record | record["metrics"]).get(key) for key in COLUMNS}
 
 
-def write_summary(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write summary.csv: one row a training."""
-    write_csv([row(record) for record in records], COLUMNS, path)
+def write_summary(records: Sequence[dict[str, Any]], folder: Path, more: Sequence[dict[str, Any]] = ()) -> None:
+    """Write summary.csv, one row a training, and epochs.csv, one row an epoch of these: each has its own already.
+
+    Args:
+        records: The trainings of this folder.
+        folder: The run folder.
+        more: Trainings of other folders, for the summary.
+    """
+    write_csv([row(record) for record in (*records, *more)], COLUMNS, folder / "summary.csv")
+    write_csv([row for record in records for row in rows_of(folder / record["name"])], EPOCH_COLUMNS, folder / EPOCHS)
 
 
-def write_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
-    """Write rows, each with these columns, under a line of their names."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())
+def print_table(records: Sequence[dict[str, Any]], console: Console, why: str = "") -> None:
+    """Print the table of a search; with the epochs, where not all were trained equally long.
 
-
-def print_table(records: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print the table of a search; with the epochs, where not all were trained equally long."""
+    Args:
+        records: The trainings.
+        console: Where to.
+        why: Said below it, such as why no dense network stands in it.
+    """
     if not is_writer():
         return
     rows = [row(record) for record in records]
     epochs = len({one["epochs"] for one in rows}) > 1
-    table = Table(box=None, header_style="bold", pad_edge=not epochs)
-    last = ("layers", "val best", "val last", "test top-1", "epochs", "s")  # 80 characters have room for no more
-    if not epochs:
+    long = max(len(one["name"]) for one in rows) > len("round_00")  # parts of rounds
+    table = Table(box=None, header_style="bold", pad_edge=not epochs, padding=(0, 1, 0, 0) if long else (0, 1))
+    last = ("layers", "val best", "val last", "test top-1", *["epochs"] * epochs, "s")  # 80 characters hold no more
+    if not epochs and not long:
         last = ("layers min..max", "val best", "val last", "test top-1", "seconds")
     for title in ("round", "sparsity", *last):
         table.add_column(title, justify="left" if title == "round" else "right", no_wrap=True)
@@ -155,7 +182,9 @@ def print_table(records: Sequence[dict[str, Any]], console: Console) -> None:
         text = (
             f"the masks of soft networks, cut hard, have these scores; the soft networks' own: {', '.join(soft)} (val)"
         )
-        console.print(text, soft_wrap=True, highlight=False)
+        say(console, text)
+    if why:
+        say(console, why)
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path, title: str, dense: dict[str, Any] | None) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..pruning.run_files import RECORD, Row, read_run_record
 from ..storage.checkpoint_file import BEFORE, CHECKPOINT, remove_checkpoints
 from ..storage.files import (
     DamagedError,
+    check_whole,
     is_writer,
     read_bytes,
     read_record,
@@ -29,8 +30,11 @@ from ..storage.files import (
 )
 from ..storage.lock import locked
 from ..tickets.ticket import load_ticket
+from ..training.best import BEST
+from ..training.epoch_log import EPOCHS
 
 RESULT = "result.json"
+MODEL, CONFIG = "model.safetensors", "config.json"  # the trained model as plain timm reads it
 IMAGES = "images.json"  # what is in the splits
 _RECIPE, _KIND = "recipe.yaml", "experiment.json"
 _MARK = b"# timm-tickets: the resolved recipe of this folder's results."
@@ -84,6 +88,7 @@ def _check_folder(folder: Path, recipe: Recipe, kind: str, restart: bool) -> Non
         lost_kind = str(error)
     if there.recipe is None and lost is not None and not ours:
         if not os.path.lexists(stored):
+            _check_free(folder)
             return
         raise SettingError(f"{stored} was not written by timm-tickets; choose another output=")
     if restart:
@@ -108,6 +113,13 @@ def _check_folder(folder: Path, recipe: Recipe, kind: str, restart: bool) -> Non
     if told := [what for what in (lost, lost_kind) if what is not None]:
         warn(f"{' and '.join(told)}; written again, as of this command")
         _write_claim(folder, recipe, kind, there)
+
+
+def _check_free(folder: Path) -> None:
+    """Refuse a folder that is nobody's yet and has somebody's model where the trained one would go."""
+    for name in (MODEL, CONFIG):
+        if os.path.lexists(folder / name) and not (folder / RESULT).exists():
+            raise SettingError(f"{folder / name} was not written by timm-tickets; choose another output=")
 
 
 def _changed(stored: Path, recipe: Recipe) -> list[str]:
@@ -183,14 +195,14 @@ def _clear(folder: Path, recipe: Recipe) -> None:
     """Delete what an experiment of this name wrote, and nothing else; the recipe goes last, to be able to try again."""
     for path in folder.iterdir():
         if _is_run_folder(path):
-            for name in ("*.ticket", "*.safetensors", RECORD, CHECKPOINT, BEFORE):
+            for name in ("*.ticket", "*.safetensors", RECORD, EPOCHS, CHECKPOINT, BEFORE):
                 for file in path.glob(name):
                     _remove(file)
             remove_temporaries(path)
             with suppress(OSError):  # something of the user's is in it
                 path.rmdir()
     ours = (RESULT, f"{recipe.name}.ticket", "start.safetensors", "pruner.json", "summary.csv", "accuracy.png", _KIND)
-    for name in (*ours, IMAGES, _RECIPE):
+    for name in (*ours, MODEL, CONFIG, BEST, EPOCHS, IMAGES, _RECIPE):
         _remove(folder / name)
 
 
@@ -221,12 +233,15 @@ def finished(folder: Path, ticket: Path | None = None) -> dict[str, Any] | None:
             if (stored := read_record(folder / RESULT)) is None:
                 return None
             done, _ = stored
+            done.setdefault("files", {})
             try:
                 _Result.model_validate(done)
             except ValidationError:
                 raise DamagedError(f"{folder / RESULT} is damaged (it is no experiment's result)") from None
             if done["experiment"] != _experiment(folder).name:
                 raise DamagedError(f"{folder / RESULT} is of another experiment")
+            for name, checksum in done["files"].items():
+                check_whole(folder / name, checksum)
             if ticket is not None and load_ticket(ticket).fingerprint != done["fingerprint"]:
                 raise TicketError(f"{ticket} is not the ticket that was found here")
             return done
@@ -239,13 +254,14 @@ def finished(folder: Path, ticket: Path | None = None) -> dict[str, Any] | None:
 
 class _Result(BaseModel):
     rows: list[Row]
+    files: dict[str, str] = {}  # versions before had none
     fingerprint: str
     experiment: str | None
 
 
-def write_result(folder: Path, rows: list[dict[str, Any]], fingerprint: str) -> None:
-    """Write down, last of all, what an experiment has left."""
-    record = {"rows": rows, "fingerprint": fingerprint, "experiment": _experiment(folder).name}
+def write_result(folder: Path, rows: list[dict[str, Any]], fingerprint: str, files: Mapping[str, str]) -> None:
+    """Write down, last of all, what an experiment has left; with the checksums of the trained model's files."""
+    record = {"rows": rows, "fingerprint": fingerprint, "experiment": _experiment(folder).name, "files": dict(files)}
     write_record(folder / RESULT, record)
 
 

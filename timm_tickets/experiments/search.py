@@ -29,9 +29,11 @@ from ..tickets.ticket import load_ticket
 from ..training.build import build_model
 from .begin import built, check_tweaks, claim, origin_of
 from .controls import Controls, Trainers, control_of
-from .report import RichProgress, plot, print_table, write_summary
+from .outcome import tell_files, write_model
+from .report import RichProgress, plot, print_table, say, write_summary
 from .result import Result, hands_out, parallel_of
 from .run_folder import check_folder, finished, records, working_in, write_result
+from .trackers import Trackers
 
 
 def search(
@@ -59,7 +61,7 @@ def search(
     """
     recipe = load_recipe(recipe, overrides)
     console = console or Console()
-    with working_in(recipe.folder, partial(console.print, soft_wrap=True)), minding_workers():
+    with working_in(recipe.folder, partial(say, console)), minding_workers():
         return _search(recipe, restart, console)
 
 
@@ -67,12 +69,13 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     folder, final = recipe.folder, recipe.folder / f"{recipe.name}.ticket"
     check_folder(folder, recipe, "search", restart)
     if (done := finished(folder, final)) is not None:
-        console.print(f"{folder} is finished; nothing to do (--restart searches again)", soft_wrap=True)
+        say(console, f"{folder} is finished; nothing to do (--restart searches again)")
         print_table(done["rows"], console)
+        tell_files(folder, recipe, done["rows"], done["rows"][-1]["name"], console)
         return Result(folder, load_ticket(final), done["rows"])
 
     data, model = built(recipe, console)
-    pruner = _pruner(recipe, data, model)
+    pruner = create_search(recipe, data, model, folder)
     learned, trainers = bool(pruner.subnet.gates), Trainers(recipe, model, data)
     pruner.parallel, pruner.processes_per_run = parallel_of(recipe, trainers), recipe.processes_per_run
     if trainers.of(recipe.parallel == "runs").splits:
@@ -81,7 +84,8 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     subnet, epochs = pruner.subnet, recipe.ticket_epochs
     as_long = recipe.pruner["epochs"] == epochs
     extra = 1 if pruner.runs and as_long else 2  # the ticket's own training, and a dense one where no run is as long
-    with RichProgress(console, None if pruner.runs is None else pruner.runs + extra) as progress:
+    trainings = None if pruner.runs is None else pruner.runs + extra
+    with RichProgress(console, trainings, Trackers(recipe, folder)) as progress:
         for run in pruner:
             progress.replayed(pruner.replayed, folder)
             with apart(run.processes):
@@ -122,25 +126,24 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
         ticket.metadata["dense"] = control["metrics"]
     if is_writer():
         ticket.save(final)
-        write_summary(rows, folder / "summary.csv")
+        write_summary(rows, folder)
         title = f"{recipe.name}: {recipe.model.model}, {recipe.pruner['name']}"
         plot(rows, folder / "accuracy.png", title, control)
-        write_result(folder, rows, ticket.fingerprint)
-        print_table(rows, console)
-        if why:
-            console.print(why, soft_wrap=True)
-        size = f"{final.stat().st_size:,} bytes"
-        console.print(f"ticket: {final} (sparsity {ticket.sparsity:.4f}, {size})", soft_wrap=True)
+        best = f"round_{last - 1:02d}" if pruner.method.ends_trained else name
+        files = write_model(folder, name, recipe, data, subnet.model, best)
+        write_result(folder, rows, ticket.fingerprint, files)
+        print_table(rows, console, why)
+        tell_files(folder, recipe, rows, name, console)
     return Result(folder, ticket, rows)
 
 
-def _pruner(recipe: Recipe, data: Data, model: nn.Module) -> Pruner:
-    """The recipe's pruner on its model.
+def create_search(recipe: Recipe, data: Data, model: nn.Module, folder: Path | None) -> Pruner:
+    """The recipe's pruner on its model, in a folder where it has one.
 
     Raises:
         SettingError: What the recipe trains with does not go with it.
     """
-    pruner = create_pruner(recipe.pruner["name"], model, folder=recipe.folder, **recipe.method_settings)
+    pruner = create_pruner(recipe.pruner["name"], model, folder=folder, **recipe.method_settings)
     pruner.metadata |= origin_of(recipe, data, model)
     if pruner.method.ends_trained and recipe.retrain != RetrainSettings():
         raise SettingError(

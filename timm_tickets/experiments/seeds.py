@@ -14,8 +14,9 @@ from ..config.recipe import Recipe, load_recipe
 from ..core.errors import SettingError
 from ..distributed.processes import apart, groups_of, place, wait_for_others
 from ..storage.files import appearing, is_writer
+from ..storage.tables import write_csv
 from ..tickets.ticket import load_ticket
-from .report import write_csv
+from .report import say
 from .result import Result, hands_out
 from .run_folder import RESULT, check_folder, working_in
 from .search import search
@@ -65,17 +66,17 @@ def search_seeds(
     for seed in seeds:
         one = load_recipe(recipe, [*overrides, f"seed={seed}"])
         recipes.append(one.model_copy(update={"output": whole.folder / f"seed_{seed}"}))
-    with working_in(whole.folder, partial(console.print, soft_wrap=True)):
+    with working_in(whole.folder, partial(say, console)):
         if restart:  # all at once: stopped now, it is continued without asking for a restart again
             _clear(recipes, whole.folder, console)
         mine, groups = _groups(whole, len(seeds))
         told = console if place()[0] == 0 else Console(quiet=True)  # several at once would write over each other
         if len({one.pruner["seed"] for one in recipes}) == 1:
             fixed = f"pruner.seed: the recipe sets it to {whole.pruner['seed']}, whatever the seed"
-            told.print(f"{fixed}; leave it out to have it follow", soft_wrap=True)
+            say(told, f"{fixed}; leave it out to have it follow")
         for number, one in enumerate(recipes):
             if number % groups == mine:
-                told.print(f"seed {one.seed}, {number + 1} of {len(seeds)}: {one.folder}", soft_wrap=True)
+                say(told, f"seed {one.seed}, {number + 1} of {len(seeds)}: {one.folder}")
                 with apart(whole.processes_per_run if groups > 1 else None):
                     search(one, console=told)
         wait_for_others()
@@ -106,7 +107,7 @@ def seeds_of(text: str) -> list[int]:
 
 def _clear(recipes: Sequence[Recipe], folder: Path, console: Console) -> None:
     for one in recipes:
-        with working_in(one.folder, partial(console.print, soft_wrap=True)):
+        with working_in(one.folder, partial(say, console)):
             check_folder(one.folder, one, "search", restart=True)
     if is_writer():
         (folder / SUMMARY).unlink(missing_ok=True)

@@ -16,9 +16,11 @@ from ..tickets.ticket import Ticket, load_ticket
 from ..training.trainer import Trainer
 from .begin import built, check_tweaks, claim, origin_of
 from .controls import Controls
-from .report import RichProgress, print_table, write_summary
+from .outcome import tell_files, write_model
+from .report import RichProgress, print_table, say, write_summary
 from .result import Result
 from .run_folder import check_folder, finished, records, working_in, write_result
+from .trackers import Trackers
 
 
 def train(
@@ -42,7 +44,7 @@ def train(
     given = None if ticket is None else load_ticket(ticket)
     stem = "dense" if ticket is None else Path(ticket).stem
     folder = recipe.output or Path("output") / f"{recipe.name}_train_{stem}"
-    with working_in(folder, partial(console.print, soft_wrap=True)), minding_workers():
+    with working_in(folder, partial(say, console)), minding_workers():
         return _train(recipe, given, folder, restart, console)
 
 
@@ -57,19 +59,21 @@ def _train(recipe: Recipe, given: Ticket | None, folder: Path, restart: bool, co
     given.apply_(model)
     check_tweaks(recipe, model)
     if (done := finished(folder)) is not None:
-        console.print(f"{folder} is finished; nothing to do (--restart trains again)", soft_wrap=True)
+        say(console, f"{folder} is finished; nothing to do (--restart trains again)")
     else:
         trainer = Trainer(recipe, model, data)
         claim(folder, recipe, kind, data, console)
         subnet, epochs = Subnet(model, tuple(given.masks)), recipe.retrain.epochs or recipe.training.epochs
-        with RichProgress(console, 1) as progress:
+        with RichProgress(console, 1, Trackers(recipe, folder)) as progress:
             more = (epochs, recipe.retrain, given.pretrained)
             controls = Controls(folder, trainer, subnet, progress, given.metadata, *more)
             controls.train("round_00", given.masks, given.values, 0, 0, given.metadata.get("start_epoch", 0.0))
             controls.ended("round_00")
         done = {"rows": records(folder), "fingerprint": given.fingerprint}
         if is_writer():
-            write_summary(done["rows"], folder / "summary.csv")
-            write_result(folder, **done)
+            write_summary(done["rows"], folder)
+            files = write_model(folder, "round_00", recipe, data, subnet.model, "round_00")
+            write_result(folder, **done, files=files)
     print_table(done["rows"], console)
+    tell_files(folder, recipe, done["rows"], "round_00", console)
     return Result(folder, given, done["rows"])

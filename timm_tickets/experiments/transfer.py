@@ -20,10 +20,12 @@ from ..tickets.ticket import Ticket, load_ticket
 from ..tickets.transfer import recompute_batch_norm_
 from .begin import built, check_tweaks, claim, origin_of
 from .controls import Controls, Trainers
-from .report import RichProgress, print_table, write_summary
+from .outcome import tell_files, write_model
+from .report import RichProgress, print_table, say, write_summary
 from .result import Result, hands_out, parallel_of
 from .run_folder import check_folder, records, working_in, write_result
 from .search import search
+from .trackers import Trackers
 
 CONTROLS = ("dense", "random", "native")
 
@@ -67,7 +69,7 @@ def transfer(
     console = console or Console()
     given = load_ticket(ticket)
     folder = recipe.output or Path("output") / f"{recipe.name}_transfer_{Path(ticket).stem}"
-    with working_in(folder, partial(console.print, soft_wrap=True)), minding_workers():
+    with working_in(folder, partial(say, console)), minding_workers():
         return _transfer(recipe, given, folder, controls, recompute_batch_norm, restart, console)
 
 
@@ -108,23 +110,25 @@ def _transfer(
     starts["dense"] = (full_masks(moved.masks), fresh)
     wanted = [name for name in starts if name == "ticket" or name in controls]
     subnet, epochs = Subnet(model, tuple(moved.masks)), recipe.retrain.epochs or recipe.training.epochs
-    with RichProgress(console, len(wanted)) as progress:
+    with RichProgress(console, len(wanted), Trackers(recipe, folder)) as progress:
         beside = Controls(folder, trainer, subnet, progress, moved.metadata, epochs, processes=processes)
         for number, name in enumerate(wanted):
             retrain = RetrainSettings() if name == "dense" else recipe.retrain
             source = moved.pretrained if name == "ticket" else None
             replace(beside, retrain=retrain, pretrained=source).train(name, *starts[name], index=0, by=number)
         beside.ended(*wanted)
-    rows = records(folder)
+    rows, native_row = records(folder), []
     for row in rows:
         if row["name"] != "random" and row["epochs"] == epochs:
             moved.metadata["metrics" if row["name"] == "ticket" else "dense"] = row["metrics"]
     if "native" in controls:
         searched = search(native.model_copy(update={"output": folder / "native", "dense": False}), console=console)
-        rows.append({**searched.rows[-1], "name": "native"})
+        native_row.append({**searched.rows[-1], "name": "native"})
     if is_writer():
         moved.save(folder / f"{recipe.name}.ticket")
-        write_summary(rows, folder / "summary.csv")
-        write_result(folder, rows, moved.fingerprint)
-        print_table(rows, console)
-    return Result(folder, moved, rows)
+        write_summary(rows, folder, native_row)
+        files = write_model(folder, "ticket", recipe, data, subnet.model, "ticket")
+        write_result(folder, [*rows, *native_row], moved.fingerprint, files)
+        print_table([*rows, *native_row], console)
+        tell_files(folder, recipe, [*rows, *native_row], "ticket", console)
+    return Result(folder, moved, [*rows, *native_row])

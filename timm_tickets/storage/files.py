@@ -246,10 +246,29 @@ def check_whole(path: Path, checksum: str | None) -> None:
         raise DamagedError(f"{path} is missing") from error
 
 
-def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Save a state dict as safetensors: what timm's ``--initial-checkpoint`` and ``checkpoint_path`` read."""
+def write_state(path: Path, state: Mapping[str, Tensor], told: dict[str, str] | None = None) -> None:
+    """Save a state dict as safetensors: what timm's ``--initial-checkpoint`` and ``checkpoint_path`` read.
+
+    Args:
+        path: The file.
+        state: The tensors.
+        told: What stands in its header beside them.
+    """
     with replacing(path) as temporary:
-        save_file(dict(state), temporary)
+        save_file(dict(state), temporary, told)
+
+
+def write_same(source: Path, path: Path) -> None:
+    """Have the same file under a second name: one in bytes where the file system has hard links, else a copy.
+
+    Raises:
+        OSError: As `replacing`.
+    """
+    with replacing(path) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # none here, or too many; what is wrong with the source is said by the copy
+            shutil.copyfile(source, temporary)
 
 
 def read_state(path: Path, checksum: str | None = None) -> dict[str, Tensor]:

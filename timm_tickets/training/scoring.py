@@ -55,6 +55,7 @@ def run_metrics(
     """
     return {
         "val_top1_best": best["top1"],
+        "val_epoch_best": int(best["epoch"]) + 1 if "epoch" in best else None,
         "val_top1": val["top1"],
         "val_loss": val["loss"],
         "test_top1": test["top1"],

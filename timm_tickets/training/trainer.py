@@ -32,8 +32,10 @@ from ..distributed.collectives import share_buffers_
 from ..pruning.training import Training
 from ..sparse.subnet import Subnet
 from ..storage.files import write_state
+from .best import Best
 from .build import building, channels_of, check_batch, criterion_of, mixes
 from .checkpointing import Prepared, Progress, Saving, Silent
+from .epoch_log import EpochLog, nothing_yet
 from .finite_check import Watch
 from .randomness import Epoch, own_generator
 from .scoring import run_metrics, top1_and_loss
@@ -159,7 +161,8 @@ class Trainer:
         epochs = Epoch(loader, base.sampler, base.batch_size, base.num_workers)
         prepared = Prepared(accelerator, self.optimizer, epochs, self._average(run))
         saving = Saving(run, prepared, folder, done, t.checkpoint_interval)
-        if not saving.load_(progress) and run.tweaks is not None:
+        continued = saving.load_(progress)
+        if not continued and run.tweaks is not None:
             # Nothing here may depend on what this process did before: a continued search is another process.
             seed = base.sampler.seed = seed_from(self.seed, run.index)
             set_seed(seed)
@@ -171,7 +174,9 @@ class Trainer:
         if scheduler is not None:
             scheduler.step(done["epoch"])
             scheduler.step_update(done["update"])
-        return _Going(run, prepared, saving, scheduler, Watch(run, accelerator.device, folder), len(loader))
+        best = Best(run, folder if t.keep_best else None, done, continued)
+        log = EpochLog(run, folder, done, continued)
+        return _Going(run, prepared, saving, scheduler, Watch(run, accelerator.device, folder), log, best, len(loader))
 
     def _starting_at(self, run: Training, updates: int) -> dict[str, Any]:
         """How far a run is before its first step: late rewinding goes on from its point of the schedule.
@@ -187,7 +192,7 @@ class Trainer:
             )
         batch = update % updates * self.settings.grad_accum_steps
         place = {"epoch": update // updates, "batch": batch, "update": update}
-        return place | {"best": {"top1": -1.0}, "val": {}, "seconds": 0.0}
+        return place | {"best": {"top1": -1.0}, "val": {}, "seconds": 0.0, **nothing_yet()}
 
     def _train_epoch(self, going: "_Going", epoch: int, progress: Progress) -> None:
         run, saving, done, accelerator = going.run, going.saving, going.done, self.accelerator
@@ -200,6 +205,7 @@ class Trainer:
             with accelerator.accumulate(self.model):
                 loss = run.loss(self.criterion, self.model(images), target)
                 going.watch.see(loss)
+                going.log.see(loss, self.optimizer)
                 accelerator.backward(loss, create_graph=self._second_order)
                 self._step()
             done["batch"] += 1
@@ -239,9 +245,12 @@ class Trainer:
         # What is scored behind tweaks or soft masks is another model than the one that is left.
         plain = (run.tweaks is None or run.tweaks.gone) and not run.subnet.soft
         best = {**val, "epoch": epoch} if plain and val["top1"] > done["best"]["top1"] else done["best"]
+        if plain:
+            going.best.look(epoch, val, going.prepared.ema)
+        row = going.log.end_epoch(epoch, val, going.saving.seconds())
         done |= {"epoch": epoch + 1, "batch": 0, "best": best, "val": val}
         going.saving.states = None
-        progress.epoch(epoch, val)
+        progress.epoch(row)
         going.saving.look()
 
     def _scored(self, going: "_Going", folder: Path | None) -> dict[str, Any]:
@@ -317,6 +326,8 @@ class _Going:
     saving: Saving
     scheduler: Any
     watch: Watch
+    log: EpochLog
+    best: Best
     batches: int  # of an epoch
 
     @property
