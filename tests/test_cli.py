@@ -8,14 +8,16 @@ import yaml
 from support.commands import call
 
 import timm_tickets as tt
+from timm_tickets.core.settings import about
 
 
-def test_help_does_not_wait_for_torch():
-    """torch takes over a second to import; help must not touch it."""
+def test_help_and_list_do_not_wait_for_torch():
+    """torch takes over a second to import; neither help nor the overview may touch it."""
     script = (
         "import sys; from typer.testing import CliRunner; from timm_tickets.cli import app\n"
         "out = CliRunner().invoke(app, ['--help']); assert out.exit_code == 0, out.output\n"
         "assert all(name in out.output for name in ('list', 'search', 'train', 'info', 'recipe'))\n"
+        "assert 'edge_popup' in CliRunner().invoke(app, ['list']).output\n"
         "assert not {'torch', 'timm', 'numpy', 'matplotlib'} & set(sys.modules), sorted(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -26,12 +28,66 @@ def test_the_module_is_the_command():
     assert "search" in out.stdout
 
 
-def test_list_shows_every_pruner_with_its_line_and_settings():
+def test_list_shows_every_pruner_and_tweak_in_a_line_of_words(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     out = call("list").output
-    for name in tt.list_pruners():
-        assert name in out
-    assert "prune_rate=0.2" in out.replace("\n", "")
-    assert "random" not in call("list", "im*").output
+    assert max(map(len, out.splitlines())) <= 80
+    words = " ".join(out.split())
+    for cls in (*map(tt.get_method, tt.list_pruners()), *map(tt.get_tweak, tt.list_tweaks())):
+        assert f"{cls.name} {about(cls)[:40]}" in words
+    assert "jackpot" not in call("list", "s*").output
+
+
+@pytest.mark.parametrize("name", [*tt.list_pruners(), *tt.list_tweaks(), "sy*"])
+def test_list_of_one_explains_it_and_each_of_its_settings(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = call("list", name)
+    assert max(map(len, out.output.splitlines())) <= 80
+    words = " ".join(out.output.split())
+    name = "synflow" if name == "sy*" else name
+    cls = tt.get_tweak(name) if name in tt.list_tweaks() else tt.get_method(name)
+    for label in ("Use: ", "Suggested: ", "Suggested (the paper's): ", "Cost: ", "Departures: "):
+        assert (label in words) == (label in cls.__doc__)
+    assert "Source: " in words
+    for key, field in cls.__pydantic_fields__.items():
+        assert f" {key}: " in words
+        assert " ".join(field.description.split()) in words
+
+
+def test_list_of_one_has_ranges_choices_and_defaults():
+    words = " ".join(call("list", "imp").output.split())
+    assert "prune_rate: number in (0, 1); default 0.2 fraction of the remaining weights" in words
+    assert "scope: global | layerwise; default global compare" in words
+    assert "sparsity: number in [0, 1); required" in words
+
+
+def test_list_of_what_is_not_there_names_the_closest():
+    out = call("list", "impp")
+    assert out.exit_code == 2
+    assert out.stderr.startswith("error: pruner or tweak: 'impp' is unknown; did you mean 'imp'")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("training.lr", "training.lr: number > 0; default 0.1 learning rate"),
+        ("lr", "training.lr: number > 0; default 0.1 learning rate"),
+        ("data", "data.hflip: number in [0, 1]; default 0.5 probability of a horizontal flip"),
+        ("*.clip_*", "training.clip_mode: norm | value | agc; default norm what clip_grad bounds"),
+        ("pruner.prune_rate", "pruner.prune_rate: number in (0, 1); default 0.15 colt: fraction of the remaining"),
+        ("pruner.seed", "default 0 seed of everything random in the method"),  # of all of them
+        ("retrain", "retrain.tweaks.label_smoothing.amount: number in [0, 1); default 0.1 weight taken"),
+    ],
+)
+def test_a_key_of_recipes_is_explained(key, words):
+    out = call("recipe", "--explain", key)
+    assert words in " ".join(out.output.split())
+
+
+def test_a_key_that_recipes_do_not_have_is_refused_with_the_closest():
+    out = call("recipe", "--explain", "trianing.lr")
+    assert out.exit_code == 2
+    assert "did you mean 'training.lr'" in out.stderr
 
 
 def test_recipe_prints_resolved_yaml_lists_and_writes_a_schema(tmp_path):

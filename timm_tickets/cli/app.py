@@ -2,12 +2,17 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from ..core.settings import Setting
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -52,6 +57,14 @@ def _show_warning(text: Any, kind: type[Warning], file: str, line: int, *_: Any)
     """One line on standard error; a place in the code says nothing to who typed a command."""
     shown = f"warning: {text}" if kind is UserWarning else warnings.formatwarning(text, kind, file, line).rstrip()
     print(shown, file=sys.stderr)
+
+
+def print_settings(console: Console, settings: Iterable["Setting"]) -> None:
+    """Each with its type, range and choices, its default, and what it means."""
+    for one in settings:
+        told = "; ".join(filter(None, (one.kind, one.default)))
+        console.print(Text.assemble((f"{one.name}: ", "bold"), told))
+        console.print(Padding(Text(one.about), (0, 0, 0, 4)))
 
 
 def say_more(console: Console, layers: int) -> None:

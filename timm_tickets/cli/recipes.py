@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from .app import RecipeName, Restart, Set, app, errors
+from .app import RecipeName, Restart, Set, app, errors, print_settings
 
 
 @app.command()
@@ -70,15 +71,23 @@ def recipe(
     name: Annotated[str | None, typer.Argument(metavar="RECIPE", help="name of a shipped recipe, or a file")] = None,
     set: Set = None,
     list: Annotated[bool, typer.Option("--list", help="list the shipped recipes with their source")] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="say what a key means, such as training.lr; a part (training); a wildcard"),
+    ] = None,
     schema: Annotated[Path | None, typer.Option(help="write a JSON Schema of recipes here, for editors")] = None,
 ) -> None:
-    """Print a recipe with every setting resolved."""
+    """Print a recipe with every setting resolved; or say what a key of recipes means."""
     with errors():
         from ..config.files import list_recipes
-        from ..config.recipe import json_schema, load_recipe
+        from ..config.recipe import load_recipe
+        from ..config.schema import explain as explained
+        from ..config.schema import json_schema
         from ..storage.files import write_json
 
-        if schema is not None:
+        if explain is not None:
+            print_settings(Console(), explained(explain))
+        elif schema is not None:
             write_json(schema, json_schema())
         elif list or name is None:
             for one in list_recipes():
