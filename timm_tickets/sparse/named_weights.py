@@ -20,7 +20,7 @@ class NamedWeights:
     Attributes:
         model: The plain model.
         names: Names of the prunable weights, in the model's order.
-        gates: The gates before the weights, by name.
+        gates: The gates before the weights, by name, while a search learns its masks.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
