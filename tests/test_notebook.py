@@ -66,12 +66,12 @@ def test_iterating_a_search_that_has_ended_says_so():
 def test_a_second_pruner_says_that_the_model_has_been_pruned(tmp_path):
     model = fresh()
     searched(IMP, model, sparsity=0.5, folder=tmp_path)
-    words = "this test_resnet has been pruned before: 185,304 of its 370,608 prunable .* in 15 of 15 layers. The search"
+    words = "test_resnet has been through a pruner or ticket before: 185,304 of its 370,608 .* in 15 of 15 layers. The"
     with pytest.warns(UserWarning, match=words) as told:
         second = pruner_of(IMP, model, sparsity=0.9)
     assert told[0].filename != tt.create_pruner.__code__.co_filename
     second.ticket.attach(model, torch.optim.SGD(model.parameters(), 0.1))
-    with pytest.warns(UserWarning, match="in 15 of 15 layers, and the hooks of an earlier pruner or ticket are still"):
+    with pytest.warns(UserWarning, match="in 15 of 15 layers, and the hooks that hold its masks are still on it"):
         pruner_of(IMP, model)
     pruner_of(IMP, model, sparsity=0.5, folder=tmp_path)  # continued: it begins with the values of then
 
@@ -92,7 +92,7 @@ def test_a_model_behind_the_gates_of_another_search_is_refused(name):
         pruner_of(Row(name), model)
 
 
-@pytest.mark.filterwarnings("ignore:this test_nfnet has been pruned before")
+@pytest.mark.filterwarnings("ignore:this test_nfnet has been through a pruner")
 def test_a_second_search_of_standardised_layers_does_not_train_behind_the_masks_of_the_first():
     model = timm.create_model("test_nfnet", num_classes=4)
     assert tt.create_pruner("magnitude", model, sparsity=0.5).ticket.sparsity == 0.5

@@ -34,7 +34,7 @@ def refuse_gated(model: nn.Module) -> None:
 
 
 def tell_used(subnet: Subnet) -> None:
-    """Say where a model has been pruned before: a search begins with every weight kept, from the values it is given.
+    """Say where a model has been through a search before: another one begins with every weight kept, as it then is.
 
     A layer that is zero throughout is how some models begin.
     """
@@ -48,12 +48,14 @@ def tell_used(subnet: Subnet) -> None:
             f"{len(weights)} layers"
         )
     if is_held(subnet.model):
-        found.append("the hooks of an earlier pruner or ticket are still on it")
+        found.append("the hooks that hold its masks are still on it")
     if found:
         warn(
-            f"this {model_name(subnet.model)} has been pruned before: {', and '.join(found)}. The search begins with "
-            "every weight kept, zeros as well, from the values as they are. For a new search create the model again; "
-            "to prune these weights further go on" + ", `run.attach` takes the hooks off" * is_held(subnet.model)
+            f"this {model_name(subnet.model)} has been through a pruner or ticket before: {', and '.join(found)}. The "
+            "search begins with every weight kept, zeros as well, from the values as they are. For a new search create "
+            "the model again; to prune these weights further go on"
+            + ", `run.attach` takes the hooks off"
+            * is_held(subnet.model)
         )
 
 
