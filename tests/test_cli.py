@@ -75,6 +75,7 @@ def test_list_of_what_is_not_there_names_the_closest():
         ("data", "data.hflip: number in [0, 1]; default 0.5 probability of a horizontal flip"),
         ("*.clip_*", "training.clip_mode: norm | value | agc; default norm what clip_grad bounds"),
         ("pruner.prune_rate", "pruner.prune_rate: number in (0, 1); default 0.15 colt: fraction of the remaining"),
+        ("name", "name: text names the run folder"),  # not required: a file has one
         ("pruner.seed", "default 0 seed of everything random in the method"),  # of all of them
         ("retrain", "retrain.tweaks.label_smoothing.amount: number in [0, 1); default 0.1 weight taken"),
     ],

@@ -77,7 +77,8 @@ def _keys(
 ) -> Iterator[tuple[Setting, str]]:
     """Every key in a part of a recipe, dotted, and the pruner that it is a setting of, if any."""
     for one in explained(node):
-        yield one._replace(name=at + one.name), of
+        default = "" if at + one.name == "name" else one.default  # a file has one of its own
+        yield one._replace(name=at + one.name, default=default), of
         child = node["properties"][one.name]
         for inner in (child, *child.get("anyOf", ())):
             inner = schema["$defs"].get(inner.get("$ref", "").rpartition("/")[2], inner)
