@@ -9,22 +9,15 @@ import yaml
 from support.commands import call
 
 import timm_tickets as tt
-from timm_tickets.cli import answers
 from timm_tickets.cli.app import errors
 from timm_tickets.config.files import OF_EVERY_PRUNER
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Where answers are kept."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "timm-tickets"
-
+from timm_tickets.core.settings import about
 
 WITHOUT_TORCH = [
     (["--help"], 0, "search"),
     (["--version"], 0, "timm-tickets"),
     (["search", "--help"], 0, "--dry-run"),
+    (["list"], 0, "edge_popup"),
     (["recipe", "--list"], 0, "digits_imp: the package"),
     (["recipe", "digit_imp"], 2, "did you mean 'digits_imp'"),
     (["search", "digit_imp"], 2, "did you mean 'digits_imp'"),
@@ -34,51 +27,16 @@ WITHOUT_TORCH = [
 ]
 
 
-def test_what_needs_no_torch_does_not_wait_for_it(tmp_path):
-    """torch and timm take seconds to import; nor are recipes and their schema asked of them a second time."""
-    for args in (
-        ["recipe", "digits_colt", "--set", "pruner.sparsity=0.7"],
-        ["recipe", "--schema", tmp_path / "a.json"],
-    ):
-        assert call(*args).exit_code == 0
-    again = [
-        (["recipe", "digits_colt", "--set", "pruner.sparsity=0.7"], 0, "name: colt"),
-        (["recipe", "--schema", str(tmp_path / "b.json")], 0, ""),
-    ]
+def test_what_needs_no_torch_does_not_wait_for_it():
+    """torch and timm take seconds to import."""
     script = (
         "import sys; from typer.testing import CliRunner; from timm_tickets.cli import app\n"
-        f"for args, code, words in {[*WITHOUT_TORCH, *again]!r}:\n"
+        f"for args, code, words in {WITHOUT_TORCH!r}:\n"
         "    out = CliRunner().invoke(app, args)\n"
         "    assert (out.exit_code, words in out.output) == (code, True), (args, out.output)\n"
         "    assert not {'torch', 'timm', 'numpy', 'matplotlib'} & set(sys.modules), args\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-
-
-def test_a_kept_answer_holds_only_for_what_it_was_found_from(tmp_path, cache, monkeypatch):
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text("name: mine\nmodel: {model: test_resnet}\npruner: {name: imp, sparsity: 0.5}\n")
-
-    def sparsity(*more):
-        return yaml.safe_load(call("recipe", recipe, *more).output)["pruner"]["sparsity"]
-
-    assert (sparsity(), sparsity(), len([*cache.iterdir()])) == (0.5, 0.5, 1)
-    assert sparsity("--set", "pruner.sparsity=0.6") == 0.6
-    recipe.write_text(recipe.read_text().replace("0.5", "0.7"))
-    assert sparsity() == 0.7
-    assert len([*cache.iterdir()]) == 3
-    for path in cache.iterdir():
-        path.write_text(path.read_text().replace("0.7", "0.8"))  # damaged
-    assert sparsity() == 0.7
-    monkeypatch.setattr(answers, "_installed", lambda: "another version")
-    assert sparsity() == 0.7
-    assert len([*cache.iterdir()]) == 4
-    out = call("recipe", recipe, "--set", "pruner.sparsity=2")
-    assert (out.exit_code, len([*cache.iterdir()])) == (2, 4)
-    monkeypatch.setattr(answers, "entry_points", lambda group: [group])  # another package's pruners
-    assert sparsity("--set", "pruner.sparsity=0.9") == 0.9
-    assert len([*cache.iterdir()]) == 4
 
 
 def test_every_pruners_settings_are_known_without_torch():
@@ -112,12 +70,67 @@ def test_the_module_is_the_command():
     assert "Usage: timm-tickets " in out.stdout
 
 
-def test_list_shows_every_pruner_with_its_line_and_settings():
+def test_list_shows_every_pruner_and_tweak_in_a_line_of_words(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     out = call("list").output
-    for name in tt.list_pruners():
-        assert name in out
-    assert "prune_rate=0.2" in out.replace("\n", "")
-    assert "random" not in call("list", "im*").output
+    assert max(map(len, out.splitlines())) <= 80
+    words = " ".join(out.split())
+    for cls in (*map(tt.get_method, tt.list_pruners()), *map(tt.get_tweak, tt.list_tweaks())):
+        assert f"{cls.name} {about(cls)[:40]}" in words
+    assert "jackpot" not in call("list", "s*").output
+
+
+@pytest.mark.parametrize("name", [*tt.list_pruners(), *tt.list_tweaks(), "sy*"])
+def test_list_of_one_explains_it_and_each_of_its_settings(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = call("list", name)
+    assert max(map(len, out.output.splitlines())) <= 80
+    words = " ".join(out.output.split())
+    name = "synflow" if name == "sy*" else name
+    cls = tt.get_tweak(name) if name in tt.list_tweaks() else tt.get_method(name)
+    for label in ("Use: ", "Suggested: ", "Suggested (the paper's): ", "Cost: ", "Departures: "):
+        assert (label in words) == (label in cls.__doc__)
+    assert "Source: " in words
+    for key, field in cls.__pydantic_fields__.items():
+        assert f" {key}: " in words
+        assert " ".join(field.description.split()) in words
+
+
+def test_list_of_one_has_ranges_choices_and_defaults():
+    words = " ".join(call("list", "imp").output.split())
+    assert "prune_rate: number in (0, 1); default 0.2 fraction of the remaining weights" in words
+    assert "scope: global | layerwise; default global compare" in words
+    assert "sparsity: number in [0, 1); required" in words
+
+
+def test_list_of_what_is_not_there_names_the_closest():
+    out = call("list", "impp")
+    assert out.exit_code == 2
+    assert out.stderr.startswith("error: pruner or tweak: 'impp' is unknown; did you mean 'imp'")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("training.lr", "training.lr: number > 0; default 0.1 learning rate"),
+        ("lr", "training.lr: number > 0; default 0.1 learning rate"),
+        ("data", "data.hflip: number in [0, 1]; default 0.5 probability of a horizontal flip"),
+        ("*.clip_*", "training.clip_mode: norm | value | agc; default norm what clip_grad bounds"),
+        ("pruner.prune_rate", "pruner.prune_rate: number in (0, 1); default 0.15 colt: fraction of the remaining"),
+        ("name", "name: text names the run folder"),  # not required: a file has one
+        ("pruner.seed", "default 0 seed of everything random in the method"),  # of all of them
+        ("retrain", "retrain.tweaks.label_smoothing.amount: number in [0, 1); default 0.1 weight taken"),
+    ],
+)
+def test_a_key_of_recipes_is_explained(key, words):
+    out = call("recipe", "--explain", key)
+    assert words in " ".join(out.output.split())
+
+
+def test_a_key_that_recipes_do_not_have_is_refused_with_the_closest():
+    out = call("recipe", "--explain", "trianing.lr")
+    assert out.exit_code == 2
+    assert "did you mean 'training.lr'" in out.stderr
 
 
 def test_recipe_prints_resolved_yaml_lists_and_writes_a_schema(tmp_path):

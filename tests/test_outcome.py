@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from support.pictures import CLASSES, make
 
 import timm_tickets as tt
-from timm_tickets.experiments import search as experiment
 from timm_tickets.experiments import report, trackers
+from timm_tickets.experiments import search as experiment
 from timm_tickets.experiments.dry_run import dry_run
 from timm_tickets.training import best, trainer
 from timm_tickets.training.epoch_log import COLUMNS, EPOCHS

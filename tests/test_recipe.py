@@ -8,7 +8,7 @@ import yaml
 from support import hostile_recipes
 
 import timm_tickets as tt
-from timm_tickets.config.recipe import json_schema
+from timm_tickets.config.schema import explain, json_schema
 from timm_tickets.data.datasets import Data
 from timm_tickets.training.build import build_model
 
@@ -142,6 +142,41 @@ def test_the_schema_lists_every_pruner_with_its_settings():
     assert schema["additionalProperties"] is False
     keys = set(yaml.safe_load(tt.load_recipe("digits_imp").to_yaml()))
     assert keys | {"extends"} == set(schema["properties"])
+
+
+def keys_of(schema, at=""):
+    for key, one in schema.get("properties", {}).items():
+        yield f"{at}{key}", one
+        yield from keys_of(one, f"{at}{key}.")
+    for key, one in schema.get("$defs", {}).items():
+        yield from keys_of(one, f"{key}.")
+    for one in schema.get("anyOf", ()):
+        yield from keys_of(one, at)
+
+
+def test_every_key_of_a_recipe_and_every_setting_is_explained():
+    found = list(keys_of(json_schema()))
+    assert len(found) > 290
+    assert [key for key, one in found if not one.get("description")] == []
+    own = (*map(tt.get_method, tt.list_pruners()), *map(tt.get_tweak, tt.list_tweaks()))
+    missing = [(cls.name, key) for cls in own for key, one in cls.__pydantic_fields__.items() if not one.description]
+    assert missing == []
+
+
+def test_every_key_of_a_recipe_can_be_asked_for():
+    schema = json_schema()
+    parts = {one["$ref"].rpartition("/")[2]: key for key, one in schema["properties"].items() if "$ref" in one}
+    told = explain("*")
+    for key, one in keys_of(schema):
+        first, dot, rest = key.partition(".")
+        asked = parts.get(first, first) + dot + rest
+        assert any(one["description"][:20] in setting.about for setting in told if setting.name == asked)
+
+
+def test_the_schema_has_the_tweaks_by_name_or_as_a_list():
+    tweaks = json_schema()["$defs"]["RetrainSettings"]["properties"]["tweaks"]["anyOf"]
+    assert sorted(tweaks[0]["properties"]) == tweaks[1]["items"]["enum"] == tt.list_tweaks()
+    assert tweaks[0]["properties"]["label_smoothing"]["additionalProperties"] is False
 
 
 def test_the_schema_asks_for_a_whole_recipe_only_where_it_extends_none():

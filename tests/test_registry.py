@@ -1,5 +1,8 @@
+import pydoc
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import pytest
@@ -7,6 +10,8 @@ from pydantic import Field
 
 import timm_tickets as tt
 from timm_tickets.core.masks import cut, keep_count, total
+from timm_tickets.core.registry import read_lines
+from timm_tickets.core.settings import about
 from timm_tickets.pruning import registry
 
 
@@ -23,6 +28,37 @@ def test_names_are_sorted_and_filtered():
     assert {"imp", "magnitude", "random"} <= set(names)
     assert tt.list_pruners("ma*") == [name for name in names if name.startswith("ma")]
     assert tt.list_pruners("none*") == []
+
+
+def test_the_overview_read_from_files_is_what_is_registered():
+    for kind, package, names, get in (
+        ("pruner", "timm_tickets.methods", tt.list_pruners(), tt.get_method),
+        ("tweak", "timm_tickets.tweaks", tt.list_tweaks(), tt.get_tweak),
+    ):
+        assert list(read_lines(kind, package).items()) == [(name, about(get(name))) for name in names]
+
+
+@pytest.mark.parametrize("cls", [tt.Method, tt.get_method("rigl"), tt.get_tweak("smooth_activation")])
+def test_help_shows_what_a_class_can_be_told_and_not_how_it_is_checked(cls):
+    text = pydoc.plain(pydoc.render_doc(cls))
+    assert not re.search("pydantic|FieldInfo|__dataclass|__init__", text)
+    assert f"{cls.__name__}(*, " in text
+    for name, field in cls.__pydantic_fields__.items():
+        assert f" {name}: {field.description.split()[0]}" in text
+    if cls is tt.get_method("rigl"):
+        assert "(*, sparsity: float, epochs: int = 20, seed: int = 0, include: tuple[str, ...] = ('*',)" in text
+        assert "interval: optimizer steps between two exchanges; 100 or less where not given (integer >= 1" in text
+        assert "bool; default False)" in text
+
+
+@pytest.mark.usefixtures("unregister")
+def test_a_setting_that_is_no_plain_data_and_a_class_without_a_docstring_can_be_registered():
+    @tt.register_pruner("with_a_function")
+    class WithAFunction(tt.Method):
+        of: Callable[[float], float] = abs
+
+    assert "of: (anything; default <built-in function abs>)" in WithAFunction.__doc__
+    assert about(WithAFunction) == ""
 
 
 def test_an_unknown_pruner_is_refused_with_the_closest(model):

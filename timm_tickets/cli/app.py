@@ -6,12 +6,17 @@ import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from ..core.settings import Setting
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -98,6 +103,14 @@ def loading(recipe: str, overrides: Sequence[str]) -> None:
     read_overrides(overrides)
     if os.environ.get("RANK", "0") == "0":
         print(f"{recipe}: loading torch and timm", flush=True)
+
+
+def print_settings(console: Console, settings: Iterable["Setting"]) -> None:
+    """Each with its type, range and choices, its default, and what it means."""
+    for one in settings:
+        told = "; ".join(filter(None, (one.kind, one.default)))
+        console.print(Text.assemble((f"{one.name}: ", "bold"), told))
+        console.print(Padding(Text(one.about), (0, 0, 0, 4)))
 
 
 def say_more(console: Console, layers: int) -> None:

@@ -1,47 +1,81 @@
 """Commands that show what there is to prune with, and what would be pruned in an architecture."""
 
-from typing import Annotated, Any
+from fnmatch import fnmatchcase
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .app import app, errors
+from .app import app, errors, print_settings
 
 
 @app.command("list")
-def list_(pattern: Annotated[str, typer.Argument(help="wildcard on the names")] = "*") -> None:
-    """Show the registered pruners and retraining tweaks, and their settings."""
+def list_(
+    pattern: Annotated[str, typer.Argument(metavar="NAME", help="a pruner or tweak, or a wildcard on the names")] = "*",
+) -> None:
+    """Show the pruners and retraining tweaks; of one, by its name, what it is for, its cost and its settings."""
     with errors():
-        from ..pruning.method import Method
-        from ..pruning.registry import get_method, list_pruners
-        from ..tweaks.registry import get_tweak, list_tweaks
+        from ..core.errors import SettingError, unknown
 
-        def told(fields: Any) -> Text:
-            return Text(", ".join(k if info.is_required() else f"{k}={info.default!r}" for k, info in fields))
-
-        common: Any = Method
-        common = common.__pydantic_fields__
-        table = Table(box=None, header_style="bold")
-        for title in ("pruner", "what it does", "settings"):
-            table.add_column(title)
-        for name in list_pruners(pattern):
-            method: Any = get_method(name)
-            own = [(key, info) for key, info in method.__pydantic_fields__.items() if key not in common]
-            table.add_row(name, (method.__doc__ or "").strip().splitlines()[0], told(own))
-        table.add_row("every pruner", "", told(common.items()), style="dim")
+        kinds = {"pruner": _lines("pruner", "methods"), "retraining tweak": _lines("tweak", "tweaks")}
+        found = {
+            kind: {name: line for name, line in lines.items() if fnmatchcase(name, pattern)}
+            for kind, lines in kinds.items()
+        }
         console = Console()
+        match [(kind, name) for kind, lines in found.items() for name in lines]:
+            case []:
+                raise SettingError(
+                    unknown("pruner or tweak", pattern, [name for lines in kinds.values() for name in lines])
+                )
+            case [(kind, name)]:
+                _show(console, kind, name)
+                return
+        table = Table.grid(padding=(0, 2))
+        for kind, lines in found.items():
+            if lines:
+                table.add_row(Text(f"{kind}s", style="bold"))
+            for name, line in lines.items():
+                table.add_row(Text(f"  {name}"), Text(line))
         console.print(table)
-        table = Table(box=None, header_style="bold")
-        for title in ("retraining tweak", "what it does", "settings"):
-            table.add_column(title)
-        for name in list_tweaks(pattern):
-            tweak: Any = get_tweak(name)
-            about = (tweak.__doc__ or "").strip().splitlines()[0]
-            table.add_row(name, about, told(tweak.__pydantic_fields__.items()))
-        if table.row_count:
-            console.print(table)
+        console.print("\n`timm-tickets list NAME` shows what one is for, what it costs and its settings.")
+
+
+def _lines(kind: str, package: str) -> dict[str, str]:
+    """Names of pruners or tweaks, sorted, and each in a line; torch is waited for only by another package's."""
+    from ..core.registry import read_lines, strangers
+    from ..core.settings import about
+
+    if not strangers(kind):
+        return read_lines(kind, f"timm_tickets.{package}")
+    from ..pruning.registry import get_method, list_pruners
+    from ..tweaks.registry import get_tweak, list_tweaks
+
+    names, get = (list_pruners, get_method) if kind == "pruner" else (list_tweaks, get_tweak)
+    return {name: about(get(name)) for name in names()}
+
+
+def _show(console: Console, kind: str, name: str) -> None:
+    """What there is to know of one pruner or tweak."""
+    from ..core.settings import card, explained, schema_of
+    from ..pruning.method import Method
+    from ..pruning.registry import get_method
+    from ..tweaks.registry import get_tweak
+
+    cls = get_method(name) if kind == "pruner" else get_tweak(name)
+    console.print(Text.assemble((name, "bold"), f", a {kind}\n"))
+    for label, text in card(cls):
+        console.print(Text.assemble((label, "bold"), text))
+    own, shared = list(explained(schema_of(cls))), []
+    if kind == "pruner":
+        every = list(explained(schema_of(Method)))
+        own, shared = [one for one in own if one not in every], [one for one in own if one in every]
+    for title, settings in ((f"settings of {name}", own), ("settings of every pruner", shared)):
+        if settings:
+            console.print(Text(f"\n{title}", style="bold"))
+            print_settings(console, settings)
 
 
 @app.command()

@@ -1,12 +1,12 @@
 """Commands that search, train and transfer a recipe, and print one."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from .app import RecipeName, Restart, Set, app, errors, loading
+from .app import RecipeName, Restart, Set, app, errors, loading, print_settings
 
 
 @app.command()
@@ -84,32 +84,31 @@ def recipe(
     name: Annotated[str | None, typer.Argument(metavar="RECIPE", help="name of a shipped recipe, or a file")] = None,
     set: Set = None,
     list: Annotated[bool, typer.Option("--list", help="list the shipped recipes with their source")] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="say what a key means, such as training.lr; a part (training); a wildcard"),
+    ] = None,
     schema: Annotated[Path | None, typer.Option(help="write a JSON Schema of recipes here, for editors")] = None,
 ) -> None:
-    """Print a recipe with every setting resolved."""
+    """Print a recipe with every setting resolved; or say what a key of recipes means."""
     with errors():
         from ..config.files import find_recipe, list_recipes, read_overrides, read_recipe
 
-        if schema is None and (list or name is None):  # of what stands in the files: nobody waits for torch
+        if schema is None and explain is None and (list or name is None):  # only what stands in the files: no torch
             for one in list_recipes():
                 print(f"{one}: {read_recipe(find_recipe(one)).get('source') or 'no source given'}")
             return
-        from .answers import kept, write_text
-
-        values = None if name is None else read_recipe(find_recipe(name))
+        if name is not None:  # what is wrong at first sight is said without torch
+            read_recipe(find_recipe(name))
         read_overrides(set or ())
+        from ..config.recipe import load_recipe
+        from ..config.schema import explain as explained
+        from ..config.schema import json_schema
+        from ..storage.files import write_json
 
-        def resolved() -> str:
-            from ..config.recipe import load_recipe
-
-            return load_recipe(name or "", set or ()).to_yaml()
-
-        def schema_text() -> str:
-            from ..config.recipe import json_schema
-
-            return json.dumps(json_schema(), indent=2) + "\n"
-
-        if schema is not None:
-            write_text(schema, kept("schema", schema_text))
+        if explain is not None:
+            print_settings(Console(), explained(explain))
+        elif schema is not None:
+            write_json(schema, json_schema())
         else:
-            print(kept([values, set], resolved), end="")
+            print(load_recipe(name or "", set or ()).to_yaml(), end="")

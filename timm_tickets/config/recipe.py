@@ -17,7 +17,7 @@ from ..core.errors import SettingError, check
 from .files import find_recipe, list_recipes, merged, read_overrides, read_recipe, recipes_folder, resolved, switch_
 from .parts import Count, DataSettings, ModelSettings, Part, RetrainSettings, Seed, TrainingSettings
 
-__all__ = ["Recipe", "json_schema", "list_recipes", "load_recipe", "recipes_folder"]
+__all__ = ["Recipe", "list_recipes", "load_recipe", "recipes_folder"]
 
 
 class Recipe(Part):
@@ -30,6 +30,7 @@ class Recipe(Part):
     source: str | None = None
     """where the settings come from: the paper and its expected number"""
     seed: Seed = 42
+    """of the model's random start, the order of the images, and all else that is random but the held-out images"""
     parallel: Literal["auto", "runs", "data"] = "auto"
     """what several processes share in a search: 'runs' gives each its own runs of a round (all have to see the run
     folder), 'data' splits every batch, 'auto' does the first in rounds of several runs and the second in others"""
@@ -38,11 +39,15 @@ class Recipe(Part):
     dense: bool = True
     """train the dense network as long as the ticket, where no run of the search does: what tickets are compared with"""
     model: ModelSettings
+    """the timm model to prune"""
     data: DataSettings = DataSettings()
+    """the images, how they are split and augmented"""
     pruner: dict[str, Any]
     """its registered name and its settings; epochs is training.epochs where not given, seed is the recipe's"""
     training: TrainingSettings = TrainingSettings()
+    """how each run trains: optimizer, schedule, loss, precision"""
     retrain: RetrainSettings = RetrainSettings()
+    """how the ticket is trained at the end, where that differs"""
     _follows: tuple[str, ...] = PrivateAttr(())  # settings that nobody has chosen, because they follow other ones
 
     @field_validator("name")
@@ -141,32 +146,3 @@ def load_recipe(recipe: "str | Path | Recipe", overrides: Sequence[str] = ()) ->
     given = read_overrides(overrides)
     switch_(values, given)
     return check(Recipe, resolved(merged(values, given, "--set")))
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of recipes, for editors, with each registered pruner's own settings.
-
-    A recipe that extends another one may leave out what it does not change.
-    """
-    from pydantic import TypeAdapter
-
-    from ..pruning.registry import get_method, list_pruners
-
-    schema = Recipe.model_json_schema()
-    choices = []
-    for name in list_pruners():
-        one = TypeAdapter(get_method(name)).json_schema()
-        one["properties"] = {"name": {"const": name}} | one["properties"]
-        del one["required"]
-        choices.append(one | {"additionalProperties": False})
-    schema["properties"]["pruner"] = {"anyOf": choices}
-    schema["properties"]["extends"] = {
-        "type": "string",
-        "description": "shipped recipe, or file in this one's folder, whose settings hold where this one has none",
-    }
-    parts = {name: {"required": schema["$defs"][f"{name.title()}Settings"].pop("required")} for name in ("model",)}
-    parts["pruner"] = {"required": ["name", "sparsity"]}
-    schema["if"] = {"not": {"required": ["extends"]}}
-    required = [name for name in schema.pop("required") if name != "name"]  # a file has one of its own
-    schema["then"] = {"required": required, "properties": parts}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,14 +1,16 @@
 """Classes by name: this package's own, found in a folder, and those of other packages, through entry points."""
 
+import ast
 import importlib
+import importlib.util
 import pkgutil
 from fnmatch import fnmatchcase
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic.dataclasses import dataclass
-
 from .errors import SettingError, unknown
+from .settings import settings
 from .warn import warn
 
 C = TypeVar("C")
@@ -32,7 +34,7 @@ class Registry(Generic[C]):
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             where = f"{taken.__module__}.{taken.__qualname__}"
             raise ValueError(f"{self.kind} {name!r} is registered already, by {where}")
-        made: Any = dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})(cls)
+        made: Any = settings(cls)
         made.name = name
         self.classes[name] = made
         return made
@@ -42,7 +44,7 @@ class Registry(Generic[C]):
             self._loaded = True
             for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
                 importlib.import_module(f"{self.package}.{module.name}")
-            for point in entry_points(group=f"timm_tickets.{self.kind}s"):
+            for point in strangers(self.kind):
                 try:
                     point.load()
                 except Exception as error:  # another package's code: whatever it raises must not stop ours
@@ -56,3 +58,27 @@ class Registry(Generic[C]):
         if name not in self.load():
             raise SettingError(unknown(self.kind, name, self.classes))
         return self.classes[name]
+
+
+def strangers(kind: str) -> EntryPoints:
+    """The entry points by which other packages bring pruners or tweaks."""
+    return entry_points(group=f"timm_tickets.{kind}s")
+
+
+def read_lines(kind: str, package: str) -> dict[str, str]:
+    """The classes that a package of this one registers, in a line each, by sorted names: read from its files.
+
+    Nothing is imported, for what they do needs torch, and that takes seconds.
+    """
+    spec = importlib.util.find_spec(package)
+    folders = (spec and spec.submodule_search_locations) or ()
+    paths = (path for folder in folders for path in Path(folder).glob("*.py"))
+    classes = (node for path in paths for node in ast.parse(path.read_text("utf-8")).body if type(node) is ast.ClassDef)
+    return dict(
+        sorted(
+            (ast.literal_eval(by.args[0]), (ast.get_docstring(node) or "").partition("\n")[0])
+            for node in classes
+            for by in node.decorator_list
+            if isinstance(by, ast.Call) and ast.unparse(by.func) == f"register_{kind}"
+        )
+    )

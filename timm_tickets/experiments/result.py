@@ -1,6 +1,6 @@
 """What an experiment leaves, and how its trainings are shared among the processes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ class Result:
 
     folder: Path
     ticket: Ticket
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]] = field(repr=False)
 
 
 def parallel_of(recipe: Recipe, trainers: Trainers) -> Parallel:

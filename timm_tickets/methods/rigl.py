@@ -4,6 +4,9 @@ Source: Evci et al. 2020, 1911.11134.
 """
 
 import math
+from typing import Annotated
+
+from pydantic import Field
 
 from ..core.scores import magnitude
 from ..pruning.registry import register_pruner
@@ -22,7 +25,10 @@ class RigL(SET):
     Cost: one training, at the asked sparsity throughout; a dense gradient is read at each exchange.
     """
 
-    until: float = 0.75
+    interval: Annotated[
+        int | None, Field(ge=1, description="optimizer steps between two exchanges; 100 or less where not given")
+    ] = None
+    until: Annotated[float, Field(gt=0, le=1, description="fraction of training after which the masks stay")] = 0.75
 
     def step_(self, run: Training) -> None:
         subnet, due = run.subnet, run.step % self.every(run) == 0 and run.progress < self.until

@@ -36,6 +36,11 @@ _ANEW = (
 )
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds a search."""
+    return (folder / _IDENTITY).is_file()
+
+
 def begun(folder: Path, identity: Mapping[str, Any], state: State, recipe: str | None) -> tuple[State, str]:
     """The state that a folder's search began with: this one where it begins now, which is then written down.
 

@@ -1,18 +1,63 @@
-"""What a search is stopped or warned for between its rounds."""
+"""What a search is stopped or warned for before it begins, and between its rounds."""
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import SettingError
 from ..core.masks import collapsed
 from ..core.states import digest
 from ..core.warn import warn
 from ..distributed.collectives import check_same_everywhere
+from ..distributed.fsdp2 import local
 from ..distributed.processes import world_size
+from ..sparse.describe import model_name
+from ..sparse.gates import Gate
+from ..sparse.holder import is_held
 from ..sparse.standardised import lone_weights
 from ..sparse.subnet import Subnet
+from ..sparse.wrappers import plain_model
 from .method import Method
+
+
+def refuse_gated(model: nn.Module) -> None:
+    """Refuse a model on which another pruner still learns its masks.
+
+    Raises:
+        SettingError: It is one.
+    """
+    gates = sum(isinstance(module, Gate) for module in model.modules())
+    if gates:
+        raise SettingError(
+            f"model: an earlier pruner has not ended its search, and its gates are still before {gates} weights of "
+            f"this {model_name(plain_model(model))}; iterate that pruner to its end, or create the model again"
+        )
+
+
+def tell_used(subnet: Subnet) -> None:
+    """Say where a model has been through a search before: another one begins with every weight kept, as it then is.
+
+    A layer that is zero throughout is how some models begin.
+    """
+    weights = [local(weight) for weight in subnet.weights().values() if not weight.is_meta]
+    zeros = [int((weight == 0).sum()) for weight in weights]
+    found = []
+    if any(0.01 <= count / weight.numel() < 1 for count, weight in zip(zeros, weights, strict=True)):
+        size, layers = sum(weight.numel() for weight in weights), sum(map(bool, zeros))
+        found.append(
+            f"{sum(zeros):,} of its {size:,} prunable weights are exactly zero already, in {layers} of "
+            f"{len(weights)} layers"
+        )
+    if is_held(subnet.model):
+        found.append("the hooks that hold its masks are still on it")
+    if found:
+        warn(
+            f"this {model_name(subnet.model)} has been through a pruner or ticket before: {', and '.join(found)}. The "
+            "search begins with every weight kept, zeros as well, from the values as they are. For a new search create "
+            "the model again; to prune these weights further go on"
+            + ", `run.attach` takes the hooks off"
+            * is_held(subnet.model)
+        )
 
 
 def refuse_split(method: Method) -> None:

@@ -4,19 +4,19 @@ from collections.abc import Collection, Generator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
-from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 
 from ..core.draws import MAX_SEED
 from ..core.errors import SettingError
 from ..core.masks import Distribution, Masks, Scope, cut, keep_count, total
+from ..core.settings import Settings, settings
 from ..sparse.subnet import Subnet
 from .run import Run
 from .run_end import End
 
 
-@settings(frozen=True, kw_only=True, config={"extra": "forbid"})
-class Method:
+@settings
+class Method(metaclass=Settings):
     """What every pruner can be told; a method adds its own settings and its `search`.
 
     Subclasses are made dataclasses, and their settings checked, by `register_pruner`.
@@ -96,7 +96,7 @@ class Method:
         return None
 
 
-@settings(frozen=True, kw_only=True, config={"extra": "forbid"})
+@settings
 class OneShot(Method):
     """A method that cuts its mask once, from one set of scores."""
 

@@ -9,32 +9,31 @@ folder feeds these ends to the generator and yields only the runs that are missi
 """
 
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..core.errors import SettingError
 from ..core.masks import keep_count, sparsity, total
+from ..core.warn import warn
 from ..distributed.collectives import share_
-from ..distributed.fsdp2 import local, reshard_
+from ..distributed.fsdp2 import reshard_
 from ..distributed.processes import apart, groups_of
-from ..sparse.describe import describe_model
+from ..sparse.describe import describe_model, model_name
 from ..sparse.prunable import prunable_names
 from ..sparse.subnet import Subnet
 from ..storage.files import is_writer
 from ..tickets.ticket import Ticket
-from .checks import EmptyLayers, check_same_masks, refuse_split, warn_of_lone_weights
+from .beginning import is_begun
+from .checks import EmptyLayers, check_same_masks, refuse_gated, refuse_split, tell_used, warn_of_lone_weights
 from .draft import Draft
 from .history import History
 from .method import Method
-from .round import carried_out, placed
+from .round import Parallel, carried_out, handed_out, next_round, placed
 from .run import Place, Run
 from .run_end import End
 from .training import Training
-
-Parallel = Literal["runs", "data", "auto"]
 
 
 class Pruner(Iterator[Training]):
@@ -63,11 +62,14 @@ class Pruner(Iterator[Training]):
 
     def __init__(self, method: Method, model: nn.Module, folder: str | Path | None = None):
         self.method = method
+        refuse_gated(model)
         self.subnet = Subnet(model, prunable_names(model, method.include, method.exclude, method.classifier))
         keep_count(total(self.subnet.mask), method.sparsity)  # refused now, not after the first training
         described = describe_model(self.subnet.model)  # before gates hide the stem's weight
-        method.prepare_(self.subnet)
         self.history = History(None if folder is None else Path(folder))
+        if self.folder is None or not is_begun(self.folder):  # else it begins with the values of then
+            tell_used(self.subnet)
+        method.prepare_(self.subnet)
         self._draft = Draft(self.subnet, {"model": described, "pruner": method.described()})
         self.runs_done = self.rounds_done = 0
         self.trained_dense = False
@@ -75,11 +77,44 @@ class Pruner(Iterator[Training]):
         self.parallel: Parallel = "data"
         self.processes_per_run = 1
         self.handed_out = False
-        self._begun = self._ended = False
+        self._begun = self._ended = self._over = False
         self._empty = EmptyLayers(method)
         self._failure: BaseException | None = None
         self._waiting: Training | None = None
         self._runs = self._generate()
+
+    def __repr__(self) -> str:
+        known = "" if self.runs is None else f" of {self.runs}"
+        state = f"{self.runs_done}{known} runs done"
+        if self._failure is not None:
+            state = f"stopped at an error in run {self.runs_done + 1}{known}"
+        elif self._ended:
+            state += ", ended: see its `ticket`"
+        elif self.run is not None:
+            state = f"run {self.run.index + 1}{known}"
+        asked = f"sparsity {self.subnet.sparsity:.4f} of {self.method.sparsity:g}"
+        return f"Pruner({self.method.name}, {model_name(self.subnet.model)}, {asked}, {state})"
+
+    def __bool__(self) -> bool:
+        return True  # a pruner that asks for no run is one
+
+    def __len__(self) -> int:
+        """How many runs the whole search has, those that are replayed among them.
+
+        Raises:
+            TypeError: The method does not know beforehand.
+        """
+        if self.runs is None:
+            raise TypeError(f"len: {self.method.name} does not know beforehand how many runs it will ask for")
+        return self.runs
+
+    def __iter__(self) -> "Pruner":
+        if self._over:
+            warn(
+                f"this {self.method.name} search has ended, and asks for no more runs: `pruner.ticket` is its ticket. "
+                "For another search create the model and the pruner again"
+            )
+        return self
 
     @property
     def folder(self) -> Path | None:
@@ -122,27 +157,14 @@ class Pruner(Iterator[Training]):
             RuntimeError: The search ended without a rewind point.
         """
         self._start()
-        subnet, start = self.subnet, self.subnet.start
         if not self._ended:
-            start = subnet.baked_state() if start is None else start
-            ticket = self._draft.ticket(subnet.mask, start, subnet.start_epoch)
-            return replace(
-                Ticket.from_state(ticket.values, ticket.masks, ticket.metadata), pretrained=ticket.pretrained
-            )
-        if start is None:
+            return self._draft.now()
+        if self.subnet.start is None:
             raise RuntimeError(
                 f"{self.method.name} ended without a rewind point, so its ticket has no values; a method that ends "
                 "trained has to call `subnet.restart_()` at the end of its search"
             )
-        # Nobody will rewind to what is pruned now: the start itself becomes the ticket, which is as large.
-        values = subnet.pruned_state(start, subnet.mask)
-        live = {_memory(value) for value in map(local, subnet.model.state_dict().values()) if value.is_cpu}
-        for name in start:
-            if _memory(start[name]) in live:  # a method has made the model's own tensors the start
-                start[name] = values[name].clone()
-            else:
-                start[name].copy_(values[name])
-        return replace(self._draft.ticket(subnet.mask, start, subnet.start_epoch), values=dict(start))
+        return self._draft.final(self.subnet.start)
 
     @property
     def first_state(self) -> Mapping[str, Tensor]:
@@ -163,6 +185,7 @@ class Pruner(Iterator[Training]):
         try:
             return next(self._runs)
         except StopIteration:
+            self._over = True
             raise
         except BaseException as error:
             self._failure = error
@@ -231,7 +254,7 @@ class Pruner(Iterator[Training]):
         # A pruner without runs has its ticket without being iterated.
         self._fail_again()
         if not self._begun:
-            self._waiting = next(self, None)
+            self._waiting, self._over = next(self, None), False  # nobody has iterated it yet
 
     def _fail_again(self) -> None:
         # A generator that has raised is exhausted: without this the next call would look like the end of the search.
@@ -249,7 +272,7 @@ class Pruner(Iterator[Training]):
         search = self.method.search(subnet)
         ends: list[End] | None = None
         while True:
-            requests = _next_round(search, ends)
+            requests = next_round(search, ends)
             for end in ends or ():
                 end.release_()
             self._empty.check(self.subnet)
@@ -266,7 +289,8 @@ class Pruner(Iterator[Training]):
     def _round(self, requests: list[Run]) -> Generator[Training, None, list[End]]:
         """Ask for a round's runs, as far as they are not written down, and give what all of them ended with."""
         mine, groups = (0, 1) if self.parallel == "data" else groups_of(self.processes_per_run)
-        hand_out = self._hands_out(len(requests), groups)
+        hand_out = handed_out(self.parallel, len(requests), groups, self.folder)
+        self.handed_out |= hand_out
         at = Place(
             index=self.runs_done,
             round=self.rounds_done,
@@ -281,21 +305,6 @@ class Pruner(Iterator[Training]):
             run.all_images and sparsity(end.mask) == 0 for run, end in zip(runs, ends, strict=True)
         )
         return ends
-
-    def _hands_out(self, count: int, groups: int) -> bool:
-        """Whether the runs of a round go to different processes.
-
-        Raises:
-            SettingError: They do, and there is no folder to gather them through.
-        """
-        hand_out = groups > 1 and (self.parallel == "runs" or count > 1)
-        if hand_out and self.folder is None:
-            raise SettingError(
-                "folder: runs that are handed out to several processes are gathered through one; create the pruner "
-                "with a folder that all processes see, or set its parallel to 'data'"
-            )
-        self.handed_out |= hand_out
-        return hand_out
 
     def _trained(self, run: Training) -> Generator[Training, None, End]:
         """Have the user train a run; write down what it ended with."""
@@ -317,6 +326,7 @@ class Pruner(Iterator[Training]):
         identity = {**self.method.described(), "model": self.metadata["model"]["architecture"], "tensors": shapes}
         recipe = self.metadata.get("recipe")
         state = self.history.begin_(identity, state, recipe.get("hash") if isinstance(recipe, dict) else None)
+        subnet.set_mask_(subnet.mask)  # standardised layers may still have those of another search or ticket
         subnet.load_(state)
         self._draft.shapes = {name: value.shape for name, value in state.items()}
         subnet.strange = {name: value.clone() for name, value in state.items() if not value.isfinite().all()}
@@ -333,15 +343,3 @@ class Pruner(Iterator[Training]):
         start = end.rewind or subnet.start or self.first_state
         ticket = self._draft.ticket(end.mask, start, end.rewind_epoch or subnet.start_epoch)
         self.history.write_(run, end, ticket, baked)
-
-
-def _next_round(search: Generator[list[Run], list[End], None], ends: list[End] | None) -> list[Run] | None:
-    """Give a method what its last round ended with; the runs of its next one, None at the end of its search."""
-    try:
-        return search.send(ends)  # pyright: ignore[reportArgumentType]
-    except StopIteration:
-        return None
-
-
-def _memory(value: Tensor) -> int:
-    return value.untyped_storage().data_ptr()

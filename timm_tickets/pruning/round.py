@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
+from ..core.errors import SettingError
 from ..core.states import State, sharing
 from ..distributed.processes import wait_for_others
 from ..sparse.subnet import Subnet
@@ -10,6 +13,31 @@ from .history import History
 from .run import Place, Run
 from .run_end import End
 from .training import Training
+
+Parallel = Literal["runs", "data", "auto"]
+
+
+def next_round(search: Generator[list[Run], list[End], None], ends: list[End] | None) -> list[Run] | None:
+    """Give a method what its last round ended with; the runs of its next one, None at the end of its search."""
+    try:
+        return search.send(ends)  # pyright: ignore[reportArgumentType]
+    except StopIteration:
+        return None
+
+
+def handed_out(parallel: Parallel, count: int, groups: int, folder: Path | None) -> bool:
+    """Whether so many runs of a round go to different groups of processes.
+
+    Raises:
+        SettingError: They do, and there is no folder to gather them through.
+    """
+    hand_out = parallel != "data" and groups > 1 and (parallel == "runs" or count > 1)
+    if hand_out and folder is None:
+        raise SettingError(
+            "folder: runs that are handed out to several processes are gathered through one; create the pruner "
+            "with a folder that all processes see, or set its parallel to 'data'"
+        )
+    return hand_out
 
 
 def placed(requests: Sequence[Run], subnet: Subnet, at: Place, epochs: int, seed: int) -> list[Training]:

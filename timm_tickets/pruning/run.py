@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -22,7 +22,7 @@ Rewind = Annotated[
 ]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """A training that a method asks for; the pruner gives the user a `Training` of it.
 
@@ -60,6 +60,11 @@ class Run:
     after_step: "Callable[[Training], None] | None" = None
     settle: Callable[[Subnet], None] | None = None
     weight_decay: float = 0.0
+
+    def __repr__(self) -> str:
+        asked = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+        words = {k: getattr(value, "__name__", "...") if callable(value) else repr(value) for k, value in asked.items()}
+        return f"Run({', '.join(f'{key}={word}' for key, word in words.items())})"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,11 @@ from typing import Any
 from torch import nn
 
 
+def model_name(model: nn.Module) -> str:
+    """Its timm architecture, or the name of its class where it has none."""
+    return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
+
+
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """What timm needs to build the model again, as far as the model itself can tell: JSON types only."""
     config = getattr(model, "pretrained_cfg", None) or {}

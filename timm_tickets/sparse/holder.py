@@ -147,6 +147,11 @@ class Holder:
         return held
 
 
+def is_held(model: nn.Module) -> bool:
+    """Whether hooks are on a model, whoever put them there."""
+    return bool(_hooks.get(model))
+
+
 def release_(model: nn.Module) -> None:
     """Remove the hooks on a model, whoever put them there. The weights stay as they are."""
     for hook in _hooks.pop(model, []):

@@ -21,7 +21,7 @@ class NamedWeights:
     Attributes:
         model: The plain model.
         names: Names of the prunable weights, in the model's order.
-        gates: The gates before the weights, by name.
+        gates: The gates before the weights, by name, while a search learns its masks.
         standardised: Names of the weights that their layers standardise: what is kept of them has mean zero in every
             output channel of which something is pruned.
     """

@@ -3,7 +3,7 @@
 Outside a search that learns its masks, the model is a plain timm model whose pruned weights are exactly zero.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.lazy import Lazy
-from ..core.masks import Masks, Scores, full_masks, sparsity
+from ..core.masks import Masks, Scores, full_masks, kept, sparsity, total
 from ..core.states import State
 from ..distributed.collectives import mean_over_processes
 from ..distributed.fsdp2 import gathered, load_state_, local, reshard_, shard_of
 from ..distributed.processes import world_size
+from .describe import model_name
 from .gates import Gate, put_gate_, take_gate_
 from .holder import GradientTap, Holder, release_
 from .named_weights import NamedWeights
@@ -30,7 +31,6 @@ class Subnet(NamedWeights):
         names: Names of the prunable weights.
 
     Attributes: those of `NamedWeights`, and
-        gates: The gates before the weights, by name, while a search learns its masks; `set_mask_` sets theirs.
         strange: Of the state that the search began with, the tensors with NaN or an infinity in them.
         notes: What a method has to tell of its search, one record after the other, in JSON types; kept in the ticket.
         origin: Where the start comes from, as a method knows it, in JSON types; `starts.Origin` describes it. A ticket
@@ -54,17 +54,19 @@ class Subnet(NamedWeights):
         self._mask = full_masks(self.weights())
         self._holder: Holder | None = None
 
+    def __repr__(self) -> str:
+        return f"Subnet({model_name(self.model)}, {kept(self._mask):,} of {total(self._mask):,} weights kept)"
+
     def weights_on_cpu(self) -> Lazy:
         """The prunable weights, whole, on the CPU, where scores are compared; each as it is when it is read."""
         weights = self.weights()
         return self._present(self.names, lambda name: gathered(weights[name]).cpu())
 
-    def _present(self, names: Iterable[str], make: Callable[[str], Tensor]) -> Lazy:
+    def _present(self, names: Collection[str], make: Callable[[str], Tensor]) -> Lazy:
         """Tensors made of the model's; at once where it is split, as every process has to give its parts."""
         if not reshard_(self.model):
             return Lazy(names, make)
-        made = {name: make(name) for name in names}
-        return Lazy(made, made.__getitem__)
+        return Lazy(names, {name: make(name) for name in names}.__getitem__)
 
     @property
     def mask(self) -> Masks:
@@ -144,10 +146,8 @@ class Subnet(NamedWeights):
         gated = {one: name for name in self.gates for one in self._all_names(name)}
 
         def make(name: str) -> Tensor:
-            if name not in gated:
-                return state[name]
-            gate = self.gates[gated[name]]
-            return left(gate, gathered(weights[gated[name]])).cpu()
+            weight = gated.get(name)
+            return state[name] if weight is None else left(self.gates[weight], gathered(weights[weight])).cpu()
 
         return self._present(state, make)
 

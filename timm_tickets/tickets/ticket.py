@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.errors import TicketError, shown
 from ..core.lazy import Lazy
-from ..core.masks import Masks, sparsity
+from ..core.masks import Masks, kept, sparsity, total
 from ..core.states import State
 from ..distributed.fsdp2 import load_state_
 from ..sparse.describe import describe_model
@@ -27,7 +27,7 @@ from .header import fingerprint, pruned_value
 from .transfer import corresponding, not_weights
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Ticket:
     """A sparse subnetwork of a timm model and the weights it starts from.
 
@@ -40,10 +40,18 @@ class Ticket:
             writes their tag and a hash instead of every tensor that is theirs.
     """
 
-    masks: Masks = field(repr=False)
-    values: Mapping[str, Tensor] = field(repr=False)
+    masks: Masks
+    values: Mapping[str, Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
-    pretrained: Pretrained | None = field(default=None, repr=False)
+    pretrained: Pretrained | None = None
+
+    def __repr__(self) -> str:
+        # A file may say anything here, and be shown before anybody has looked at it.
+        facts = (self.metadata.get(key) for key in ("model", "pruner"))
+        told = [one.get(key) for one, key in zip(facts, ("architecture", "name"), strict=True) if isinstance(one, dict)]
+        names = "".join(f"{shown(name, 60)}, " for name in told if isinstance(name, str))
+        count = f"{kept(self.masks):,} of {total(self.masks):,} weights kept in {len(self.masks)} layers"
+        return f"Ticket({names}{f'sparsity {self.sparsity:.4f}, ' if self.masks else ''}{count})"
 
     @classmethod
     def of(cls, model: nn.Module, masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> "Ticket":

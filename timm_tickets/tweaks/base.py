@@ -10,18 +10,18 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, TypeAdapter
-from pydantic.dataclasses import dataclass as settings
 from torch import Tensor, nn
 
 from ..core.masks import kept, total
+from ..core.settings import Settings, settings
 from ..sparse.optimizers import after_step
 from ..sparse.wrappers import plain_model
 
 Criterion = Callable[[Any, Tensor], Tensor]
 
 
-@settings(frozen=True, kw_only=True, config={"extra": "forbid"})
-class Tweak:
+@settings
+class Tweak(metaclass=Settings):
     """What a tweak may change of a training; everything is optional.
 
     Attributes:
@@ -74,7 +74,7 @@ class Tweak:
         return TypeAdapter(type(self)).dump_python(self, mode="json")
 
 
-@settings(frozen=True, kw_only=True, config={"extra": "forbid"})
+@settings
 class Annealed(Tweak):
     """A tweak that is whole at the start of training and falls linearly to nothing."""
 
