@@ -113,6 +113,7 @@ def inspect_model(
             why_not = "classifier"
         parts.append(Part(name, tuple(parameter.shape), kind, why_not))
     candidates = [part.name for part in parts if not part.why_not]
+    include, exclude = ((one,) if isinstance(one, str) else tuple(one) for one in (include, exclude))
     for setting, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if candidates and not any(fnmatchcase(name, pattern) for name in candidates):
@@ -134,7 +135,7 @@ def inspect_model(
     if all(part.why_not for part in found):
         raise SettingError(
             f"no prunable weight in {type(model).__name__}: {len(candidates)} matrices and kernels outside "
-            f"the classifier, none left by include={tuple(include)} and exclude={tuple(exclude)}; widen these settings"
+            f"the classifier, none left by include={include} and exclude={exclude}; widen these settings"
         )
     return found
 
