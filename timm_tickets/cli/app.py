@@ -1,9 +1,12 @@
 """What the commands share: their options, and how they report what a user can mend."""
 
 import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -21,8 +24,8 @@ Restart = Annotated[bool, typer.Option("--restart", help="delete the folder's ea
 def _about() -> None:
     """Lottery tickets for any timm model.
 
-    Exit codes: 0 done; 2 a wrong setting, a training or a file that failed; 130 stopped by Ctrl-C; 143 stopped by
-    SIGTERM, after a checkpoint. Stopped, the same command continues.
+    Exit codes: 0 done; 1 an error that nobody has foreseen; 2 a wrong setting, a training or a file that failed; 130
+    stopped by Ctrl-C; 143 stopped by SIGTERM, after a checkpoint. Stopped, the same command continues.
     """
 
 
@@ -46,6 +49,26 @@ def errors() -> Iterator[None]:
         # Whoever raised it has cut what a stranger says; what still comes through is not to steer the terminal.
         print("error:", "\n".join(shown(line, 2000) for line in str(error).split("\n")[:60]), file=sys.stderr)
         raise typer.Exit(2) from None
+    except typer.Exit:
+        raise
+    except Exception as error:  # nothing a user can mend: reported whole, where it is not in the way
+        print(_reported(error), file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _reported(error: Exception) -> str:
+    """Write an error that nobody has foreseen to a file, and say so in a line; the whole of it where that fails."""
+    from ..core.errors import shown
+
+    told = "".join(traceback.format_exception(error))
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="timm-tickets-", suffix=".txt")
+        with open(descriptor, "w") as file:
+            file.write(f"timm-tickets {version('timm-tickets')}: {' '.join(sys.argv)}\n{told}")
+    except OSError:
+        return told
+    first = f"{type(error).__name__}: {shown(str(error), 300)}"
+    return f"error: unexpected {first}; the whole of it, for a report, is in {name}"
 
 
 def _show_warning(text: Any, kind: type[Warning], file: str, line: int, *_: Any) -> None:

@@ -14,9 +14,13 @@ from .app import app, errors
 def list_(pattern: Annotated[str, typer.Argument(help="wildcard on the names")] = "*") -> None:
     """Show the registered pruners and retraining tweaks, and their settings."""
     with errors():
+        from ..core.errors import SettingError, unknown
         from ..pruning.method import Method
         from ..pruning.registry import get_method, list_pruners
         from ..tweaks.registry import get_tweak, list_tweaks
+
+        if not list_pruners(pattern) and not list_tweaks(pattern):
+            raise SettingError(unknown("pattern", pattern, [*list_pruners(), *list_tweaks()]))
 
         def told(fields: Any) -> Text:
             return Text(", ".join(k if info.is_required() else f"{k}={info.default!r}" for k, info in fields))
@@ -59,9 +63,12 @@ def inspect(
     with errors():
         from collections import Counter
 
+        from ..config.files import read_overrides
         from ..sparse.prunable import build_to_inspect, inspect_model
 
-        parts = inspect_model(build_to_inspect(arch, set or ()), include or ("*",), exclude or (), classifier)
+        parts = inspect_model(
+            build_to_inspect(arch, read_overrides(set or ())), include or ("*",), exclude or (), classifier
+        )
         whole = sum(part.size for part in parts)
         console = Console()
 

@@ -123,7 +123,10 @@ def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
         text = data.decode()
-    except (UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError:
+        hint = f"; a ticket goes behind the recipe: `train RECIPE --ticket {path.name}`" * (path.suffix == ".ticket")
+        raise SettingError(f"{path} is not a recipe: it is no text in UTF-8{hint}") from None
+    except OSError as error:
         raise SettingError(f"{path} is not a recipe: {error}") from None
     if len(data) > MOST_BYTES:
         raise SettingError(f"{path} is not a recipe: it has more than {MOST_BYTES:,} bytes")

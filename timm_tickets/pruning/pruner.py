@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.errors import SettingError
 from ..core.masks import keep_count, sparsity, total
+from ..core.warn import warn
 from ..distributed.collectives import share_
 from ..distributed.fsdp2 import local, reshard_
 from ..distributed.processes import apart, groups_of
@@ -25,7 +26,7 @@ from ..sparse.prunable import prunable_names
 from ..sparse.subnet import Subnet
 from ..storage.files import is_writer
 from ..tickets.ticket import Ticket
-from .checks import EmptyLayers, check_same_masks, refuse_split
+from .checks import EmptyLayers, check_round, check_same_masks, refuse_split
 from .draft import Draft
 from .history import History
 from .method import Method
@@ -124,6 +125,8 @@ class Pruner(Iterator[Training]):
         self._start()
         subnet, start = self.subnet, self.subnet.start
         if not self._ended:
+            if self._waiting is not None:
+                warn(f"{self.method.name}: its search has not begun, so this is not its ticket; iterate it first")
             start = subnet.baked_state() if start is None else start
             ticket = self._draft.ticket(subnet.mask, start, subnet.start_epoch)
             return replace(
@@ -249,7 +252,7 @@ class Pruner(Iterator[Training]):
         search = self.method.search(subnet)
         ends: list[End] | None = None
         while True:
-            requests = _next_round(search, ends)
+            requests = _next_round(self.method.name, search, ends)
             for end in ends or ():
                 end.release_()
             self._empty.check(self.subnet)
@@ -333,12 +336,14 @@ class Pruner(Iterator[Training]):
         self.history.write_(run, end, ticket, baked)
 
 
-def _next_round(search: Generator[list[Run], list[End], None], ends: list[End] | None) -> list[Run] | None:
+def _next_round(name: str, search: Any, ends: list[End] | None) -> list[Run] | None:
     """Give a method what its last round ended with; the runs of its next one, None at the end of its search."""
     try:
-        return search.send(ends)  # pyright: ignore[reportArgumentType]
+        requests = search.send(ends) if isinstance(search, Generator) else search
     except StopIteration:
         return None
+    check_round(name, requests)
+    return requests
 
 
 def _memory(value: Tensor) -> int:

@@ -79,4 +79,6 @@ def create_pruner(name: str, model: nn.Module, *, folder: str | Path | None = No
         raise SettingError(
             f"model: a {type(model).__name__} is no model; write create_pruner(name, model, ...), the name first"
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SettingError("model: its weights are on the meta device, which holds none; build it on the CPU or a GPU")
     return Pruner(checked_method(name, settings), model, folder)
