@@ -4,7 +4,9 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import textwrap
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,9 +47,9 @@ def _about(
 
     Exit codes: 0, done; 2, a wrong setting, or a training or a file that failed;
 
-    130, stopped by Ctrl-C; 143, stopped by SIGTERM, after a checkpoint.
+    130, stopped by Ctrl-C; 143, stopped by SIGTERM, after a checkpoint;
 
-    Stopped, the same command continues.
+    1, an error that nobody has foreseen. Stopped, the same command continues.
     """
 
 
@@ -74,6 +76,28 @@ def errors() -> Iterator[None]:
             file=sys.stderr,
         )
         raise typer.Exit(2) from None
+    except typer.Exit:
+        raise
+    except Exception as error:  # nothing a user can mend: reported whole, where it is not in the way
+        print(_reported(error), file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _reported(error: Exception) -> str:
+    """Write an error that nobody has foreseen to a file, and say so in a line; the whole of it where that fails."""
+    from importlib.metadata import version
+
+    from ..core.errors import shown
+
+    told = "".join(traceback.format_exception(error))
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="timm-tickets-", suffix=".txt")
+        with open(descriptor, "w") as file:
+            file.write(f"timm-tickets {version('timm-tickets')}: {' '.join(sys.argv)}\n{told}")
+    except OSError:
+        return told
+    first = f"{type(error).__name__}: {shown(str(error), 300)}"
+    return f"error: unexpected {first}; the whole of it, for a report, is in {name}"
 
 
 def _between_words(text: str) -> str:

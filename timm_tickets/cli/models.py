@@ -93,9 +93,12 @@ def inspect(
     with errors():
         from collections import Counter
 
+        from ..config.files import read_overrides
         from ..sparse.prunable import build_to_inspect, inspect_model
 
-        parts = inspect_model(build_to_inspect(arch, set or ()), include or ("*",), exclude or (), classifier)
+        parts = inspect_model(
+            build_to_inspect(arch, read_overrides(set or ())), include or ("*",), exclude or (), classifier
+        )
         whole = sum(part.size for part in parts)
         console = Console()
 

@@ -21,11 +21,11 @@ def info(
     """Show what a ticket is: architecture, pruner, sparsity by layer, metrics, and its size against the bound."""
     with errors():
         from ..core.errors import shown
-        from ..tickets.address import fetch
+        from ..tickets.address import ticket_at
         from ..tickets.reader import describe
         from ..tickets.size import weigh
 
-        path = fetch(file)
+        path = ticket_at(file)
         size = weigh(path)
         # The weights a pretrained start needs may have to be fetched: looking at a file does not do that.
         metadata, fingerprint = describe(path)

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,21 @@ from ..core.errors import SettingError, shown, unknown
 MOST_BYTES = 1 << 20
 # The fields of `Method`, which cannot be asked without torch.
 OF_EVERY_PRUNER = ("sparsity", "epochs", "seed", "include", "exclude", "classifier", "collapse")
+PARTS = ("model", "data", "pruner", "training", "retrain")
 _MOST_NODES = 10_000  # keys and values, what aliases repeat counted as often
 _MOST_CHARACTERS = 10_000  # of one of them: YAML reads 1:1:1 as a number, in quadratic time
 _DEEPEST = 20
 _LARGEST = 2**64
+# What PyYAML says of frequent mistakes, and what to do about each.
+_HINTS = {
+    "cannot start any token": "indent with spaces, not with tabs, and quote text that begins with @, ` or %",
+    "alphabetic or numeric character": "quote a wildcard: '*.conv*'",
+    "undefined alias": "quote a wildcard: '*.conv*'",
+    "duplicate key": "name each setting once",
+    "mapping values are not allowed": "indent what belongs together alike, and quote text that has a colon in it",
+}
 _REFERENCE = re.compile(r"\$\{([\w-]+(?:\.[\w-]+)*)\}")
+_WILDCARD = re.compile(r"(^\s*|[\[,]\s*)(\*[^\s,\[\]{}'\"]*)(?=\s*(?:$|[,\]]))")
 _NUMBER = re.compile(r"[-+]?\d[\w:]{1000,}")
 _RESOLVER = re.compile(r"\$\{\s*([^{}:]*?)\s*:")
 # What steers a terminal, or turns the text around it.
@@ -68,8 +79,31 @@ def find_recipe(recipe: str | Path, beside: Path | None = None) -> Path:
             f"extends: '{shown(str(recipe))}' lies outside the folder of the recipe that names it; put the file beside "
             "that recipe, or name a shipped one"
         )
-    kind, where = ("recipe", "") if beside is None else ("extends", " beside this one")
-    raise SettingError(unknown(kind, str(recipe), list_recipes()) + f", or the path of a .yaml file{where}")
+    if beside is not None:
+        raise SettingError(
+            unknown("extends", str(recipe), list_recipes()) + ", or the path of a .yaml file beside this one"
+        )
+    raise SettingError(f"recipe: {_not_there(str(recipe))}, or the path of a YAML file")
+
+
+def _not_there(recipe: str) -> str:
+    """What is wrong with the name or path of a recipe that is not there, and what is near it."""
+    path, shipped = Path(recipe), "give one that `timm-tickets recipe --list` shows"
+    try:
+        folder = path if path.is_dir() else path.parent
+        beside = sorted(str(one) for one in folder.glob("*.y*ml") if one.is_file())
+    except (OSError, ValueError):
+        folder, beside = None, []
+    if folder == path:
+        inside = f", with {', '.join(map(shown, beside[:8]))} in it" if beside else " without a YAML file in it"
+        return f"'{shown(recipe)}' is a folder{inside}; {shipped}"
+    names = {one.casefold(): one for one in [*list_recipes(), *beside]}
+    near = recipe.removesuffix(path.suffix).casefold()
+    close = [one for one in (near, f"{near}.yaml", f"{near}.yml") if one in names]
+    close = close or get_close_matches(recipe.casefold(), names, n=3)
+    hint = f"did you mean {' or '.join(repr(shown(names[one])) for one in close)}? Or {shipped}" if close else shipped
+    is_path = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
+    return f"there is no file '{shown(recipe)}'; {hint}" if is_path else f"'{shown(recipe)}' is unknown; {hint}"
 
 
 def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -91,11 +125,18 @@ def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
         text = data.decode()
-    except (UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError:
+        hint = f"; a ticket goes behind the recipe: `train RECIPE --ticket {path.name}`" * (path.suffix == ".ticket")
+        raise SettingError(f"{path} is not a recipe: it is no text in UTF-8{hint}") from None
+    except OSError as error:
         raise SettingError(f"{path} is not a recipe: {error}") from None
     if len(data) > MOST_BYTES:
         raise SettingError(f"{path} is not a recipe: it has more than {MOST_BYTES:,} bytes")
     values = _parsed(text, f"{path} is not a recipe")
+    if not values:
+        raise SettingError(f"{path} is not a recipe: it is empty; `timm-tickets recipe digits_imp` prints one to edit")
+    # A part with nothing below it says nothing: what the file extends holds there, or the defaults.
+    values = {key: value for key, value in values.items() if value is not None or key not in PARTS}
     values.setdefault("name", path.stem)  # and not that of the recipe it extends, whose folder has another result
     if "extends" not in values:
         return values
@@ -113,16 +154,20 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         SettingError: One is not written so, or its value is not YAML.
     """
+    quoted = []
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key or key.count(".") + key.count("[") > _DEEPEST:
             raise SettingError(f"--set: '{shown(override)}' is not valid; write key=value, such as pruner.sparsity=0.9")
         wrong = f"--set: '{shown(override)}' is not valid"
+        # YAML reads a leading * as a reference, to which there is nothing in one value: it is a wildcard.
+        value = _WILDCARD.sub(r"\1'\2'", value)
         with _reading(wrong):
             _check_events(value, wrong)
+        quoted.append(f"{key}={value}")
     wrong = f"--set: '{shown(' '.join(overrides))}' is not valid"
     with _reading(wrong):
-        return _plain(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))), wrong)
+        return _plain(OmegaConf.to_container(OmegaConf.from_dotlist(quoted)), wrong)
 
 
 def merged(base: dict[str, Any], over: dict[str, Any], wrong: str) -> dict[str, Any]:
@@ -221,6 +266,7 @@ def _reading(wrong: str) -> Iterator[None]:
         told: str = getattr(error, "problem", None) or "it is not YAML, or has a value that cannot be read"
         # Up to what it quotes from the file: who reads the message need not be allowed to read the file.
         told = re.split(r"\s*['\"](?!.['\"])|(?<=duplicate key) |\. See", told)[0]
+        told += next((f"; {hint}" for words, hint in _HINTS.items() if words in told), "")
         raise SettingError(f"{wrong}: {_place(getattr(error, 'problem_mark', None))}{told}") from None
 
 

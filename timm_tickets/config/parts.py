@@ -48,7 +48,7 @@ class ModelSettings(Part):
 
         name = value.partition(".")[0]
         if not timm.is_model(name):
-            raise ValueError(unknown("architecture", name, map(str, timm.list_models())))
+            raise ValueError(unknown("architecture", name, map(str, timm.list_models())) + " (`timm.list_models()`)")
         return value
 
 
@@ -270,7 +270,9 @@ class TrainingSettings(Part):
         from timm.optim import list_optimizers
 
         if value.lower().removeprefix("lookahead_") not in list_optimizers():
-            raise ValueError(unknown("optimizer", value, map(str, list_optimizers())))
+            raise ValueError(
+                unknown("optimizer", value, map(str, list_optimizers())) + " (`timm.optim.list_optimizers()`)"
+            )
         return value
 
     @field_validator("sched")

@@ -14,7 +14,17 @@ import yaml
 from pydantic import PrivateAttr, field_validator, model_validator
 
 from ..core.errors import SettingError, check
-from .files import find_recipe, list_recipes, merged, read_overrides, read_recipe, recipes_folder, resolved, switch_
+from .files import (
+    PARTS,
+    find_recipe,
+    list_recipes,
+    merged,
+    read_overrides,
+    read_recipe,
+    recipes_folder,
+    resolved,
+    switch_,
+)
 from .parts import Count, DataSettings, ModelSettings, Part, RetrainSettings, Seed, TrainingSettings
 
 __all__ = ["Recipe", "list_recipes", "load_recipe", "recipes_folder"]
@@ -57,17 +67,22 @@ class Recipe(Part):
             raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '-' and '_'")
         return value
 
+    @field_validator("data", "training", "retrain", mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        return {} if value is None else value
+
     @model_validator(mode="after")
     def _resolve_pruner(self) -> "Recipe":
         """Fill in the pruner's defaults and the images' channels."""
-        from ..pruning.registry import get_method
+        from ..pruning.registry import checked_method
 
         follows = {"epochs": self.training.epochs, "seed": self.seed}
         settings = follows | self.pruner
         name = settings.pop("name", None)
         if not isinstance(name, str):
             raise SettingError("pruner.name: is not set; give a registered name (`timm-tickets list` shows them)")
-        pruner = check(get_method(name), settings, "pruner").described()
+        pruner = checked_method(name, settings).described()
         found = self.model_copy(update={"pruner": pruner, "data": self.data.with_channels(self.model.in_chans)})
         mine = [f"pruner.{key}" for key in follows if key not in self.pruner]
         mine += ["data.in_chans"] * (self.data.in_chans != found.data.in_chans)
@@ -145,4 +160,23 @@ def load_recipe(recipe: "str | Path | Recipe", overrides: Sequence[str] = ()) ->
     values = recipe.plain() if isinstance(recipe, Recipe) else read_recipe(find_recipe(recipe))
     given = read_overrides(overrides)
     switch_(values, given)
-    return check(Recipe, resolved(merged(values, given, "--set")))
+    return check(Recipe, resolved(merged(values, given, "--set")), hint=_hint)
+
+
+# What other programs call a setting of ours.
+_OTHER_NAMES = {"learning_rate": "training.lr", "optimizer": "training.opt", "scheduler": "training.sched"}
+_OTHER_NAMES |= {"architecture": "model.model", "num_epochs": "training.epochs", "extend": "extends"}
+
+
+def _hint(key: str) -> str:
+    """Where a setting is that was looked for elsewhere."""
+    from ..pruning.registry import get_method, list_pruners
+
+    if key in ("device", "gpu", "cuda"):
+        return "Accelerate takes a GPU where there is one; set ACCELERATE_USE_CPU=true in the environment for the CPU."
+    parts = (Recipe.model_fields[part].annotation for part in PARTS)
+    found = [f"{part}.{key}" for part, of in zip(PARTS, parts, strict=True) if key in getattr(of, "model_fields", {})]
+    if any(key in getattr(get_method(one), "__pydantic_fields__", {}) for one in list_pruners()):
+        found.append(f"pruner.{key}")
+    found = [_OTHER_NAMES[key]] if key in _OTHER_NAMES else found
+    return f"did you mean {' or '.join(found)}?" if found else ""

@@ -1,6 +1,7 @@
 """Checking settings, and saying what is wrong with one: its name, what was found, what is valid, what to do."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -44,27 +45,40 @@ def shown(text: Any, limit: int = 120) -> str:
     return out
 
 
-def unknown(kind: str, found: str, valid: Iterable[str]) -> str:
+def unknown(kind: str, found: str, valid: Iterable[str], hint: str = "") -> str:
     """The sentence for a name that does not exist, with the closest that do.
+
+    Args:
+        kind: What it should name.
+        found: The name.
+        valid: Those that exist.
+        hint: What to do, where more is known than the closest names.
 
     >>> unknown("pruner", "impp", ["imp", "random"])
     "pruner: 'impp' is unknown; did you mean 'imp'? Valid: imp, random"
     """
     found = shown(found)
     valid = sorted(valid)
-    close = get_close_matches(found, valid, n=3, cutoff=0.5)
-    listed = ", ".join(valid) if len(valid) <= 60 else f"{len(valid)} names"
-    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"{kind}: '{found}' is unknown; {hint}Valid: {listed}"
+    alike = {name.casefold(): name for name in valid}
+    close = get_close_matches(found.casefold(), alike, n=3)
+    if found.casefold() in alike:  # only its capitals are wrong
+        close = [found.casefold()]
+    if not hint and close:
+        hint = f"did you mean {' or '.join(repr(alike[one]) for one in close)}?"
+    listed = ", ".join(valid) if len(valid) <= 60 else f"{len(valid):,} names"
+    return f"{kind}: '{found}' is unknown; {hint}{' ' if hint else ''}Valid: {listed}"
 
 
-def check(schema: type[T], values: Mapping[str, Any], where: str = "") -> T:
+def check(
+    schema: type[T], values: Mapping[str, Any], where: str = "", hint: Callable[[str], str] = lambda key: ""
+) -> T:
     """Build a pydantic model or dataclass from plain values.
 
     Args:
         schema: The class to build.
         values: Settings by name; nested mappings for nested models.
         where: Put before the names in messages, such as ``pruner``.
+        hint: Given a name that is no setting there, says what to do about it; nothing where that is not known.
 
     Raises:
         SettingError: One line for each wrong setting.
@@ -74,25 +88,50 @@ def check(schema: type[T], values: Mapping[str, Any], where: str = "") -> T:
     except ValidationError as error:
         wrong = error.errors()
         more = [f"and {len(wrong) - 20} more wrong settings"] if len(wrong) > 20 else []
-        raise SettingError("\n".join([_sentence(schema, one, where) for one in wrong[:20]] + more)) from None
+        raise SettingError("\n".join([_sentence(schema, one, where, hint) for one in wrong[:20]] + more)) from None
 
 
-def _sentence(schema: Any, error: Any, where: str) -> str:
+def _sentence(schema: Any, error: Any, where: str, hint: Callable[[str], str]) -> str:
     location = [str(part) for part in error["loc"]]
     name = ".".join([*([where] if where else []), *map(shown, location)])
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         for part in location[:-1]:
             schema = _fields(schema)[part]
-        return unknown(name.rpartition(".")[0] or "setting", location[-1], _fields(schema))
+        return unknown(name.rpartition(".")[0] or "setting", location[-1], _fields(schema), hint(location[-1]))
     if error["type"] == "missing":
         return f"{name}: is not set and has no default; set it"
-    reason = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    reason = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         reason = "\n".join(shown(line, 1500) for line in reason.split("\n"))  # its author need not have cut it
         return f"{name}: {reason}" if name else reason
     found = error["input"]
     told = f"'{shown(found)}'" if isinstance(found, str) else shown(found)
-    return f"{name}: {told} is not valid; it must be {reason}"
+    kind = re.match(
+        r"(int|float|bool|string|tuple|list|dict|model|dataclass)(_\w+)?_(type|parsing|float)$", error["type"]
+    )
+    if kind is not None:
+        reason = f"it must be {_KINDS.get(kind[1], f'a list, such as [{shown(found, 40)}]')}"
+        if kind[1] in ("dict", "model", "dataclass"):
+            for part in location:
+                schema = _fields(schema).get(part)
+            reason += f", such as {name}.{next(iter(_fields(schema)), 'name')}"
+    elif reason.startswith("Input should be "):
+        reason = "it must be " + reason.removeprefix("Input should be ")
+    return f"{name}: {told} is not valid; {reason}{_percent(error)}"
+
+
+# In words, what pydantic's types of errors expect.
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
+_KINDS |= dict.fromkeys(("dict", "model", "dataclass"), "settings by name")
+
+
+def _percent(error: Any) -> str:
+    """What a fraction would be that was given in percent, as no setting here is."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?) ?%?", str(error["input"]))
+    fraction = error["type"] == "float_parsing" or error.get("ctx", {}).get("lt") == 1
+    if number is None or not fraction or not 1 < float(number[1]) <= 100:
+        return ""
+    return f"; {number[1]} % is {float(number[1]) / 100:g}"
 
 
 def _fields(schema: Any) -> dict[str, Any]:

@@ -55,8 +55,8 @@ class Registry(Generic[C]):
         return sorted(name for name in self.load() if fnmatchcase(name, filter))
 
     def get(self, name: str) -> type[C]:
-        if name not in self.load():
-            raise SettingError(unknown(self.kind, name, self.classes))
+        if not isinstance(name, str) or name not in self.load():
+            raise SettingError(unknown(self.kind, str(name), self.load()))
         return self.classes[name]
 
 

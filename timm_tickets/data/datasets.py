@@ -1,7 +1,7 @@
 """Data: a recipe's splits through timm's transforms, and the loaders over them."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -79,6 +79,11 @@ class Data:
             self.unreadable = Unreadable(labels_of(self._train), partial(_name, self._train), settings.unreadable)
 
     @property
+    def count(self) -> int:
+        """Images to train on."""
+        return len(self._train)
+
+    @property
     def told(self) -> str:
         """In a sentence, what is read for what."""
         where = {split.role: split.where for split in self._splits}
@@ -105,13 +110,15 @@ class Data:
                 f"data.input_img_mode: the images' mode {mode} has {found} channels, and the model takes {channels}; "
                 f"set {mend}model.in_chans={found}"
             )
+        given = {name: getattr(self.settings, name) for name in ("mean", "std")}
+        _check_lengths({name: value for name, value in given.items() if value and len(value) > 1}, channels)
+        if self.settings.in_chans not in (None, channels):
+            raise SettingError(
+                f"data.in_chans: images of {self.settings.in_chans} channels cannot be had, as the model takes "
+                f"{channels}; leave it out, so that it follows model.in_chans"
+            )
         config = self.preprocessing(model)
-        for name in ("mean", "std"):
-            if len(config[name]) != channels:
-                raise SettingError(
-                    f"data.{name}: has {len(config[name])} values ({', '.join(f'{v:g}' for v in config[name])}), and "
-                    f"the model takes {channels} channels; give one value for all of them, or one for each"
-                )
+        _check_lengths({name: config[name] for name in given}, channels)
 
     def check_scored(self, say: Callable[[str], None]) -> None:
         """Read every validation and test image once: for one that cannot be read no other may stand.
@@ -177,6 +184,15 @@ class Data:
         s = self.settings
         names = ("img_size", "in_chans", "mean", "std", "interpolation", "crop_pct", "crop_mode")
         return resolve_data_config({name: getattr(s, name) for name in names}, model=model)
+
+
+def _check_lengths(values: Mapping[str, Sequence[float]], channels: int) -> None:
+    for name, one in values.items():
+        if len(one) != channels:
+            raise SettingError(
+                f"data.{name}: has {len(one)} values ({', '.join(f'{v:g}' for v in one)}), and the model takes "
+                f"{channels} channels; give one value for all of them, or one for each"
+            )
 
 
 def padded_crop(config: dict[str, Any], padding: int, hflip: float = 0.0, rotation: float = 0.0) -> Any:

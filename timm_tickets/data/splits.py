@@ -7,6 +7,7 @@ is everyone's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,11 @@ def _open(settings: Any, role: str, word: str) -> Split:
     prefix, _, rest = name.lower().rpartition("/")
     where, root, search = f"split {word!r} of {name}", settings.data_dir, True
     if name == "digits":
+        if root is not None:
+            raise SettingError(
+                f"data.data_dir: {root!r} would not be read, as the dataset 'digits' is embedded; set "
+                "data.dataset=folder to read images from there, or leave it out"
+            )
         return Split(role, word, where, Digits(word, settings.input_img_mode or "RGB", setting))
     if prefix.partition("/")[0] in _STREAMS:
         raise SettingError(
@@ -113,6 +119,11 @@ def _open(settings: Any, role: str, word: str) -> Split:
         )
     if prefix == "torch" and rest in _TWO_PARTS and word not in (*TRAIN, "test", *EVAL):
         raise SettingError(unknown(setting, word, (*TRAIN, "test", *EVAL)))
+    if prefix == "torch" and root is None:
+        raise SettingError(
+            f"data.data_dir: is not set, and {name} is read from there; give a folder, and data.dataset_download=true "
+            "where it is not in it yet"
+        )
     if prefix.partition("/")[0] not in ("torch", "hfds") or (prefix == "torch" and rest in _FOLDERS):
         where = root = str(_folder_of(settings, role, word))
         search = False
@@ -145,7 +156,7 @@ def _folder_of(settings: Any, role: str, word: str) -> Path:
     if settings.data_dir is None:
         raise SettingError(
             f"data.data_dir: is not set; dataset {settings.dataset!r} is read from a folder that has one for each "
-            "split. The embedded 'digits' and timm's 'torch/cifar10' are others"
+            f"split. {_others(settings.dataset)}"
         )
     root = Path(settings.data_dir)
     if not root.is_dir():
@@ -169,6 +180,13 @@ def _folder_of(settings: Any, role: str, word: str) -> Path:
                 f"data.{role}_split: there is no folder {word!r} in {root}, but in {near}; set data.data_dir={near}"
             )
     raise SettingError(unknown(f"data.{role}_split", word, there) + f" (the folders in {root})")
+
+
+def _others(dataset: str) -> str:
+    close = get_close_matches(dataset.lower().replace("-", ""), ("digits", *_TWO_PARTS), n=1, cutoff=0.8)
+    if not close:
+        return "The embedded 'digits' and timm's 'torch/cifar10' are others"
+    return f"Did you mean {'digits' if close == ['digits'] else f'torch/{close[0]}'!r}?"
 
 
 def _number_alike(splits: Sequence[Images]) -> None:

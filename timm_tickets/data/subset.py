@@ -51,7 +51,13 @@ def labels_of(dataset: Any) -> Tensor:
         change = getattr(dataset, "target_transform", None)
         return torch.as_tensor([change(target) for target in found] if change else found, dtype=torch.int64)
     if dataset not in _read_labels:
-        _read_labels[dataset] = torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
+        try:
+            _read_labels[dataset] = torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"subset: a {type(dataset).__name__} does not give (image, class) for each index ({error}); give "
+                "a torch DataLoader, or such a data set"
+            ) from error
     return _read_labels[dataset]
 
 

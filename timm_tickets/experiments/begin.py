@@ -15,7 +15,7 @@ from ..data.datasets import Data
 from ..distributed.processes import any_of
 from ..sparse.describe import describe_model
 from ..storage.files import DamagedError, is_writer, read_record, write_record
-from ..training.build import build_model, channels_of, criterion_of, model_kwargs
+from ..training.build import build_model, channels_of, check_forward, criterion_of, model_kwargs
 from ..tweaks.registry import create_tweaks
 from .report import say
 from .run_folder import IMAGES, claim_folder
@@ -29,7 +29,11 @@ def built(recipe: Recipe, console: Console) -> tuple[Data, nn.Module]:
     if is_writer():
         say(console, data.told)
     model = build_model(recipe, data.num_classes)
-    data.check_channels(model, channels_of(recipe, model))
+    channels = channels_of(recipe, model)
+    data.check_channels(model, channels)
+    check_forward(recipe, model, (channels, *data.input_size(model)))
+    if (size := recipe.training.batch_size) > data.count and is_writer():
+        console.print(f"training.batch_size: {size:,} is more than there is; each step takes all {data.count:,} images")
     return data, model
 
 

@@ -17,12 +17,14 @@ from ..config.parts import RetrainSettings
 from ..config.recipe import Recipe, load_recipe
 from ..core.errors import SettingError
 from ..core.masks import full_masks
+from ..core.warn import warn
 from ..data.datasets import Data
 from ..data.images import minding_workers
 from ..distributed.processes import apart
 from ..pruning.checks import refuse_split
 from ..pruning.pruner import Pruner
 from ..pruning.registry import create_pruner
+from ..pruning.run import rewind_parts
 from ..sparse.subnet import Subnet
 from ..storage.files import is_writer
 from ..tickets.ticket import load_ticket
@@ -151,6 +153,12 @@ def create_search(recipe: Recipe, data: Data, model: nn.Module, folder: Path | N
             "train the ticket on with `timm-tickets train`"
         )
     check_tweaks(recipe, model)
+    number, unit = rewind_parts(getattr(pruner.method, "rewind", "0ep"))
+    if unit == "ep" and number >= pruner.method.epochs:
+        warn(
+            f"pruner.rewind: a run of {pruner.method.epochs} epochs ends without passing its rewind point "
+            f"'{number}ep'; set one before its end"
+        )
     if pruner.subnet.gates and recipe.training.model_ema:
         raise SettingError(
             f"training.model_ema: an average of soft masks is no mask; set it to false for {pruner.method.name}"

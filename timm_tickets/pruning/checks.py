@@ -1,10 +1,11 @@
 """What a search is stopped or warned for before it begins, and between its rounds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..core.errors import SettingError
+from ..core.errors import SettingError, TrainingError
 from ..core.masks import collapsed
 from ..core.states import digest
 from ..core.warn import warn
@@ -18,6 +19,10 @@ from ..sparse.standardised import lone_weights
 from ..sparse.subnet import Subnet
 from ..sparse.wrappers import plain_model
 from .method import Method
+from .run import Run
+
+if TYPE_CHECKING:
+    from .training import Training
 
 
 def refuse_gated(model: nn.Module) -> None:
@@ -94,6 +99,55 @@ def warn_of_lone_weights(name: str, subnet: Subnet) -> None:
             f"{name}: {sum(alone.values())} of {channels} output channels of weight-standardised layers keep a single "
             f"weight ({told}), which standardising makes zero: nothing passes through them. Lower the sparsity, or "
             "leave these layers out with exclude"
+        )
+
+
+def check_round(name: str, requests: Any) -> None:
+    """Refuse what a method has yielded, where it is no round.
+
+    Raises:
+        SettingError: It is no list of runs.
+    """
+    if not isinstance(requests, Sequence) or not requests or not all(isinstance(one, Run) for one in requests):
+        found = "an empty list" if requests == [] else f"a {type(requests).__name__}"
+        raise SettingError(
+            f"pruner: {name} yields {found}, and a round is a list of runs: write `yield [Run()]` in its `search`"
+        )
+
+
+def tell_training(run: "Training", first_mask: str) -> None:
+    """Say of a training that has ended what has not happened in it: steps, its loss, what the method schedules.
+
+    Args:
+        run: The training.
+        first_mask: Digest of the mask it began with, where that was to move.
+
+    Raises:
+        TrainingError: It was to read gradients, and has read none.
+    """
+    asked, loss = run.request, "take the loss from `run.loss(criterion, output, target)`"
+    if run.reads_only and not run.heard and not run.scores:
+        raise TrainingError(f"{run.name} is to read gradients, and does so in `run.loss`, which nobody called; {loss}")
+    if run.step == 0:
+        warn(f"{run.name} ended without an optimizer step; train it on the optimizer that `run.attach` returns")
+        return
+    own = "the method's penalty" if asked.on_loss is not None else None if run.classes is None else "its classes alone"
+    if own is not None and not run.heard and run.stepped:
+        warn(f"{run.name} was trained without {own}, as nobody called `run.loss`; {loss}")
+    if (asked.after_step is None and not run.start_epoch) or run.reads_only:
+        return
+    if run.batches_per_epoch is not None:
+        over = run.position - run.schedule_epochs
+        if over < -0.5 or over >= 1:
+            warn(
+                f"{run.name} trained up to epoch {run.position:.3g} of a schedule of {run.schedule_epochs}: the "
+                "method's own schedule counts on it. Create the pruner with the epochs that are trained, and loop "
+                "over `run.epochs`"
+            )
+    if first_mask and first_mask == digest(run.subnet.mask) and run.subnet.sparsity:
+        warn(
+            f"{run.name} has not moved its mask in {run.step} steps: it ends with the one it began with. Train "
+            "longer, or let the method move it more often (its `interval`, where it has one; its learning rate)"
         )
 
 

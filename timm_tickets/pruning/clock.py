@@ -19,6 +19,7 @@ class Clock:
         schedule_epochs: Length of the whole schedule, of which `start_epoch` lie before this training.
         start_epoch: How far into the schedule the starting weights are, in epochs: late rewinding goes on from there.
         step: Optimizer steps taken.
+        heard, stepped: Batches whose loss was taken by this very object, and steps: not by one before a checkpoint.
         batches: Batches whose loss was taken: more than `step` under gradient accumulation.
         batches_per_epoch: Set by the first `Training.subset` of a loader; a trainer may set it itself.
     """
@@ -29,6 +30,7 @@ class Clock:
         self.step = self.batches = 0
         self.batches_per_epoch: int | None = None
         self._pending = 0  # batches whose loss was taken since the last step
+        self.heard = self.stepped = 0
 
     @property
     def position(self) -> float:
@@ -80,10 +82,12 @@ class Clock:
     def count_batch_(self) -> None:
         """The loss of a batch was taken."""
         self._pending += 1
+        self.heard += 1
 
     def count_step_(self) -> None:
         """The optimizer has stepped."""
         self.step += 1
+        self.stepped += 1
         # A loop that takes its loss elsewhere still counts one batch a step.
         self.batches += max(1, self._pending)
         self._pending = 0

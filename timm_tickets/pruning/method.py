@@ -3,7 +3,7 @@
 from collections.abc import Collection, Generator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 from torch import Tensor
 
 from ..core.draws import MAX_SEED
@@ -13,6 +13,14 @@ from ..core.settings import Settings, settings
 from ..sparse.subnet import Subnet
 from .run import Run
 from .run_end import End
+
+# One will do without a list, as a shell and YAML have it.
+Wildcards = Annotated[
+    tuple[str, ...],
+    BeforeValidator(
+        lambda given: (given,) if isinstance(given, str) else given, json_schema_input_type=str | list[str]
+    ),
+]
 
 
 @settings
@@ -34,8 +42,8 @@ class Method(metaclass=Settings):
     sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights to prune")]
     epochs: Annotated[int, Field(ge=1, description="epochs of one training run")] = 20
     seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="seed of everything random in the method")] = 0
-    include: Annotated[tuple[str, ...], Field(description="wildcards of the weights that may be pruned")] = ("*",)
-    exclude: Annotated[tuple[str, ...], Field(description="wildcards of the weights that are left alone")] = ()
+    include: Annotated[Wildcards, Field(description="wildcards of the weights that may be pruned")] = ("*",)
+    exclude: Annotated[Wildcards, Field(description="wildcards of the weights that are left alone")] = ()
     classifier: Annotated[bool, Field(description="prune the classifier too")] = False
 
     collapse: Annotated[

@@ -158,6 +158,8 @@ class Pruner(Iterator[Training]):
         """
         self._start()
         if not self._ended:
+            if self._waiting is not None:
+                warn(f"{self.method.name}: its search has not begun, so this is not its ticket; iterate it first")
             return self._draft.now()
         if self.subnet.start is None:
             raise RuntimeError(
@@ -272,7 +274,7 @@ class Pruner(Iterator[Training]):
         search = self.method.search(subnet)
         ends: list[End] | None = None
         while True:
-            requests = next_round(search, ends)
+            requests = next_round(self.method.name, search, ends)
             for end in ends or ():
                 end.release_()
             self._empty.check(self.subnet)

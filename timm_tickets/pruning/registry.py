@@ -3,14 +3,14 @@
 An entry point of the group ``timm_tickets.pruners`` names a module; importing it runs its `register_pruner` decorators.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 from typing_extensions import dataclass_transform
 
-from ..core.errors import check
+from ..core.errors import SettingError, check
 from ..core.registry import Registry
 from .method import Method
 from .pruner import Pruner
@@ -47,6 +47,20 @@ def get_method(name: str) -> type[Method]:
     return _pruners.get(name)
 
 
+def checked_method(name: str, settings: Mapping[str, Any]) -> Method:
+    """A pruner's settings, checked; one that only other pruners have is told with their names.
+
+    Raises:
+        SettingError: There is no such pruner, or a setting is wrong.
+    """
+
+    def hint(key: str) -> str:
+        having = [one for one in list_pruners() if key in getattr(get_method(one), "__pydantic_fields__", {})]
+        return f"it is a setting of {' and '.join(having)}, not of {name}; leave it out." if having else ""
+
+    return check(get_method(name), settings, "pruner", hint)
+
+
 def create_pruner(name: str, model: nn.Module, *, folder: str | Path | None = None, **settings: Any) -> Pruner:
     """Bind a method to a model.
 
@@ -61,4 +75,10 @@ def create_pruner(name: str, model: nn.Module, *, folder: str | Path | None = No
         SettingError: An unknown pruner or setting, a value out of range, nothing to prune in the model, or a sparsity
             that its prunable weights cannot reach.
     """
-    return Pruner(check(get_method(name), settings, "pruner"), model, folder)
+    if not isinstance(model, nn.Module):
+        raise SettingError(
+            f"model: a {type(model).__name__} is no model; write create_pruner(name, model, ...), the name first"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SettingError("model: its weights are on the meta device, which holds none; build it on the CPU or a GPU")
+    return Pruner(checked_method(name, settings), model, folder)

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..core.errors import SettingError
 from ..core.states import State, sharing
 from ..distributed.processes import wait_for_others
 from ..sparse.subnet import Subnet
+from .checks import check_round
 from .history import History
 from .run import Place, Run
 from .run_end import End
@@ -17,12 +18,14 @@ from .training import Training
 Parallel = Literal["runs", "data", "auto"]
 
 
-def next_round(search: Generator[list[Run], list[End], None], ends: list[End] | None) -> list[Run] | None:
-    """Give a method what its last round ended with; the runs of its next one, None at the end of its search."""
+def next_round(name: str, search: Any, ends: list[End] | None) -> list[Run] | None:
+    """Give a method of this name what its last round ended with; the runs of its next one, None when it has ended."""
     try:
-        return search.send(ends)  # pyright: ignore[reportArgumentType]
+        requests = search.send(ends) if isinstance(search, Generator) else search
     except StopIteration:
         return None
+    check_round(name, requests)
+    return requests
 
 
 def handed_out(parallel: Parallel, count: int, groups: int, folder: Path | None) -> bool:

@@ -3,18 +3,35 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from ..core.errors import shown
 from ..sparse.subnet import Subnet
 
 if TYPE_CHECKING:  # what a run becomes when the pruner asks for it; the request itself needs none of it
     from .training import Training
 
+
+def rewind_parts(point: str) -> tuple[int, str]:
+    """Number and unit of a rewind point: ``'500it'`` is ``(500, 'it')``."""
+    found = re.fullmatch(r"(\d+)(ep|it)", point)
+    if found is None:
+        raise ValueError(f"{point!r} is not valid; write epochs as '2ep' or optimizer steps as '500it'")
+    return int(found[1]), found[2]
+
+
+def _point(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    rewind_parts(shown(text))
+    return text
+
+
 Rewind = Annotated[
     str,
+    BeforeValidator(_point),
     Field(
         pattern=r"^\d+(ep|it)$",
         description="step the weights return to: '0ep' is their initialisation, '2ep' after 2 epochs, '500it' steps",
@@ -89,11 +106,3 @@ class Place:
     single: bool = True
     processes: int | None = None
     follows: str | None = None
-
-
-def rewind_parts(point: str) -> tuple[int, str]:
-    """Number and unit of a rewind point: ``'500it'`` is ``(500, 'it')``."""
-    found = re.fullmatch(r"(\d+)(ep|it)", point)
-    if found is None:
-        raise ValueError(f"rewind: {point!r} is not valid; write epochs as '2ep' or optimizer steps as '500it'")
-    return int(found[1]), found[2]

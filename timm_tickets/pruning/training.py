@@ -21,6 +21,7 @@ from ..sparse.blind import Reached
 from ..sparse.optimizers import plain_optimizer, reset_, separate_
 from ..sparse.subnet import Subnet
 from ..tweaks.base import Tweaks
+from .checks import tell_training
 from .clock import Clock
 from .loss_again import LossAgain, exact_derivatives
 from .run import Place, Run, rewind_parts
@@ -285,10 +286,7 @@ class Training(Clock):
                 f"{self.name} ended with values in {name} that are not finite; it is not written down. Lower the "
                 "learning rate or clip gradients, and train it again"
             )
-        if self.step == 0:
-            warn(f"{self.name} ended without an optimizer step; train it on the optimizer that `run.attach` returns")
-        else:
-            self._tell_schedule()
+        tell_training(self, self._first_mask)
         # Read from each process's own batches, past DDP's reduction.
         gathered = mean_over_processes(self.scores)
         scores = {name: score.detach().cpu().contiguous() for name, score in gathered.items()}
@@ -311,24 +309,6 @@ class Training(Clock):
             else:
                 end.rewind, end.rewind_epoch = self._rewind
         return end
-
-    def _tell_schedule(self) -> None:
-        """Say where what the method schedules has not happened: a training shorter than told, a mask that stood."""
-        if (self.request.after_step is None and not self.start_epoch) or self.reads_only:
-            return
-        if self.batches_per_epoch is not None:
-            over = self.position - self.schedule_epochs
-            if over < -0.5 or over >= 1:
-                warn(
-                    f"{self.name} trained up to epoch {self.position:.3g} of a schedule of {self.schedule_epochs}: the "
-                    "method's own schedule counts on it. Create the pruner with the epochs that are trained, and loop "
-                    "over `run.epochs`"
-                )
-        if self._first_mask and self._first_mask == digest(self.subnet.mask) and self.subnet.sparsity:
-            warn(
-                f"{self.name} has not moved its mask in {self.step} steps: it ends with the one it began with. Train "
-                "longer, or let the method move it more often (its `interval`, where it has one; its learning rate)"
-            )
 
     def progress_state(self) -> dict[str, Any]:
         """What a checkpoint within the run must hold besides model and optimizer: tensors and primitives."""

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..core.errors import SettingError
 from ..core.private import inside_lookahead
 
 
@@ -15,6 +16,11 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
 
     Hooks registered on the wrappers would never fire: Accelerate's has no registry, Lookahead's ``step`` ignores its.
     """
+    if not hasattr(optimizer, "param_groups"):
+        raise SettingError(
+            f"optimizer: a {type(optimizer).__name__} is no optimizer; give the one that you step, built from the "
+            "parameters of the model that is pruned"
+        )
     while True:
         inner = inside_lookahead(optimizer) or getattr(optimizer, "optimizer", None)
         if inner is None:

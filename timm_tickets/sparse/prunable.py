@@ -8,18 +8,17 @@ scales), and the classifier, so that heads may differ.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import timm
 import torch
-import yaml
 from timm.layers import CondConv2d, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
 from torch import Tensor, nn
 
-from ..core.errors import SettingError, unknown
+from ..core.errors import SettingError, shown, unknown
 from .wrappers import plain_model
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -113,6 +112,7 @@ def inspect_model(
             why_not = "classifier"
         parts.append(Part(name, tuple(parameter.shape), kind, why_not))
     candidates = [part.name for part in parts if not part.why_not]
+    include, exclude = ((one,) if isinstance(one, str) else tuple(one) for one in (include, exclude))
     for setting, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if candidates and not any(fnmatchcase(name, pattern) for name in candidates):
@@ -134,7 +134,7 @@ def inspect_model(
     if all(part.why_not for part in found):
         raise SettingError(
             f"no prunable weight in {type(model).__name__}: {len(candidates)} matrices and kernels outside "
-            f"the classifier, none left by include={tuple(include)} and exclude={tuple(exclude)}; widen these settings"
+            f"the classifier, none left by include={include} and exclude={exclude}; widen these settings"
         )
     return found
 
@@ -159,27 +159,25 @@ def prunable_names(
     return [part.name for part in inspect_model(model, include, exclude, classifier) if not part.why_not]
 
 
-def build_to_inspect(arch: str, arguments: Sequence[str] = ()) -> nn.Module:
+def build_to_inspect(arch: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """A timm model on the meta device, where nothing is allocated.
 
     Args:
         arch: A name of timm's registry.
-        arguments: Of ``timm.create_model``, each as ``key=value``, the value in YAML.
+        arguments: Of ``timm.create_model``.
 
     Raises:
         SettingError: There is no such architecture, or it refuses the arguments.
     """
     if not timm.is_model(arch):
-        raise SettingError(unknown("architecture", arch, timm.list_models()))
-    pairs = [argument.partition("=") for argument in arguments]
-    for key, sign, _ in pairs:
-        if not key or not sign:
-            raise SettingError(f"--set: {key + sign!r} is not valid; write key=value, such as num_classes=10")
+        raise SettingError(unknown("architecture", arch, timm.list_models()) + " (timm.list_models)")
+    given = dict(arguments or {})
     try:
         with torch.device("meta"):
-            return timm.create_model(arch, **{key: yaml.safe_load(value) for key, _, value in pairs})
-    except (TypeError, ValueError, RuntimeError, AssertionError, yaml.YAMLError) as error:
-        raise SettingError(f"architecture: {arch!r} cannot be built with {', '.join(arguments)}: {error}") from error
+            return timm.create_model(arch, **given)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        told = f"{type(error).__name__}: {shown(str(error), 600)}"
+        raise SettingError(f"architecture: {arch!r} cannot be built with {shown(given)}: {told}") from error
 
 
 def _role(path: str, module: nn.Module, leaf: str, parameter: Tensor) -> tuple[str, str]:

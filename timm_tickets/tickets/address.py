@@ -10,6 +10,23 @@ HUB, LOCAL = "hf-hub:", "local-dir:"
 FILE = "model.ticket"
 
 
+def ticket_at(address: str | Path) -> Path:
+    """The ticket file of an address, found to be there.
+
+    Raises:
+        FileNotFoundError: It is not; or a folder is.
+        TicketError: It cannot be had from the Hub.
+    """
+    path = fetch(address)
+    if path.is_dir():
+        inside = sorted(one.name for one in path.glob("*.ticket"))
+        told = f"name the one in it: {path / inside[0]}" if inside else "there is no *.ticket in it; name a file"
+        raise FileNotFoundError(f"{path} is a folder and no ticket; {told}")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no ticket at {path}")
+    return path
+
+
 def fetch(address: str | Path) -> Path:
     """The ticket file of ``hf-hub:user/name``, ``hf-hub:user/name@revision`` or ``local-dir:path``; a path as it is.
 

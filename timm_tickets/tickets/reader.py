@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from pydantic import ValidationError
 from safetensors import safe_open
@@ -36,6 +37,11 @@ from .header import (
 )
 from .mask_coding import decode
 from .starts import PretrainedStart, SeedStart, ValuesStart, drawn
+
+_WEIGHTS = (
+    "Trained weights go into a recipe as model.initial_checkpoint, or into timm.create_model as checkpoint_path; a "
+    "search makes tickets of them"
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def read(
 def describe(path: Path) -> tuple[dict[str, Any], str]:
     """A file's metadata and fingerprint, all checked as `read` does; but without fetching pretrained weights.
 
-    Where it starts from such, only its masks are checked.
+    Where it starts from such, its masks are checked, and its tensors against the architecture that timm has for it.
 
     Raises:
         TicketError: Not a ticket, or damaged.
@@ -74,7 +80,12 @@ def describe(path: Path) -> tuple[dict[str, Any], str]:
         opened = open_(path)
         if isinstance(opened.header.start, PretrainedStart):
             unpack_masks(opened)
-            return opened.header.metadata, f"{opened.header.fingerprint} (not checked: it takes the pretrained weights)"
+            why = "it takes the pretrained weights"
+            if timm.is_model_pretrained(opened.header.start.tag):
+                _planned(opened)
+            else:
+                why = f"this timm ({timm.__version__}) does not have these pretrained weights"
+            return opened.header.metadata, f"{opened.header.fingerprint} (not checked: {why})"
     read(path)
     return opened.header.metadata, opened.header.fingerprint
 
@@ -108,10 +119,13 @@ def open_(path: Path) -> "Opened":
     Raises:
         FileNotFoundError: There is no such file.
     """
+    with path.open("rb") as start:
+        if start.read(2) == b"PK":
+            raise TicketError(f"is a PyTorch checkpoint and not a ticket. {_WEIGHTS}")
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(KEY)
         if text is None:
-            raise TicketError(f"is a safetensors file but not a ticket: it has no {KEY!r} header")
+            raise TicketError(f"is a safetensors file but not a ticket: it has no {KEY!r} header. {_WEIGHTS}")
         ensure(len(text) <= MOST_JSON, f"its header has {len(text):,} characters, more than {MOST_JSON:,}")
         envelope = Envelope.model_validate_json(text)
         if envelope.format > FORMAT:
@@ -214,11 +228,7 @@ def _source(opened: Opened, given: Mapping[str, Tensor] | None) -> Pretrained | 
         return None
     tag = header.start.tag
     if given is None:
-        # Not the metadata's word for it: these shapes are in proportion to the file. And all that they say is held
-        # against the architecture before anything is built.
-        sizes = sizes_of(tag, {entry[0]: entry[1] for entry in (*header.layers, *header.rest)})
-        planned = outline(tag, sizes)
-        _needed(header, tag, planned)
+        sizes, planned = _planned(opened)
         weights, most = sum(value.numel() for value in planned.values()), WEIGHTS_PER_BYTE * opened.size
         if weights > most:
             raise TicketError(
@@ -234,6 +244,19 @@ def _source(opened: Opened, given: Mapping[str, Tensor] | None) -> Pretrained | 
             "They were changed since, or are of another tag; give the right ones: load_ticket(path, pretrained=state)"
         )
     return Pretrained(tag, {name: value.detach().cpu() for name, value in used.items()})
+
+
+def _planned(opened: Opened) -> tuple[dict[str, int], State]:
+    """What builds the architecture of a pretrained start, and its tensors on the meta device; the file fits them.
+
+    Not the metadata's word for it: the shapes are in proportion to the file. And all that they say is held against the
+    architecture before anything is built.
+    """
+    header: Any = opened.header
+    sizes = sizes_of(header.start.tag, {entry[0]: entry[1] for entry in (*header.layers, *header.rest)})
+    planned = outline(header.start.tag, sizes)
+    _needed(header, header.start.tag, planned)
+    return sizes, planned
 
 
 def _needed(header: Header, tag: str, state: Mapping[str, Tensor]) -> State:

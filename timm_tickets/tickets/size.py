@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from .address import ticket_at
 from .header import DTYPES, FORMAT
 from .mask_coding import bound, coded_bits
 from .reader import damage, open_
@@ -85,9 +86,7 @@ def weigh(path: str | Path) -> TicketSize:
         FileNotFoundError: There is no such file.
         TicketError: Not a ticket, or its sizes disagree.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no ticket at {path}")
+    path = ticket_at(path)
     with damage(path):
         opened = open_(path)
     header, tensors = opened.header, opened.tensors

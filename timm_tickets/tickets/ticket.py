@@ -22,7 +22,7 @@ from ..sparse.pretrained import Pretrained
 from ..sparse.subnet import Subnet
 from ..sparse.wrappers import plain_model
 from . import reader, writer
-from .address import fetch
+from .address import ticket_at
 from .header import fingerprint, pruned_value
 from .transfer import corresponding, not_weights
 
@@ -126,7 +126,7 @@ class Ticket:
             TicketError: Another architecture, parameters that differ in name or shape, or a mask over what is not a
                 parameter; the model is unchanged.
         """
-        inner = plain_model(model)
+        inner = _plain(model)
         self.check_architecture(inner)
         self._check_names(inner.state_dict())
         self._check_masks(inner)
@@ -162,7 +162,7 @@ class Ticket:
             TicketError: Another architecture, tensors that cannot correspond, or masks over what is not a weight, each
                 named; or all masks are on the old classifier. The model is unchanged.
         """
-        inner = plain_model(model)
+        inner = _plain(model)
         self.check_architecture(inner)
         state, masks = corresponding(self.state(), self.masks, inner)
         inner.load_state_dict(state)
@@ -191,7 +191,7 @@ class Ticket:
         Raises:
             TicketError: A mask is over what is not a parameter of the model, or of another shape; it is unchanged.
         """
-        inner = plain_model(model)
+        inner = _plain(model)
         self._check_masks(inner)
         subnet = Subnet(inner, tuple(self.masks))
         subnet.set_mask_(self.masks)
@@ -253,11 +253,14 @@ def load_ticket(path: str | Path, pretrained: Mapping[str, Tensor] | None = None
         TicketError: Not a ticket, cut short, changed, or written by a newer version; or its pretrained weights cannot
             be loaded, or are not those it was made from.
     """
-    path = fetch(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no ticket at {path}")
-    masks, values, metadata, source = reader.read(path, pretrained)
+    masks, values, metadata, source = reader.read(ticket_at(path), pretrained)
     return Ticket(masks, values, metadata, source)
+
+
+def _plain(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TicketError(f"model: a {type(model).__name__} is no model; the model comes first, then the optimizer")
+    return plain_model(model)
 
 
 def _versions() -> dict[str, str]:

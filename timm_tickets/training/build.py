@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from accelerate.utils import set_seed
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import load_checkpoint
 from torch import nn
 
-from ..config.recipe import Recipe
-from ..core.errors import SettingError
+from ..config.recipe import Recipe, list_recipes
+from ..core.errors import SettingError, shown
 
 
 @contextmanager
@@ -25,7 +27,8 @@ def building(what: str) -> Iterator[None]:
     except SettingError:
         raise
     except (RuntimeError, TypeError, ValueError, OSError, AssertionError, LookupError, ImportError) as error:
-        raise SettingError(f"{what} cannot be built as the recipe says: {type(error).__name__}: {error}") from error
+        told = shown(str(error) or "it does not say why", 1500)
+        raise SettingError(f"{what} cannot be built as the recipe says: {type(error).__name__}: {told}") from error
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -38,13 +41,66 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     if settings.num_classes is not None and settings.num_classes < num_classes:
         raise SettingError(f"model.num_classes: {settings.num_classes} is too few; the data has {num_classes} classes")
     set_seed(recipe.seed)
+    arguments = model_kwargs(recipe, num_classes)
     with building(f"model: {settings.model!r}"):
-        return timm.create_model(
-            settings.model,
-            pretrained=settings.pretrained,
-            checkpoint_path=settings.initial_checkpoint,
-            **model_kwargs(recipe, num_classes),
+        model = timm.create_model(settings.model, pretrained=settings.pretrained, **arguments)
+    if settings.initial_checkpoint is not None:
+        _load_(model, settings.initial_checkpoint, arguments)
+    return model
+
+
+def _load_(model: nn.Module, path: Path, arguments: dict[str, Any]) -> None:
+    """Load the weights that the recipe starts from, all of them.
+
+    Raises:
+        SettingError: They are not there, or are not this model's.
+    """
+    if path.is_dir():
+        raise SettingError(f"model.initial_checkpoint: {str(path)!r} is a folder; name the file in it")
+    if not path.is_file():
+        # What a search or a training of a shipped recipe leaves, in the folder that it takes where none is given.
+        *_, folder, _, _ = "", "", "", *path.parts
+        source = folder.removesuffix("_train_dense")
+        command = f"timm-tickets {'search' if source == folder else 'train'} {source}"
+        first = f"run `{command}` first, in the same working directory" if source in list_recipes() else "give a file"
+        raise SettingError(
+            f"model.initial_checkpoint: there is no file {str(path)!r} in {Path.cwd()}; {first}, or set "
+            "model.initial_checkpoint to trained weights of this model"
         )
+    try:
+        load_checkpoint(model, str(path))
+    except Exception as error:  # timm's, torch's, pickle's and safetensors' own
+        told = shown(" ".join(str(error).split()), 300) if isinstance(error, RuntimeError) else type(error).__name__
+        raise SettingError(
+            f"model.initial_checkpoint: {str(path)!r} is no state dict of this model with {arguments['num_classes']} "
+            f"classes: {told}; give one of the same architecture, classes and channels"
+        ) from error
+
+
+def check_forward(recipe: Recipe, model: nn.Module, size: Sequence[int]) -> None:
+    """Refuse, before anything is written, images of a size that the model does not take.
+
+    Args:
+        recipe: The recipe.
+        model: Its model.
+        size: Channels, height and width of an image.
+
+    Raises:
+        SettingError: One image does not go through.
+    """
+    first, was = next(model.parameters()), model.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()(torch.zeros(1, *size, device=first.device, dtype=first.dtype))
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+        own = getattr(model, "pretrained_cfg", {}).get("input_size", ())
+        raise SettingError(
+            f"data.img_size: images of {' x '.join(map(str, size[1:]))} pixels do not go through {recipe.model.model}: "
+            f"{shown(str(error) or type(error).__name__, 600)}; set another data.img_size"
+            + (f", such as {own[-1]}, which timm gives for it" if own else "")
+        ) from error
+    finally:
+        model.train(was)
 
 
 def model_kwargs(recipe: Recipe, num_classes: int) -> dict[str, Any]:

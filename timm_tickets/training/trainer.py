@@ -23,7 +23,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from ..config.recipe import Recipe
-from ..core.errors import SettingError
+from ..core.errors import SettingError, TrainingError, shown
 from ..core.private import allow_precision, forget_loaders_
 from ..core.seeds import seed_from
 from ..data.datasets import Data, loader_of
@@ -131,7 +131,16 @@ class Trainer:
                 good state is.
             SettingError: The schedule cannot be built, or leaves no step to train.
         """
-        progress = progress or Silent()
+        try:
+            return self._fit(run, folder, progress or Silent())
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"training.batch_size: {self.settings.batch_size} images a step take more memory than the device has; "
+                "set fewer, with training.grad_accum_steps for the same step. Finished runs are kept: "
+                f"{shown(str(error), 300)}"
+            ) from error
+
+    def _fit(self, run: Training, folder: Path | None, progress: Progress) -> dict[str, Any]:
         going = self._begun(run, folder, progress)
         progress.begin(run, going.batches)
         for epoch in range(going.done["epoch"], run.schedule_epochs):

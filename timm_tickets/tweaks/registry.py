@@ -50,6 +50,8 @@ def create_tweaks(model: nn.Module, tweaks: Sequence[str] | Mapping[str, Mapping
     Raises:
         SettingError: An unknown tweak or setting, or a tweak that this model cannot have; the model is unchanged.
     """
+    if not isinstance(model, nn.Module):
+        raise SettingError(f"model: a {type(model).__name__} is no model; write create_tweaks(model, tweaks)")
     if tweaks and reshard_(model):
         raise SettingError(
             "tweaks: FSDP2 has split this model, and they need it whole; leave them out, or train with DDP"
