@@ -95,14 +95,14 @@ class Launcher:
             missing = [
                 what
                 for what, found in (
-                    ("a training task of timm.task", self.task or self._waiting),
-                    ("an optimizer by timm.optim.create_optimizer_v2", self.optimizer),
-                    ("a training loader by timm.data.create_loader", self.loader),
+                    ("training task of timm.task", self.task or self._waiting),
+                    ("optimizer by timm.optim.create_optimizer_v2", self.optimizer),
+                    ("training loader by timm.data.create_loader", self.loader),
                 )
                 if not found
             ]
             raise SettingError(
-                f"script: it has ended and trained no ticket, for it made no {' and no '.join(missing)}; edit it as "
+                f"script: it has ended and trained no ticket, for it made no {', and no '.join(missing)}; edit it as "
                 "docs/timm_train.md says (`timm_tickets.wrap`), or write the loop with `timm_tickets.create_pruner`"
             )
         self.task.check_end()
@@ -199,7 +199,8 @@ class Launcher:
         late = self.task.start_epoch
         if late and began is None and hasattr(parsed, "start_epoch") and not getattr(parsed, "resume", ""):
             parsed.start_epoch = late  # pyright: ignore[reportOptionalMemberAccess]
-            _logger.info(f"the script's start_epoch is set to {late}: the weights are from there")
+            if task.verbose:
+                _logger.info(f"the script's start_epoch is set to {late}: the weights are from there")
 
     def _attach(self) -> None:
         if self.task is None or self.optimizer is None or (self.loader is None and self.task.run is not None):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..core.errors import SettingError, check
+from ..core.errors import SettingError, check, shown
 from ..distributed.processes import apart
 from ..pruning.pruner import Pruner
 from ..pruning.registry import get_method
@@ -81,7 +81,10 @@ def given(
 
 def _of_ticket(model: nn.Module, given: Ticket | str | Path, start: Start, start_epoch: float | None) -> Trained:
     ticket = given if isinstance(given, Ticket) else load_ticket(given)
-    named = "the ticket" if isinstance(given, Ticket) else f"the ticket {given}"
+    maker = ticket.metadata.get("pruner")
+    named = (
+        f"the ticket {ticket.fingerprint[:12]} ({shown(maker.get('name') if isinstance(maker, dict) else 'own masks')})"
+    )
     if start == "transfer":
         ticket = ticket.transfer_(model)
         whose = "its weights where they fit, the model's head"
