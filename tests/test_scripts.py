@@ -3,54 +3,20 @@
 In a script, ``# +`` ends a line that was added and ``# was:`` a line that was changed, followed by what it was.
 """
 
-import argparse
-import csv
 import subprocess
 import sys
 from pathlib import Path
 
-import pictures
 import pytest
 import timm
 import torch
+from outline import SCRIPTS, TRAIN, checkpoint_of, rows, run_script, save_ticket, unmodified
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 import timm_tickets as tt
 
-SCRIPTS = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "scripts").glob("*.py"))}
 LOOPS = [name for name in SCRIPTS if name != "train"]
-
-
-def indent(line):
-    return len(line) - len(line.lstrip())
-
-
-def unmodified(script):
-    """The script as it was before our lines."""
-    out, inside = [], None
-    for line in script.splitlines():
-        if inside is not None and line.strip() and indent(line) <= inside:
-            inside = None
-        if line.endswith("# +"):
-            if line.lstrip().startswith("for run in "):
-                inside = indent(line)
-            continue
-        if "  # was: " in line:
-            line = " " * indent(line) + line.split("  # was: ")[1]
-        out.append(line[4:] if inside is not None else line)
-    return "\n".join(out)
-
-
-def run_script(code, monkeypatch, folder, *args):
-    folder.mkdir(exist_ok=True)
-    if "--data-dir" in code and not (folder / "data").exists():
-        pictures.make(folder / "data", {"train": 8, "val": 4}, "abcd")
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["script.py", *args])
-    names = {"__name__": "__main__"}
-    exec(code, names)
-    return names
 
 
 @pytest.fixture
@@ -168,7 +134,6 @@ def test_a_checkpoint_of_a_pruner_belongs_to_one_run(model, tmp_path):
     assert torch.equal(other.subnet.start["fc.bias"], single.subnet.start["fc.bias"])
 
 
-TRAIN = SCRIPTS["train"]
 ATTACH = "optimizer, loader_train = task.attach(optimizer, loader_train)  # +\n"
 TICKET = 'ticket="model.ticket"'
 PRUNERS = {
@@ -181,24 +146,6 @@ IMP = 'pruner="imp", sparsity=0.75, prune_rate=0.5, epochs=args.epochs, folder="
 
 def training(what):
     return TRAIN.replace(TICKET, what)
-
-
-def rows(folder):
-    with open(folder / "output" / "summary.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def checkpoint_of(folder):
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(folder / "output" / "last.pth.tar", weights_only=True)
-
-
-def save_ticket(folder, name="model.ticket", sparsity=0.7):
-    folder.mkdir(exist_ok=True)
-    torch.manual_seed(5)
-    tt.create_pruner("random", timm.create_model("test_resnet", num_classes=10), sparsity=sparsity).ticket.save(
-        folder / name
-    )
 
 
 def test_the_task_adds_the_lines_that_the_page_names():
@@ -335,7 +282,7 @@ def test_a_checkpoint_of_another_training_is_refused(model, tmp_path):
         save_ticket(tmp_path, name, sparsity)
     one, other = (tt.TicketTask(model, ticket=tmp_path / f"{name}.ticket", verbose=False) for name in ("one", "other"))
     saved = one.get_checkpoint_state()
-    with pytest.raises(tt.SettingError, match="another ticket"):
+    with pytest.raises(tt.SettingError, match=r"ticket: [0-9a-f]+ there"):
         other.load_checkpoint_state(saved["state_dict"], saved["task_state"])
     dense = ClassificationTask(model, verbose=False).get_checkpoint_state()
     with pytest.raises(tt.SettingError, match="--initial-checkpoint"):
