@@ -3,8 +3,6 @@
 In a script, ``# +`` ends a line that was added and ``# was:`` a line that was changed, followed by what it was.
 """
 
-import argparse
-import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -12,42 +10,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from outline import SCRIPTS, TRAIN, checkpoint_of, rows, run_script, save_ticket, unmodified
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 import timm_tickets as tt
 
-SCRIPTS = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "scripts").glob("*.py"))}
 LOOPS = [name for name in SCRIPTS if name != "train"]
-
-
-def indent(line):
-    return len(line) - len(line.lstrip())
-
-
-def unmodified(script):
-    """The script as it was before our lines."""
-    out, inside = [], None
-    for line in script.splitlines():
-        if inside is not None and line.strip() and indent(line) <= inside:
-            inside = None
-        if line.endswith("# +"):
-            if line.lstrip().startswith("for run in "):
-                inside = indent(line)
-            continue
-        if "  # was: " in line:
-            line = " " * indent(line) + line.split("  # was: ")[1]
-        out.append(line[4:] if inside is not None else line)
-    return "\n".join(out)
-
-
-def run_script(code, monkeypatch, folder, *args):
-    folder.mkdir(exist_ok=True)
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["script.py", *args])
-    names = {"__name__": "__main__"}
-    exec(code, names)
-    return names
 
 
 @pytest.fixture
@@ -165,42 +134,26 @@ def test_a_checkpoint_of_a_pruner_belongs_to_one_run(model, tmp_path):
     assert torch.equal(other.subnet.start["fc.bias"], single.subnet.start["fc.bias"])
 
 
-TRAIN = SCRIPTS["train"]
 ATTACH = "optimizer, loader_train = task.attach(optimizer, loader_train)  # +\n"
 TICKET = 'ticket="model.ticket"'
 PRUNERS = {
-    "gradual": 'pruner=timm_tickets.create_pruner("gradual", model, sparsity=0.7, interval=2, epochs=args.epochs)',
-    "set": 'pruner=timm_tickets.create_pruner("set", model, sparsity=0.7, interval=2, epochs=args.epochs)',
-    "magnitude": 'pruner=timm_tickets.create_pruner("magnitude", model, sparsity=0.7)',
+    "gradual": 'pruner="gradual", sparsity=0.7, interval=2, epochs=args.epochs',
+    "set": 'pruner="set", sparsity=0.7, interval=2, epochs=args.epochs',
+    "magnitude": 'pruner="magnitude", sparsity=0.7',
 }
-IMP = 'timm_tickets.create_pruner("imp", model, sparsity=0.75, prune_rate=0.5, epochs=args.epochs, folder="search")'
+IMP = 'pruner="imp", sparsity=0.75, prune_rate=0.5, epochs=args.epochs, folder="search"'
 
 
 def training(what):
-    return "import timm_tickets\n" + TRAIN.replace(TICKET, what)
+    return TRAIN.replace(TICKET, what)
 
 
-def rows(folder):
-    with open(folder / "output" / "summary.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def checkpoint_of(folder):
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(folder / "output" / "last.pth.tar", weights_only=True)
-
-
-def save_ticket(folder, name="model.ticket", sparsity=0.7):
-    folder.mkdir(exist_ok=True)
-    torch.manual_seed(5)
-    tt.create_pruner("random", timm.create_model("test_resnet", num_classes=10), sparsity=sparsity).ticket.save(
-        folder / name
-    )
-
-
-def test_the_task_changes_three_lines():
-    lines = TRAIN.splitlines()
-    assert sum(line.endswith("# +") or "# was: " in line for line in lines) == 3
+def test_the_task_adds_the_lines_that_the_page_names():
+    lines = [line.strip().removesuffix("# +").strip() for line in TRAIN.splitlines() if line.endswith("# +")]
+    assert len(lines) == 4
+    assert "# was: " not in TRAIN
+    page = (Path(__file__).parent.parent / "docs" / "timm_train.md").read_text()
+    assert not [line for line in lines if line.partition(", ticket=")[0] not in page]
 
 
 @pytest.mark.parametrize("name", ["gradual", "set", "magnitude"])
@@ -209,6 +162,7 @@ def test_a_task_at_sparsity_0_changes_no_bit(name, tmp_path, monkeypatch):
     dense = run_script(training(PRUNERS[name].replace("0.7", "0")), monkeypatch, tmp_path / "dense")
     assert plain["losses"] == dense["losses"]
     assert [row | {"eval_sparsity": "0.0"} for row in rows(tmp_path / "plain")] == rows(tmp_path / "dense")
+    assert len(rows(tmp_path / "plain")) == 3
     one, other = checkpoint_of(tmp_path / "plain"), checkpoint_of(tmp_path / "dense")
     for key in ("state_dict", "state_dict_ema"):
         assert list(one[key]) == list(other[key])
@@ -220,7 +174,7 @@ def test_a_task_stopped_and_resumed_ends_as_one_that_was_not(name, tmp_path, mon
     code = training(PRUNERS.get(name.split()[0], TICKET))
     if "late" in name:  # timm's order of resuming and building has changed between its versions
         assert ATTACH in code
-        code = code.replace(ATTACH, "").replace("scheduler, epochs", f"{ATTACH}scheduler, epochs")
+        code = code.replace(ATTACH, "").replace("scheduler, num_epochs", f"{ATTACH}scheduler, num_epochs")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):
         save_ticket(folder)
@@ -261,7 +215,7 @@ def test_the_checkpoint_is_one_of_timms(tmp_path, monkeypatch):
     plain = timm.create_model("test_resnet", num_classes=10)
     checkpoint = checkpoint_of(tmp_path)
     assert list(checkpoint["state_dict"]) == list(checkpoint["state_dict_ema"]) == list(plain.state_dict())
-    assert set(checkpoint["task_state"]) == {"run", "progress"}
+    assert set(checkpoint["task_state"]) == {"run", "what", "finished", "progress"}
     for use_ema in (False, True):
         expected = task.get_eval_model(ema=use_ema).eval()(image)
         timm.models.load_checkpoint(plain, path, use_ema=use_ema)
@@ -276,9 +230,10 @@ def test_the_checkpoint_is_one_of_timms(tmp_path, monkeypatch):
 
 
 def test_runs_of_a_search_are_chained_by_its_folder(tmp_path, monkeypatch):
-    code = training(f"pruner={IMP}").replace("default=3", "default=2")
-    sparsities, runs = [], []
+    code = training(IMP).replace("default=3", "default=2")
+    sparsities, runs, final = [], [], tmp_path / "search" / "final.ticket"
     for call in range(3):
+        assert final.exists() == (call == 2)
         task = run_script(code.replace('"output"', f'"output{call}"'), monkeypatch, tmp_path)["task"]
         runs.append(task.run and task.run.name)
         sparsities.append(round(task.sparsity, 3))
@@ -288,7 +243,9 @@ def test_runs_of_a_search_are_chained_by_its_folder(tmp_path, monkeypatch):
     last = timm.models.load_state_dict(str(tmp_path / "output0" / "last.pth.tar"), use_ema=False)
     written = timm.models.load_state_dict(str(tmp_path / "search" / "round_00" / "model.safetensors"))
     assert all(torch.equal(last[key], written[key]) for key in written)
-    with pytest.raises(tt.SettingError, match="trained round_00, this task trains a ticket"):
+    assert _same(tt.load_ticket(final).masks, task.pruner.ticket.masks)
+    assert tt.load_ticket(final).fingerprint == task.pruner.ticket.fingerprint
+    with pytest.raises(tt.SettingError, match="run: round_00 there, None now"):
         run_script(code, monkeypatch, tmp_path, "--resume", str(tmp_path / "output0" / "last.pth.tar"))
 
 
@@ -325,7 +282,7 @@ def test_a_checkpoint_of_another_training_is_refused(model, tmp_path):
         save_ticket(tmp_path, name, sparsity)
     one, other = (tt.TicketTask(model, ticket=tmp_path / f"{name}.ticket", verbose=False) for name in ("one", "other"))
     saved = one.get_checkpoint_state()
-    with pytest.raises(tt.SettingError, match="another ticket"):
+    with pytest.raises(tt.SettingError, match=r"ticket: [0-9a-f]+ there"):
         other.load_checkpoint_state(saved["state_dict"], saved["task_state"])
     dense = ClassificationTask(model, verbose=False).get_checkpoint_state()
     with pytest.raises(tt.SettingError, match="--initial-checkpoint"):

@@ -19,6 +19,7 @@ from .experiments.seeds import search_seeds as search_seeds
 from .experiments.train import train as train
 from .experiments.transfer import transfer as transfer
 from .integrations.timm_task import TicketTask as TicketTask
+from .integrations.timm_task import wrap as wrap
 from .pruning.method import Method as Method
 from .pruning.method import OneShot as OneShot
 from .pruning.pruner import Pruner as Pruner

@@ -32,10 +32,12 @@ def info(
         console = Console()
         kept = sum(layer.kept for layer in size.layers)
         total = sum(math.prod(layer.shape) for layer in size.layers)
+        epoch = metadata.get("start_epoch")
+        late = f", rewound to epoch {epoch:g}: train on from there (--start-epoch {epoch:g})" if epoch else ""
         facts = {
             **{key: metadata.get(key) for key in ("model", "pruner", "recipe", "metrics", "rounding", "versions")},
             "sparsity": f"{1 - kept / total:.6f}: {kept:,} of {total:,} weights kept",
-            "start": size.origin,
+            "start": f"{size.origin}{late}",
             "size": f"{size.file:,} bytes, format {size.format}; the fp32 checkpoint is {size.checkpoint:,} bytes, "
             f"{size.checkpoint / size.file:.1f} times as large",
             "fingerprint": fingerprint,

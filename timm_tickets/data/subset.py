@@ -22,6 +22,7 @@ from torch.utils.data import (
     Subset,
 )
 
+from ..core.errors import SettingError
 from ..distributed.processes import join_processes
 
 _read_labels: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
@@ -123,7 +124,7 @@ def subset_of(data: Any, selection: Selection) -> Any:
         selection: What to keep.
 
     Raises:
-        ValueError: A loader without a map-style data set, or whose sampler cannot be made again for a subset.
+        SettingError: A loader without a map-style data set, or whose sampler cannot be made again for a subset.
     """
     if selection.everything:
         return data
@@ -135,7 +136,7 @@ def subset_of(data: Any, selection: Selection) -> Any:
         items: Any = data
         return Subset(items, selection.indices(data, None))
     if isinstance(data.dataset, IterableDataset):
-        raise ValueError(
+        raise SettingError(
             "subset: a stream cannot be cut to some of its items; use a data set with an item for each index"
         )
     shard: Any = data.batch_sampler
@@ -216,8 +217,13 @@ def _sampler_for(part: Any, sampler: Any) -> Sampler[int]:
     raise _cannot_cut(sampler)
 
 
-def _cannot_cut(sampler: Any) -> ValueError:
-    return ValueError(
+def _cannot_cut(sampler: Any) -> SettingError:
+    if type(sampler).__name__ == "_RepeatSampler":
+        return SettingError(
+            "subset: timm's multi-epoch loader draws from all items for ever and cannot be cut to some; leave out "
+            "--use-multi-epochs-loader (use_multi_epochs_loader of timm's create_loader)"
+        )
+    return SettingError(
         f"subset: a loader with a {type(sampler).__name__} cannot be cut to some items; give `run.subset` the data set "
         "instead and build the loader of what it returns"
     )

@@ -1,93 +1,75 @@
-"""TicketTask: timm's classification task under a ticket or a pruner, for timm's train.py and loops like it."""
+"""Any of timm's training tasks under a ticket or a pruner (`wrap`), for timm's train.py and loops like it."""
 
+import functools
 import inspect
+import json
 import logging
+import weakref
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from timm.task import ClassificationTask
+from timm.task.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ..core.errors import SettingError
-from ..core.masks import Masks, kept
+from ..core.errors import SettingError, TrainingError, shown
+from ..core.masks import Masks, keep_count, kept, total
 from ..distributed.fsdp2 import reshard_
+from ..distributed.processes import rank
 from ..pruning.pruner import Pruner
 from ..pruning.training import Training
-from ..sparse.subnet import Subnet
-from ..tickets.ticket import Ticket, load_ticket
+from ..tickets.ticket import Ticket
+from .best import rank_finished_only_
+from .trained import Start, Trained, final_ticket, given, place
 
 _logger = logging.getLogger(__name__)
 # timm 1.0.27 has no criterion of its own.
-_WANTS_CRITERION = inspect.signature(ClassificationTask).parameters["criterion"].default is inspect.Parameter.empty
+_OWN = inspect.signature(ClassificationTask).parameters
+_WANTS_CRITERION = _OWN["criterion"].default is inspect.Parameter.empty
+T = TypeVar("T", bound=TrainingTask)
 
 
-class TicketTask(ClassificationTask):
-    """A `ClassificationTask` that trains a ticket, or one run of a pruner. Three lines of timm's train.py change::
+class Ticketed(TrainingTask):
+    """What `wrap` makes of a task: the same, with exact zeros where its model is pruned.
 
-        from timm_tickets import TicketTask
-        task = TicketTask(model=model, ticket="resnet18.ticket", ...)   # ClassificationTask(model=model, ...) before
-        optimizer, loader_train = task.attach(optimizer, loader_train)  # once both are there
-
-    Pruned weights are exactly zero in the model and in its EMA; ``sparsity`` joins the metrics of the task's evaluator,
-    and so train.py's ``summary.csv``. Checkpoints have timm's own keys; the masks, and how far a run has come, are in
-    their ``task_state``, and ``--resume`` checks that it goes on with the same ticket or run.
-
-    One training is one run. A pruner that cuts before training (``magnitude``, ``random``) asks for none: its ticket is
-    what is trained. A pruner of one run (``gradual``, ``set``, ``rigl``) is done with the training. One of several
-    (``imp``, ``colt``) is chained by its folder: each call of train.py with the same folder trains the next run, and
-    the call after the last trains the ticket. A run is written down with the first checkpoint after its last epoch.
-    Rewound to a later epoch, runs want ``--start-epoch``. Validation stays train.py's, over all classes.
-
-    Of weight-standardised layers (NFNet, BiT, hybrid ViT) what an output channel keeps is held at mean zero, so that a
-    plain timm model, which standardises the checkpoint's weights, computes the sparse network too.
-
-    Args:
-        model: The model to train, as timm created it; before ``torch.compile`` and DDP.
-        ticket: A ticket, or the path of one: the model gets its starting weights.
-        pruner: A pruner of this model. Create it with ``epochs`` as in train.py.
-        **kwargs: As for `ClassificationTask`.
-
-    Raises:
-        SettingError: Not one of ticket and pruner; or a pruner whose runs are no plain trainings of one model.
+    Attributes:
+        subnet: The model with its mask.
+        pruner: The pruner, if it was given one.
+        run: The run that is trained; None where a ticket is.
+        start_epoch: The epoch of the schedule that the weights are from; train.py's ``--start-epoch``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *args: Any,
-        ticket: Ticket | str | Path | None = None,
-        pruner: Pruner | None = None,
-        **kwargs: Any,
-    ):
-        if not args and _WANTS_CRITERION:
-            kwargs.setdefault("criterion", nn.CrossEntropyLoss())
-        super().__init__(model, *args, **kwargs)
-        if (ticket is None) == (pruner is None):
-            raise SettingError("TicketTask: give either a ticket to train, or a pruner to search with")
-        self.pruner, self.run = pruner, None if pruner is None else _next_run(pruner, model)
-        if pruner is not None:
-            self.subnet: Subnet = pruner.subnet
-        else:
-            ticket = ticket if isinstance(ticket, Ticket) else load_ticket(ticket)  # pyright: ignore[reportArgumentType]
-            ticket.apply_(model)
-            self.subnet = Subnet(model, tuple(ticket.masks))
-            self.subnet.set_mask_(ticket.masks)
-        self._attached = False
+    def _take_(self, trained: Trained) -> None:
+        self.subnet, self.pruner, self.run = trained.subnet, trained.pruner, trained.run
+        self.start_epoch = round(trained.start_epoch)
+        self._identity = trained.identity
+        self._attached = self._resumed = self._placed = self._was_finished = self._told_end = False
         self._averaged = -1  # the change of the mask that the EMA has seen
-        if self.verbose:
-            what = "a ticket" if self.run is None else f"{self.run.name} of a search"
-            late = self.run is not None and self.run.start_epoch > 0
-            start = (
-                f", from epoch {self.run.start_epoch:g} of its schedule (--start-epoch)" if late and self.run else ""
+        self._ending: Any = None
+        if self.run is not None and self.run.classes is not None and not _has_one_label(self):
+            assert self.pruner is not None
+            raise SettingError(
+                f"split: {self.pruner.method.name} trains on a part of the classes, and the loss of a "
+                f"{type(self).__name__} is of all of them; set split=samples, or search with a ClassificationTask"
             )
-            _logger.info(f"{type(self).__name__}: trains {what}, sparsity {self.sparsity:.4f}{start}")
+        rank_finished_only_()
+        if self.verbose:
+            _logger.info(f"{type(self).__name__}: {trained.told}")
 
     @property
     def sparsity(self) -> float:
         """Fraction of the prunable weights now pruned, in [0, 1)."""
         return self.subnet.sparsity
+
+    @property
+    def finished(self) -> bool:
+        """Whether the model is as sparse as it is to become: a pruner that prunes while it trains may be on its way."""
+        if self.run is None or self.pruner is None or self.run.request.after_step is None:
+            return True
+        mask = self.subnet.mask
+        return kept(mask) <= keep_count(total(mask), self.pruner.method.sparsity)
 
     def attach(self, optimizer: Any, loader: Any) -> tuple[Any, Any]:
         """Hold pruned weights at exactly zero from here on; before or after a checkpoint is resumed.
@@ -100,15 +82,13 @@ class TicketTask(ClassificationTask):
             The same optimizer, and the loader to train on: the same where the run trains on everything.
 
         Raises:
-            SettingError: A pruner's run on a loader without length.
+            SettingError: A pruner's run on a loader without length, or on one that cannot be cut to its part.
         """
         if reshard_(self.subnet.model):
-            raise SettingError(
-                "TicketTask: FSDP2 has split the model, and timm's checkpoints are one process's; use DDP"
-            )
-        self._attached = True
+            raise SettingError("task: FSDP2 has split the model, and timm's checkpoints are one process's; use DDP")
         if self.run is None:
             self.subnet.hold_(optimizer)
+            self._attached = True
             return optimizer, loader
         out = self.run.subset(loader)
         if self.run.batches_per_epoch is None:
@@ -116,23 +96,31 @@ class TicketTask(ClassificationTask):
                 "loader: it has no length, and a run's schedule needs that of an epoch; set "
                 "`task.run.batches_per_epoch` before `task.attach`"
             )
+        assert self.pruner is not None
+        if not self._attached and rank() == 0:
+            self._ending = weakref.finalize(self, _tell_end, self.run, self.pruner)
+        self._attached = True
         return self.run.attach(optimizer, reset=False), out
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Loss and logits, the loss as the run takes it.
+        """What the task gives, its loss as the run takes it.
 
         Raises:
             RuntimeError: Nothing is attached, so pruned weights would grow back.
         """
         if self.training and not self._attached:
             raise RuntimeError(
-                "TicketTask: nothing holds the masks; call `optimizer, loader_train = task.attach(optimizer, "
-                "loader_train)` before the first epoch"
+                "task: nothing holds the masks; call `optimizer, loader_train = task.attach(optimizer, loader_train)` "
+                "before the first epoch"
             )
-        if self.run is None:
-            return super().forward(input, target)
-        output = self.trainable_module(input)
-        return {"loss": self.run.loss(self.criterion, output, target), "output": output}
+        if self.run is not None and self.run.classes is not None:
+            task: Any = self
+            output = task.trainable_module(input)
+            return {"loss": self.run.loss(task.criterion, output, target), "output": output}
+        out = super().forward(input, target)
+        if self.run is not None:
+            out["loss"] = self.run.loss(lambda *_: out["loss"], out.get("output"), target)
+        return out
 
     def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As timm's; the average is masked whenever the mask changes."""
@@ -140,18 +128,42 @@ class TicketTask(ClassificationTask):
         return super().setup_ema(*args, **kwargs)
 
     def update_ema(self, step: int | None = None) -> None:
-        """As timm's; what is pruned is zero in the average too."""
+        """As timm's; what is pruned is zero in the average too.
+
+        Raises:
+            SettingError: The script trains other epochs of the schedule than those that are to be trained.
+        """
+        if not self._placed and step is not None:
+            self._check_place(step)
         super().update_ema(step)
         self._mask_ema()
+
+    def _check_place(self, step: int) -> None:
+        """Compare the script's count of updates, at its first one here, with where the schedule is."""
+        self._placed = True
+        each = 1 if self.run is None else self.run.steps_per_epoch
+        script = (step - 1) / each
+        mine = float(self.start_epoch) if self.run is None else self.run.position - 1 / each
+        behind = self.start_epoch > 0 and not self._resumed and script < (mine - 0.5 if self.run else 0.5)
+        if behind or (self.run is not None and script > mine + 0.5):
+            what = "the ticket starts" if self.run is None else f"{self.run.name} is"
+            other = (
+                f", or train {'its file' if self.pruner else 'it'} with start_epoch=0, the whole schedule from there"
+            )
+            other = other if self.run is None else ""
+            raise SettingError(
+                f"start_epoch: {what} at epoch {max(mine, 0):.3g} of its schedule, and the script trains epoch "
+                f"{max(script, 0):.3g}; call it with --start-epoch {round(mine)}{other}"
+            )
 
     def _mask_ema(self) -> None:
         # Once is enough: the average of zeros is zero, until the mask changes again.
         if self.has_ema() and self._averaged != self.subnet.changes:
-            self.subnet.mask_(unwrap_model(self.get_trainable_module(ema=True)))
+            self.subnet.mask_(unwrap_model(self.get_eval_model(ema=True)))
             self._averaged = self.subnet.changes
 
     def create_evaluator(self, **kwargs: Any) -> Any:
-        """As timm's, with ``sparsity`` among its metrics."""
+        """As timm's (from 1.0.31 on), with ``sparsity`` among its metrics."""
         evaluator: Any = super().create_evaluator(**kwargs)
         compute = evaluator.compute
 
@@ -168,16 +180,58 @@ class TicketTask(ClassificationTask):
         else:
             self.subnet.apply_()
             # train.py has no other hook after its last epoch; it may train on (cooldown), then it is written again.
-            if self.run is not None and self.pruner is not None and self.run.complete:
-                self.pruner.record_()
+            if self.run is not None and self.run.complete:
+                self._record_(self.run)
         return super().get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
 
+    def check_end(self) -> None:
+        """Whether the training has come to its end; where it is not asked, a warning says so when Python ends.
+
+        Raises:
+            TrainingError: It has not.
+        """
+        if self._ending is not None:
+            self._ending.detach()
+        if self.run is not None and self.pruner is not None and (told := _unfinished(self.run, self.pruner)):
+            raise TrainingError(told)
+
+    def _record_(self, run: Training) -> None:
+        pruner = self.pruner
+        if pruner is None or pruner.folder is None:
+            return
+        pruner.record_()
+        ticket = final_ticket(pruner)
+        if not self._told_end:
+            self._told_end = True
+            then = "train again for the next run" if ticket is None else f"the search is done, its ticket is {ticket}"
+            _logger.info(f"{place(run, pruner)} is written down in {pruner.folder / run.name}; {then}")
+
+    def before_ranking_(self, saver: Any) -> None:
+        """Once the model is as sparse as it is to become, let timm's saver forget what it holds for the best so far."""
+        if self.finished and not self._was_finished and saver.checkpoint_files:
+            worst = float("inf") if saver.decreasing else float("-inf")
+            saver.checkpoint_files = [(file, worst) for file, _ in saver.checkpoint_files]
+            saver.best_metric = saver.best_epoch = None
+            _logger.info(
+                f"sparsity {self.sparsity:.4f} is reached: timm's best checkpoints are those from here on, and "
+                f"model_best{saver.extension} is replaced"
+            )
+        self._was_finished = self.finished
+
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The masks, and how far the run has come: tensors and primitives."""
+        """The task's own, the masks, and how far the run has come: tensors and primitives."""
+        own = super().get_task_state(module=module, ema=ema)
         if ema:
-            return {}
+            return own
         progress = {"mask": self.subnet.mask} if self.run is None else self.run.progress_state()
-        return {"run": None if self.run is None else self.run.name, "progress": progress}
+        name = None if self.run is None else self.run.name
+        return {
+            **own,
+            "run": name,
+            "what": json.dumps(self._identity),
+            "finished": self.finished,
+            "progress": progress,
+        }
 
     def load_task_state(
         self,
@@ -189,60 +243,174 @@ class TicketTask(ClassificationTask):
         """Go on with what a checkpoint trained.
 
         Raises:
-            SettingError: It trained something else: no ticket, another one, or another run.
+            SettingError: It trained something else: no ticket, another one, or another run or pruner.
         """
+        super().load_task_state(state, strict=strict, module=module, ema=ema)
         if ema:
             self._averaged = -1
             return
-        if not state:
+        if not state or "progress" not in state:
             if strict:
+                start = "" if self.pruner else " and start='model' (`timm-tickets run --start model`)"
                 raise SettingError(
-                    "resume: the checkpoint has no masks, it is of a training without TicketTask; start from its "
-                    "weights with --initial-checkpoint instead"
+                    "resume: the checkpoint has no masks, it is of a training without a ticket or pruner; start from "
+                    f"its weights with --initial-checkpoint{start} instead of --resume"
                 )
             return
-        name = None if self.run is None else self.run.name
-        if state["run"] != name:
-            raise SettingError(
-                f"resume: the checkpoint trained {state['run'] or 'a ticket'}, this task trains {name or 'a ticket'}; "
-                "resume with the ticket or pruner and the folder it began with, or start without --resume"
-            )
+        self._check_same(json.loads(state["what"]))
+        self._resumed, self._was_finished = True, state["finished"]
         if self.run is not None:
             self.run.load_progress_(state["progress"])
         else:
             mask = state["progress"]["mask"]
             # A pruner without folder has cut the model as it was created now, which may be another start.
-            known = kept(mask) == kept(self.subnet.mask) if self.pruner else _equal(mask, self.subnet.mask)
-            if not known:
+            if not (kept(mask) == kept(self.subnet.mask) if self.pruner else _equal(mask, self.subnet.mask)):
                 raise SettingError(
-                    "resume: the checkpoint trained another ticket; resume with the ticket or pruner it began with"
+                    "resume: the checkpoint trained other masks; resume with the ticket or pruner it began with"
                 )
             self.subnet.set_mask_(mask)
         self.subnet.apply_()
 
+    def _check_same(self, found: dict[str, Any]) -> None:
+        if found == self._identity:
+            return
 
-def _next_run(pruner: Pruner, model: nn.Module) -> Training | None:
-    """The run that a training of this model is to be; None where the pruner's ticket is there to be trained."""
-    name = pruner.method.name
-    if pruner.subnet.model is not unwrap_model(model):
-        raise SettingError("pruner: it prunes another model; create it with the model that the task is given")
-    if pruner.subnet.gates:
+        def facts(what: dict[str, Any]) -> dict[str, Any]:
+            return {
+                "trained": "a ticket",
+                **{key: what[key] for key in what if key != "search"},
+                **what.get("search", {}),
+            }
+
+        then, now = facts(found), facts(self._identity)
+        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        told = "; ".join(f"{key}: {shown(then.get(key))} there, {shown(now.get(key))} now" for key in keys[:8])
         raise SettingError(
-            f"pruner: {name} learns its masks, which timm's checkpoints cannot hold; search with it in a loop of your "
-            "own or with `timm-tickets search`, then give TicketTask the ticket"
+            f"resume: the checkpoint is of another training ({told}); resume with the ticket, or the pruner and "
+            "folder, that it began with, or start without --resume"
         )
-    if pruner.folder is None and pruner.runs not in (0, 1):
-        raise SettingError(
-            f"folder: {name} needs {pruner.runs or 'several'} trainings, and TicketTask trains one; create the pruner "
-            "with a folder and train again with the same one until the ticket is trained"
-        )
-    run = next(pruner, None)
-    if run is not None and run.reads_only:
-        raise SettingError(
-            f"pruner: {name} reads the gradients of a few batches before any training; run it in a loop of your own or "
-            "with `timm-tickets search`, then give TicketTask the ticket"
-        )
-    return run
+
+
+class TicketTask(Ticketed, ClassificationTask):
+    """A `ClassificationTask` that trains a ticket, or one run of a pruner: what `wrap` makes of one, in one call.
+
+    Args:
+        model: The model to train, as timm created it; before ``torch.compile`` and DDP.
+        ticket, pruner, start, start_epoch, folder, epochs: As for `wrap`.
+        **kwargs: As for `ClassificationTask`; all others are settings of the pruner.
+
+    Raises:
+        SettingError: As `wrap`.
+        TicketError: The ticket does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *args: Any,
+        ticket: Ticket | str | Path | None = None,
+        pruner: Pruner | str | None = None,
+        start: Start | None = None,
+        start_epoch: float | None = None,
+        folder: str | Path | None = None,
+        epochs: int | None = None,
+        **kwargs: Any,
+    ):
+        settings = {key: kwargs.pop(key) for key in [*kwargs] if key not in _OWN}
+        if not args and _WANTS_CRITERION:
+            kwargs.setdefault("criterion", nn.CrossEntropyLoss())
+        super().__init__(model, *args, **kwargs)
+        self._take_(given(unwrap_model(model), ticket, pruner, start, start_epoch, folder, epochs, settings))
+
+
+def wrap(
+    task: T,
+    *,
+    ticket: Ticket | str | Path | None = None,
+    pruner: Pruner | str | None = None,
+    start: Start | None = None,
+    start_epoch: float | None = None,
+    folder: str | Path | None = None,
+    epochs: int | None = None,
+    **settings: Any,
+) -> T:
+    """Have one of timm's tasks train a ticket, or one run of a pruner. In timm's train.py::
+
+        from timm_tickets import wrap
+        task = wrap(task, ticket="resnet18.ticket")                     # once the task is there, whichever it is
+        optimizer, loader_train = task.attach(optimizer, loader_train)  # once both are there
+
+    Pruned weights are exactly zero in the model and in its EMA; ``sparsity`` joins the metrics of the task's evaluator.
+    Checkpoints have timm's own keys; the masks, and how far a run has come, are in their ``task_state``, and
+    ``--resume`` checks that it goes on with the same ticket or run. While a pruner is still on its way to the asked
+    sparsity, epochs do not count for timm's best checkpoint once it is reached.
+
+    One training is one run. A pruner that cuts before training (``magnitude``, ``random``) asks for none: its ticket is
+    what is trained. A pruner of one run (``gradual``, ``set``, ``rigl``) is done with the training. One of several
+    (``imp``, ``colt``) is chained by its folder: each call of train.py with the same folder trains the next run. A run
+    is written down with the first checkpoint after its last epoch, and after the last run ``final.ticket`` is in the
+    folder; a call after that trains it. Validation stays train.py's, over all classes.
+
+    Of weight-standardised layers (NFNet, BiT, hybrid ViT) what an output channel keeps is held at mean zero, so that a
+    plain timm model, which standardises the checkpoint's weights, computes the sparse network too.
+
+    Args:
+        task: A task, before it is compiled or distributed; it is changed in place.
+        ticket: A ticket, or the path of one.
+        pruner: The name of a pruner, whose settings follow; or a pruner of the task's model.
+        start: Whose weights a ticket's training starts from: the ``ticket``'s (where not given); the ``model``'s, as
+            ``--initial-checkpoint`` has given them; or ``transfer``, the ticket's on a model with another head.
+        start_epoch: Epochs of the schedule that lie before a ticket's weights; where not given, those of its rewind
+            point.
+        folder: Where a search by a pruner's name is written down.
+        epochs: How many the script trains: train.py's ``args.epochs``, and its cooldown epochs.
+        **settings: Of the pruner.
+
+    Returns:
+        The task.
+
+    Raises:
+        SettingError: Not one of ticket and pruner; a pruner whose runs are no plain trainings of one model, or were
+            created for other epochs; or a task that is wrapped already.
+        TicketError: The ticket does not fit the model.
+    """
+    if not isinstance(task, TrainingTask):
+        raise SettingError(f"task: a {type(task).__name__} is none of timm's training tasks (timm.task)")
+    if isinstance(task, Ticketed):
+        raise SettingError("task: it trains a ticket or a run already; wrap it once")
+    model = unwrap_model(task.get_eval_model())
+    trained = given(model, ticket, pruner, start, start_epoch, folder, epochs, settings)
+    wrapped: Any = task
+    wrapped.__class__ = _ticketed(type(task))
+    wrapped._take_(trained)
+    return wrapped
+
+
+@functools.cache
+def _ticketed(kind: type[TrainingTask]) -> type[TrainingTask]:
+    return type(kind.__name__, (Ticketed, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _has_one_label(task: TrainingTask) -> bool:
+    return isinstance(task, ClassificationTask) and not getattr(task, "multi_label", False)
+
+
+def _unfinished(run: Training, pruner: Pruner) -> str:
+    """What a run that was begun and has not come to its end has reached; empty for any other."""
+    if not run.step or run.complete:
+        return ""
+    told = f"{place(run, pruner)} of {pruner.method.name} ended at epoch {run.position:.3g} of {run.schedule_epochs}"
+    if run.request.after_step is not None:
+        told += f", at sparsity {run.sparsity:.4f} of the asked {pruner.method.sparsity:g}"
+    if pruner.folder is not None:
+        told += f", and is not written down in {pruner.folder}"
+    return f"{told}. Go on with --resume; or, if these were all epochs, create the pruner with epochs=args.epochs"
+
+
+def _tell_end(run: Training, pruner: Pruner) -> None:
+    """Called when a task is gone, or Python ends: train.py tells its task nothing of its end."""
+    if told := _unfinished(run, pruner):
+        _logger.warning(told)
 
 
 def _equal(one: Masks, other: Masks) -> bool:

@@ -24,6 +24,7 @@ from ..sparse.wrappers import plain_model
 from . import reader, writer
 from .address import ticket_at
 from .header import fingerprint, pruned_value
+from .split_norm import split_as
 from .transfer import corresponding, not_weights
 
 
@@ -128,10 +129,23 @@ class Ticket:
         """
         inner = _plain(model)
         self.check_architecture(inner)
-        self._check_names(inner.state_dict())
+        values = split_as(self.values, inner)
+        self._check_names(inner.state_dict(), values)
         self._check_masks(inner)
-        load_state_(inner, self.state())
+        load_state_(inner, split_as(self.state(), inner))
         Subnet(inner, tuple(self.masks)).set_mask_(self.masks)  # moves what standardised layers keep to mean zero
+        return model
+
+    def mask_(self, model: nn.Module) -> nn.Module:
+        """Prune a model of the same architecture as the ticket is, and leave it its own weights.
+
+        Raises:
+            TicketError: Another architecture, or a mask over what is not a parameter; the model is unchanged.
+        """
+        inner = plain_model(model)
+        self.check_architecture(inner)
+        self._check_masks(inner)
+        Subnet(inner, tuple(self.masks)).set_mask_(self.masks)
         return model
 
     def check_architecture(self, model: nn.Module) -> None:
@@ -198,9 +212,9 @@ class Ticket:
         subnet.hold_(optimizer)
         return optimizer
 
-    def _check_names(self, state: Mapping[str, Tensor]) -> None:
-        missing = [name for name in self.values if name not in state]
-        extra = [name for name in state if name not in self.values]
+    def _check_names(self, state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        missing = [name for name in values if name not in state]
+        extra = [name for name in state if name not in values]
         if missing or extra:
             raise TicketError(
                 f"the ticket does not fit this model: {len(missing)} of its tensors are not in the model "
@@ -208,7 +222,7 @@ class Ticket:
                 f"({', '.join(extra[:3]) or 'none'}); create the architecture the ticket was found on, and apply it "
                 "before reparameterize_model"
             )
-        self._check_shapes(state, self.values)
+        self._check_shapes(state, values)
 
     def _check_masks(self, model: nn.Module) -> None:
         weights = dict(model.named_parameters())
@@ -225,7 +239,9 @@ class Ticket:
             if state[name].shape != value.shape:
                 raise TicketError(
                     f"{shown(name)} is {list(value.shape)} in the ticket and {list(state[name].shape)} in the model; "
-                    "create the model with the ticket's num_classes, in_chans and img_size"
+                    "create the model with the ticket's num_classes, in_chans and img_size; or carry the ticket "
+                    "over to this model with `ticket.transfer_(model)` (of `wrap` and `timm-tickets run`, the start "
+                    "'transfer')"
                 )
 
 
