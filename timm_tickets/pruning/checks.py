@@ -10,7 +10,7 @@ from ..core.states import digest
 from ..core.warn import warn
 from ..distributed.collectives import check_same_everywhere
 from ..distributed.processes import world_size
-from ..sparse.standardised import lone_weights
+from ..sparse.standardised import lone_weights, only_lone_weights
 from ..sparse.subnet import Subnet
 from .method import Method
 
@@ -74,6 +74,9 @@ class EmptyLayers:
         if subnet.gates and not subnet.sealed:
             return
         empty = collapsed(subnet.mask)
+        if self.method.collapse != "prevent":  # that keeps a layer's best weight, which standardising makes zero
+            empty += [n for n in subnet.names if n in subnet.standardised and only_lone_weights(subnet.mask[n])]
+            empty = list(dict.fromkeys(empty))
         new = [name for name in empty if name not in self._told]
         self._told += new
         if not new:
