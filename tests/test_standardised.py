@@ -262,6 +262,19 @@ def test_channels_that_keep_a_single_weight_are_counted_at_the_end():
     assert all((ticket.masks[key].flatten(1).sum(1) == 1).sum() == 2 for key in standardised(model))
 
 
+@pytest.mark.filterwarnings("ignore:.*keep a single weight")
+@pytest.mark.parametrize("collapse", ["warn", "error"])
+def test_a_layer_of_single_weights_counts_as_pruned_to_nothing(collapse):
+    model = build("grouped")
+    with torch.no_grad():  # in the first, every channel keeps its first weight alone
+        model[1][0].weight *= 1e-3
+        model[1][0].weight[:, 0, 0, 0] = 1
+    told = "1 of 4 layers are pruned to nothing: 1.0.weight"
+    caught = pytest.warns(UserWarning, match=told) if collapse == "warn" else pytest.raises(tt.SettingError, match=told)
+    with caught:
+        _ = tt.create_pruner("magnitude", model, sparsity=0.3, exclude=["0.weight"], collapse=collapse).ticket
+
+
 def test_channels_that_are_split_are_refused(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -15,7 +15,7 @@ from ..distributed.processes import world_size
 from ..sparse.describe import model_name
 from ..sparse.gates import Gate
 from ..sparse.holder import is_held
-from ..sparse.standardised import lone_weights
+from ..sparse.standardised import lone_weights, only_lone_weights
 from ..sparse.subnet import Subnet
 from ..sparse.wrappers import plain_model
 from .method import Method
@@ -173,6 +173,9 @@ class EmptyLayers:
         if subnet.gates and not subnet.sealed:
             return
         empty = collapsed(subnet.mask)
+        if self.method.collapse != "prevent":  # that keeps a layer's best weight, which standardising makes zero
+            empty += [n for n in subnet.names if n in subnet.standardised and only_lone_weights(subnet.mask[n])]
+            empty = list(dict.fromkeys(empty))
         new = [name for name in empty if name not in self._told]
         self._told += new
         if not new:

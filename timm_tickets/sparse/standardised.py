@@ -84,6 +84,11 @@ def check_channels(name: str, weight: Tensor) -> None:
         )
 
 
+def only_lone_weights(mask: Tensor) -> bool:
+    """Whether no output channel of a standardised layer keeps two weights, so that all of it is zero."""
+    return mask[0].numel() > 1 and int(mask.flatten(1).sum(1).max()) < 2
+
+
 def lone_weights(masks: Mapping[str, Tensor]) -> dict[str, int]:
     """How many output channels of these layers keep a single weight, by name, where any do."""
     alone = {name: int((mask.flatten(1).sum(1) == 1).sum()) for name, mask in masks.items() if mask[0].numel() > 1}
