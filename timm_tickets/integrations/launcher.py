@@ -27,7 +27,8 @@ from timm.task.task import TrainingTask
 from ..core.errors import SettingError, check, shown
 from ..pruning.registry import get_method
 from ..tickets.ticket import Ticket, load_ticket
-from .timm_task import Ticketed, wrap
+from .ticketed import Ticketed
+from .timm_task import wrap
 from .trained import Start
 
 _logger = logging.getLogger(__name__)

@@ -123,7 +123,8 @@ def _created(
     pruner = Pruner(check(get_method(str(given)), settings, "pruner"), model, folder)
     if epochs is None and pruner.runs != 0 and not pruner.subnet.gates:
         raise SettingError(
-            f"epochs: {given} needs to know how many the script trains; give epochs=args.epochs, as train.py's --epochs"
+            f"epochs: {given} needs to know how many the script trains; give epochs=args.epochs of train.py "
+            "(--set epochs=N of `timm-tickets run`, where the script parses none)"
         )
     return pruner
 
