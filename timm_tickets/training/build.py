@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 from accelerate.utils import set_seed
+from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import load_checkpoint
 from torch import nn
@@ -165,6 +166,22 @@ def check_batch(t: Any, model: nn.Module, count: int, size: Sequence[int]) -> No
 def mixes(t: Any) -> bool:
     """Whether the training settings ask for mixup or cutmix, which make targets soft."""
     return t.mixup > 0 or t.cutmix > 0 or t.cutmix_minmax is not None
+
+
+def mixup_of(t: Any, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix of the training settings, None where there are none."""
+    if not mixes(t):
+        return None
+    return Mixup(
+        mixup_alpha=t.mixup,
+        cutmix_alpha=t.cutmix,
+        cutmix_minmax=t.cutmix_minmax,
+        prob=t.mixup_prob,
+        switch_prob=t.mixup_switch_prob,
+        mode=t.mixup_mode,
+        label_smoothing=t.smoothing,
+        num_classes=num_classes,
+    )
 
 
 def criterion_of(t: Any) -> nn.Module:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedType, set_seed
-from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
@@ -33,7 +32,7 @@ from ..pruning.training import Training
 from ..sparse.subnet import Subnet
 from ..storage.files import write_state
 from .best import Best
-from .build import building, channels_of, check_batch, criterion_of, mixes
+from .build import building, channels_of, check_batch, criterion_of, mixup_of
 from .checkpointing import Prepared, Progress, Saving, Silent
 from .epoch_log import EpochLog, nothing_yet
 from .finite_check import Watch
@@ -94,18 +93,7 @@ class Trainer:
         self._second_order = getattr(optimizer, "is_second_order", False)
         scaler = self.accelerator.scaler
         self._fresh_scaler = None if scaler is None else scaler.state_dict()
-        self.mixup = None
-        if mixes(t):
-            self.mixup = Mixup(
-                mixup_alpha=t.mixup,
-                cutmix_alpha=t.cutmix,
-                cutmix_minmax=t.cutmix_minmax,
-                prob=t.mixup_prob,
-                switch_prob=t.mixup_switch_prob,
-                mode=t.mixup_mode,
-                label_smoothing=t.smoothing,
-                num_classes=data.num_classes,
-            )
+        self.mixup = mixup_of(t, data.num_classes)
         self.criterion = criterion_of(t)
 
     @property
