@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -156,7 +157,7 @@ def test_the_first_layer_stays_whole_where_asked(model, name):
     with pytest.raises(
         tt.SettingError, match=r"pruner\.dense_first: \d+ weights are to be pruned, and the other layers"
     ):
-        list(tt.create_pruner(name, model, sparsity=0.9999, dense_first=True))
+        list(tt.create_pruner(name, timm.create_model("test_resnet"), sparsity=0.9999, dense_first=True))
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

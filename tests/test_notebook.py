@@ -76,11 +76,11 @@ def test_a_second_pruner_says_that_the_model_has_been_pruned(tmp_path):
     pruner_of(IMP, model, sparsity=0.5, folder=tmp_path)  # continued: it begins with the values of then
 
 
-def test_layers_that_begin_as_zeros_are_not_called_pruned():
+def test_layers_that_begin_as_zeros_and_dead_filters_are_not_called_pruned():
     model = fresh()
     with torch.no_grad():
-        model.layer1[0].conv1.weight.zero_()
-        model.layer1[0].conv2.weight[0, 0, 0, 0] = 0
+        model.layer4[0].conv1.weight.zero_()
+        model.layer1[0].conv2.weight[:4] = 0
     pruner_of(IMP, model)
 
 

@@ -42,13 +42,14 @@ def refuse_gated(model: nn.Module) -> None:
 def tell_used(subnet: Subnet) -> None:
     """Say where a model has been through a search before: another one begins with every weight kept, as it then is.
 
-    A layer that is zero throughout is how some models begin.
+    A layer that is zero throughout is how some models begin, and trained ones have a few dead filters: ImageNet's
+    efficientnet_lite0 has 0.2 % of zeros. So little is passed over.
     """
     weights = [local(weight) for weight in subnet.weights().values() if not weight.is_meta]
     zeros = [int((weight == 0).sum()) for weight in weights]
     found = []
-    if any(0.01 <= count / weight.numel() < 1 for count, weight in zip(zeros, weights, strict=True)):
-        size, layers = sum(weight.numel() for weight in weights), sum(map(bool, zeros))
+    size, layers = sum(weight.numel() for weight in weights), sum(map(bool, zeros))
+    if sum(count for count, weight in zip(zeros, weights, strict=True) if count < weight.numel()) > 0.05 * size:
         found.append(
             f"{sum(zeros):,} of its {size:,} prunable weights are exactly zero already, in {layers} of "
             f"{len(weights)} layers"
