@@ -107,6 +107,7 @@ def test_a_search_stopped_within_a_run_goes_on_in_another_process(tmp_path, monk
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.filterwarnings("ignore:.*been through a pruner")
 def test_a_checkpoint_of_a_pruner_belongs_to_one_run(model, tmp_path):
     pruner = tt.create_pruner("imp", model, sparsity=0.75, prune_rate=0.5, folder=tmp_path)
     assert pruner.state_dict() == {"run": None}
