@@ -537,7 +537,7 @@ def test_a_ticket_in_the_middle_of_a_run_starts_where_its_values_are(model):
 
 
 def test_only_the_process_that_writes_needs_the_folder(model, monkeypatch, tmp_path):
-    for module in ("pruner", "history", "run_files"):
+    for module in ("pruner", "run_files"):
         monkeypatch.setattr(f"timm_tickets.pruning.{module}.is_writer", lambda: False)
     # What a search begins with is written by whoever decides for all, which no test with one process can play twice.
     monkeypatch.setattr("timm_tickets.pruning.history.begun", lambda folder, identity, state, recipe: (state, None))

@@ -328,7 +328,6 @@ class Pruner(Iterator[Training]):
         identity = {**self.method.described(), "model": self.metadata["model"]["architecture"], "tensors": shapes}
         recipe = self.metadata.get("recipe")
         state = self.history.begin_(identity, state, recipe.get("hash") if isinstance(recipe, dict) else None)
-        subnet.set_mask_(subnet.mask)  # standardised layers may still have those of another search or ticket
         subnet.load_(state)
         self._draft.shapes = {name: value.shape for name, value in state.items()}
         subnet.strange = {name: value.clone() for name, value in state.items() if not value.isfinite().all()}
