@@ -93,7 +93,8 @@ def test_padding_is_a_count_of_pixels(wrong):
 
 
 def settings(root, **more):
-    return DataSettings(**{"dataset": "folder", "data_dir": str(root), "val_split": "val", "workers": 0, **more})  # pyright: ignore
+    where = None if more.get("dataset") == "digits" else str(root)
+    return DataSettings(**{"dataset": "folder", "data_dir": where, "val_split": "val", "workers": 0, **more})  # pyright: ignore
 
 
 @pytest.fixture
@@ -411,7 +412,7 @@ def test_images_in_a_table(root):
     ("given", "channels", "text"),
     [
         ({"input_img_mode": "L"}, 3, "mode L has 1 channels, and the model takes 3; set data.input_img_mode=RGB, or"),
-        ({"input_img_mode": "L", "dataset": "digits", "val_split": None}, 3, "mode L has 1 channels"),
+        ({"input_img_mode": "L", "dataset": "digits", "data_dir": None, "val_split": None}, 3, "mode L has 1 channels"),
         ({}, 1, "mode RGB has 3 channels, and the model takes 1; set data.input_img_mode=L, or model.in_chans=3"),
         ({"input_img_mode": "L"}, 1, r"data.mean: has 3 values \(0.5, 0.5, 0.5\), and the model takes 1 channels"),
     ],
