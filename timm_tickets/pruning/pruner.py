@@ -65,6 +65,7 @@ class Pruner(Iterator[Training]):
         self.method = method
         self.subnet = Subnet(model, prunable_names(model, method.include, method.exclude, method.classifier))
         keep_count(total(self.subnet.mask), method.sparsity)  # refused now, not after the first training
+        object.__setattr__(method, "pairs", self.subnet.standardised)  # frozen are its settings only
         described = describe_model(self.subnet.model)  # before gates hide the stem's weight
         method.prepare_(self.subnet)
         self.history = History(None if folder is None else Path(folder))
