@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn import functional
 
 import timm_tickets as tt
+from timm_tickets.pruning.checks import EmptyLayers, warn_of_lone_weights
 from timm_tickets.sparse.gates import _Product
 from timm_tickets.sparse.standardised import centred, check_channels, prune_
 
@@ -250,29 +252,45 @@ def test_gradients_are_those_of_the_weights_that_may_move():
     torch.testing.assert_close(model[0].weight.grad, expected)
 
 
-def test_channels_that_keep_a_single_weight_are_counted_at_the_end():
-    model = build("grouped")
-    with torch.no_grad():
-        for layer in standardised(model).values():
-            layer.weight[1:3, 1:] *= 1e-3
-            layer.weight[1:3, 0].view(2, -1)[:, 1:] *= 1e-3
-    with pytest.warns(UserWarning, match=r"magnitude: 8 of 32 output .* single weight \(1\.0\.weight 2, ") as seen:
-        ticket = tt.create_pruner("magnitude", model, sparsity=0.3, exclude=["0.weight"]).ticket
-    assert len(seen) == 1
-    assert all((ticket.masks[key].flatten(1).sum(1) == 1).sum() == 2 for key in standardised(model))
+def lonely(*layers):
+    """A subnet of the grouped model, two channels in these of its layers, all in the first, keeping one weight."""
+    subnet = tt.Subnet(build("grouped"), [f"{layer}.0.weight" for layer in range(1, 5)])
+    masks = subnet.mask
+    for layer in layers:
+        mask = masks[f"{layer}.0.weight"]
+        mask[slice(None) if layer == 1 else slice(2)] = False
+        mask[slice(None) if layer == 1 else slice(2), 0, 0, 0] = True
+    subnet.set_mask_(masks)
+    return subnet
 
 
-@pytest.mark.filterwarnings("ignore:.*keep a single weight")
+def test_channels_that_keep_a_single_weight_are_counted():
+    told = r"imp: 4 of 32 output .* single weight \(2\.0\.weight 2, 4\.0\.weight 2\), which standardising makes zero"
+    with pytest.warns(UserWarning, match=told):
+        warn_of_lone_weights("imp", lonely(2, 4))
+
+
 @pytest.mark.parametrize("collapse", ["warn", "error"])
 def test_a_layer_of_single_weights_counts_as_pruned_to_nothing(collapse):
-    model = build("grouped")
-    with torch.no_grad():  # in the first, every channel keeps its first weight alone
-        model[1][0].weight *= 1e-3
-        model[1][0].weight[:, 0, 0, 0] = 1
     told = "1 of 4 layers are pruned to nothing: 1.0.weight"
     caught = pytest.warns(UserWarning, match=told) if collapse == "warn" else pytest.raises(tt.SettingError, match=told)
     with caught:
-        _ = tt.create_pruner("magnitude", model, sparsity=0.3, exclude=["0.weight"], collapse=collapse).ticket
+        EmptyLayers(SimpleNamespace(name="imp", collapse=collapse)).check(lonely(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*keep a single weight")
+@pytest.mark.parametrize("more", [{}, {"scope": "layerwise"}, {"sparsity": 0.97, "collapse": "prevent"}])
+def test_a_cut_keeps_two_weights_of_a_channel_or_none(more):
+    """But for one at the threshold: of two that rank alike, the last of all that are kept."""
+    settings = {"sparsity": 0.9, **more}
+    model = build("test_nfnet")
+    ticket = tt.create_pruner("magnitude", model, **settings).ticket
+    rows = {key: ticket.masks[key].flatten(1).sum(1) for key in standardised(model)}
+    alone = [int((row == 1).sum()) for row in rows.values()]
+    assert max(alone) <= 1
+    assert "scope" in more or sum(alone) <= 1
+    assert ticket.sparsity == pytest.approx(settings["sparsity"], abs=1e-5)
+    assert "collapse" not in more or all(row.max() > 1 for row in rows.values())
 
 
 def test_channels_that_are_split_are_refused(tmp_path):

@@ -137,6 +137,7 @@ def cut(
     scope: Scope = "global",
     distribution: Distribution = "uniform",
     spare: Collection[str] = (),
+    pairs: Collection[str] = (),
 ) -> Masks:
     """Of what masks keep, the weights with the highest scores.
 
@@ -149,6 +150,7 @@ def cut(
             ``epl`` keep what `budgets` gives each layer.
         spare: Layers that keep at least their best weight, whatever the others then lose; those that have none left
             stay empty.
+        pairs: Layers in which an output channel's second-best weight ranks with its best: where one alone does nothing.
 
     Returns:
         New masks, with exactly ``keep`` weights kept.
@@ -176,11 +178,13 @@ def cut(
             if not keeps[name]:
                 keeps[max(keeps, key=lambda one: keeps[one] - (one in spare))] -= 1
                 keeps[name] = 1
-        return keep_best(masks, scores, keeps)
+        ranked = Lazy(masks, lambda n: _paired(_alive(masks[n], scores[n])) if n in pairs else scores[n])
+        return keep_best(masks, ranked, keeps)
 
     def alive(name: str) -> Tensor:
         score = _alive(masks[name], scores[name])
-        return score.masked_fill(top(score, 1), torch.inf) if name in spare else score
+        score = score.masked_fill(top(score, 1), torch.inf) if name in spare else score
+        return _paired(score) if name in pairs else score
 
     check_count(keep, total(masks))
     if keep == 0:
@@ -221,6 +225,14 @@ def _alive(mask: Tensor, score: Tensor) -> Tensor:
     # Half precision is compared in float32: kthvalue lacks it on some devices.
     score = score.detach().to(mask.device, torch.promote_types(score.dtype, torch.float32))
     return score.masked_fill(~mask, -torch.inf)
+
+
+def _paired(score: Tensor) -> Tensor:
+    """Scores, the second-best of each output channel as high as its best; -inf stays."""
+    rows = score.flatten(1)
+    best, first = rows.max(1, keepdim=True)
+    second, at = rows.scatter(1, first, -torch.inf).max(1, keepdim=True)
+    return rows.scatter(1, at, best.where(second > -torch.inf, rows.gather(1, at))).view_as(score)
 
 
 def collapsed(masks: Mapping[str, Tensor]) -> list[str]:

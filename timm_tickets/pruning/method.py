@@ -33,11 +33,13 @@ class Method(metaclass=Settings):
         name: The registered name.
         ends_trained: Whether the ticket's values are final, found in the search itself: nobody trains it again.
         reads_gradients: Whether it takes gradients other than by ``backward``.
+        pairs: Names of the weights that the model standardises, of which a channel keeps two or none; from its pruner.
     """
 
     name: ClassVar[str] = ""
     ends_trained: ClassVar[bool] = False
     reads_gradients: ClassVar[bool] = False
+    pairs: ClassVar[Collection[str]] = ()
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights to prune")]
     epochs: Annotated[int, Field(ge=1, description="epochs of one training run")] = 20
@@ -93,7 +95,9 @@ class Method(metaclass=Settings):
         distribution: Distribution = getattr(self, "distribution", "uniform")
         if spare is None:
             spare = masks if self.collapse == "prevent" else ()
-        return cut(masks, scores, keep, scope, distribution, spare)
+        # Scores of another shape are a method's own rows of them.
+        pairs = [name for name in masks if name in self.pairs and masks[name].ndim > 1]
+        return cut(masks, scores, keep, scope, distribution, spare, pairs)
 
     def described(self) -> dict[str, Any]:
         """The registered name and every setting, as JSON types."""

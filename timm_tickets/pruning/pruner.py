@@ -65,6 +65,7 @@ class Pruner(Iterator[Training]):
         refuse_gated(model)
         self.subnet = Subnet(model, prunable_names(model, method.include, method.exclude, method.classifier))
         keep_count(total(self.subnet.mask), method.sparsity)  # refused now, not after the first training
+        object.__setattr__(method, "pairs", self.subnet.standardised)  # frozen are its settings only
         described = describe_model(self.subnet.model)  # before gates hide the stem's weight
         self.history = History(None if folder is None else Path(folder))
         if self.folder is None or not is_begun(self.folder):  # else it begins with the values of then
