@@ -1,10 +1,12 @@
 """Method: what every pruning method can be told, and what it has to say."""
 
+import copy
 from collections.abc import Collection, Generator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 from torch import Tensor
+from typing_extensions import Self
 
 from ..core.draws import MAX_SEED
 from ..core.errors import SettingError
@@ -52,6 +54,12 @@ class Method(metaclass=Settings):
         Literal["warn", "prevent", "error"],
         Field(description="a layer pruned to nothing: report it, keep its best weight, or refuse it"),
     ] = "warn"
+
+    def on(self, subnet: Subnet) -> Self:
+        """This method as the pruner of a model has it: told which weights that standardises."""
+        bound = copy.copy(self)
+        object.__setattr__(bound, "pairs", subnet.standardised)  # frozen are its settings only
+        return bound
 
     def prepare_(self, subnet: Subnet) -> None:
         """Called once, when the pruner is created: refuse a model that does not suit, attach gates, freeze.

@@ -61,11 +61,10 @@ class Pruner(Iterator[Training]):
     """
 
     def __init__(self, method: Method, model: nn.Module, folder: str | Path | None = None):
-        self.method = method
         refuse_gated(model)
         self.subnet = Subnet(model, prunable_names(model, method.include, method.exclude, method.classifier))
         keep_count(total(self.subnet.mask), method.sparsity)  # refused now, not after the first training
-        object.__setattr__(method, "pairs", self.subnet.standardised)  # frozen are its settings only
+        self.method = method = method.on(self.subnet)
         described = describe_model(self.subnet.model)  # before gates hide the stem's weight
         self.history = History(None if folder is None else Path(folder))
         if self.folder is None or not is_begun(self.folder):  # else it begins with the values of then
