@@ -51,7 +51,7 @@ def write_model(folder: Path, name: str, recipe: Recipe, data: Data, model: nn.M
     Raises:
         OSError: One cannot be read or written.
     """
-    source = folder / name / ("model_ema.safetensors" if recipe.training.model_ema else MODEL)
+    source = folder / name / ("model_ema.safetensors" if _averaged(folder / name, recipe) else MODEL)
     if not source.is_file():
         raise DamagedError(f"{source} is missing; delete {folder / name / RECORD}, and the same command makes it again")
     write_same(source, folder / MODEL)
@@ -60,6 +60,11 @@ def write_model(folder: Path, name: str, recipe: Recipe, data: Data, model: nn.M
     if recipe.training.keep_best and (folder / best / BEST).is_file():
         write_same(folder / best / BEST, folder / BEST)
     return {one: sha256(folder / one) for one in (MODEL, CONFIG, BEST) if (folder / one).exists()}
+
+
+def _averaged(run: Path, recipe: Recipe) -> bool:
+    """Whether an average of the weights was scored: not where a ticket was final, and was not trained."""
+    return recipe.training.model_ema and (run / EPOCHS).exists()
 
 
 def config_of(recipe: Recipe, data: Data, model: nn.Module) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def tell_files(folder: Path, recipe: Recipe, rows: Sequence[dict[str, Any]], nam
     names = [row["name"] for row in rows]
     row = rows[names.index(name)]
     metrics, epoch = row["metrics"], row["metrics"].get("val_epoch_best")
-    weights = "average of the weights" if recipe.training.model_ema else "weights"
+    weights = "average of the weights" if _averaged(folder / name, recipe) else "weights"
     best = ", the best on validation too" if epoch == row["epochs"] else ""
     found = {
         MODEL: f"the trained model: {name}, {weights} after the last epoch{best} (val {metrics['val_top1']:.2f}, "
