@@ -150,7 +150,7 @@ COMMANDS = [
     ("transfer one.ticket digits_imp --control denze", "control: 'denze' is unknown; did you mean 'dense'?"),
     ("push one.ticket hub", "to: 'hub' is not valid; write hf-hub:user/name, or local-dir:path for a folder"),
     ("push one.ticket hf-hub:me", "to: 'hf-hub:me' is not valid; write hf-hub:user/name"),
-    ("list impp", "pattern: 'impp' is unknown; did you mean 'imp'? Valid: colt"),
+    ("list impp", "pruner or tweak: 'impp' is unknown; did you mean 'imp'? Valid: colt"),
     ("inspect resnet1", "architecture: 'resnet1' is unknown; did you mean 'resnet"),
     ("inspect test_resnet --set num_classes=ten", "architecture: 'test_resnet' cannot be built with {{'num_classes': "
      "'ten'}}: TypeError"),
@@ -315,7 +315,7 @@ SNIPPETS = {
     "no such ticket": (lambda: tt.load_ticket("nowhere.ticket"), "there is no ticket at nowhere.ticket"),
     "neither ticket nor pruner": (
         lambda: tt.TicketTask(model=model(), criterion=nn.CrossEntropyLoss()),
-        "TicketTask: give either a ticket to train, or a pruner to search with",
+        "task: give either a ticket to train, or a pruner to search with",
     ),
 }
 
