@@ -214,10 +214,10 @@ def test_stopped_at_any_epoch_it_continues_to_the_same_ticket(whole, tmp_path, m
     "settings",
     [
         ["pruner.name=edge_popup", "pruner.scale=dynamic", "pruner.scope=global"],
-        ["pruner.name=colt", "pruner.prune_rate=0.7"],
         *(
-            pytest.param(settings, marks=pytest.mark.slow)  # rigl and this one in CI: tests/test_faults.py
+            pytest.param(settings, marks=pytest.mark.slow)  # in CI tests/test_faults.py kills several kinds
             for settings in (
+                ["pruner.name=colt", "pruner.prune_rate=0.7"],
                 ["pruner.name=frozen_slt"],
                 ["pruner.name=jackpot"],
                 ["pruner.name=continuous_sparsification", "pruner.rounds=2", "pruner.rewind=1ep"],
@@ -259,7 +259,7 @@ def test_every_kind_of_search_continues_within_a_run_to_the_same_ticket(tmp_path
     assert scores[0] == scores[1]
 
 
-@pytest.mark.parametrize("name", ["write_summary", "plot"])
+@pytest.mark.parametrize("name", ["plot", pytest.param("write_summary", marks=pytest.mark.slow)])
 def test_stopped_after_the_last_training_it_only_reports(whole, tmp_path, monkeypatch, name):
     def stop(*_):
         raise Stop

@@ -452,12 +452,13 @@ def test_an_override_out_of_bounds_is_refused(override):
     assert len(str(error.value)) < 1000
 
 
-def test_three_hundred_hostile_recipes_load_or_are_refused(tmp_path):
+@pytest.mark.parametrize("count", [100, pytest.param(300, marks=pytest.mark.slow)])
+def test_hostile_recipes_load_or_are_refused(tmp_path, count):
     script = Path(hostile_recipes.__file__)
-    out = subprocess.run([sys.executable, script, tmp_path, "300"], capture_output=True, text=True)
+    out = subprocess.run([sys.executable, script, tmp_path, str(count)], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     result = json.loads(out.stdout)
-    assert result["loaded"] + result["refused"] == result["files"] == 300
-    assert result["loaded"] > 10
-    assert result["refused"] > 200
+    assert result["loaded"] + result["refused"] == result["files"] == count
+    assert result["loaded"] > count / 30
+    assert result["refused"] > count * 2 / 3
     assert result["memory"] < 64 * 2**20
