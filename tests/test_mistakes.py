@@ -399,3 +399,10 @@ def test_an_error_of_ours_is_kept_whole_in_a_file_and_told_in_a_line(folder, mon
     assert "in broken" in report.read_text()
     monkeypatch.setattr("tempfile.tempdir", str(folder / "nowhere"))
     assert "Traceback" in call("search", "digits_imp", "--restart").stderr
+
+
+def test_a_pretrained_ticket_of_another_architecture_than_its_tag_is_refused_without_the_weights(folder):
+    state = model().state_dict()
+    found = tt.Ticket(ticket().masks, state, {}, tt.Pretrained("test_vit.r160_in1k", state))
+    found.save("forged.ticket")
+    refused(["info", "forged.ticket"], "forged.ticket needs the pretrained weights 'test_vit.r160_in1k': ")
