@@ -9,6 +9,7 @@ import timm
 import torch
 from commands import call
 from pictures import make
+from timm.task import ClassificationTask
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_tickets as tt
@@ -66,6 +67,16 @@ def test_the_loop_and_its_ticket(names):
         names["optimizer"].step()
     assert not any(module._forward_hooks for module in names["model"].modules())
     assert all(not names["model"].get_parameter(name)[~mask].any() for name, mask in ticket.masks.items())
+    (task,) = blocks("docs/timm_train.md")
+    model = timm.create_model("test_resnet", num_classes=10)
+    names |= {"task": ClassificationTask(model, torch.nn.CrossEntropyLoss()), "loader_train": names["loader"]}
+    names |= {"optimizer": torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), "metrics": {}}
+    exec(small(task), names)
+    for images, labels in names["loader_train"]:
+        names["task"].train()(images, labels)["loss"].backward()
+        names["optimizer"].step()
+    assert all(not model.get_parameter(name)[~mask].any() for name, mask in ticket.masks.items())
+    assert names["metrics"]["sparsity"] == pytest.approx(0.3, abs=1e-5)
 
 
 @pytest.mark.usefixtures("unregister")
