@@ -33,9 +33,8 @@ class ContinuousSparsification(Method):
     nearest to the asked sparsity is taken.
     `meet`: ``top`` keeps the largest s, exactly as many as asked; ``penalty`` keeps s > 0, whatever sparsity that is.
     `bake_scale`: tickets with c in their values were as good on digits at .95 (99.07 % with, 98.80 without, three
-    seeds) and better after an epoch of CIFAR-10 at .6 (67.7 with, 64.4 without).
-    A model that is evaluated in the middle of the search is the soft network, as in the released code.
-    Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says: what was suppressed
+    seeds) and better after an epoch of CIFAR-10 at .6 (67.7 with, 64.4 without). A model that is evaluated in the
+    middle of the search is the soft network, as in the released code. Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says: what was suppressed
     stays so; the released code resets beta first, and so revives it. Momentum starts anew each round; in the paper not.
     """
 
@@ -48,6 +47,9 @@ class ContinuousSparsification(Method):
     parallel: Annotated[tuple[float, ...], Field(description="several s0 to search at once")] = ()
     bake_scale: Annotated[bool, Field(description="multiply the ticket's weights by c = 1 / sigmoid(s0)")] = True
     penalise_scale: Annotated[bool, Field(description="penalise c times the soft mask, as released")] = False
+
+    def of_weights(self) -> str:
+        return "keeps every weight of a score above zero with meet=penalty" if self.meet == "penalty" else ""
 
     def prepare_(self, subnet: Subnet) -> None:
         subnet.gate_(lambda _, weight: SigmoidGate(new_scores(weight), torch.ones(weight.shape, dtype=torch.bool)))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..core.errors import SettingError
-from ..core.masks import keep_count, sparsity, total
+from ..core.masks import sparsity
 from ..distributed.collectives import share_
 from ..distributed.fsdp2 import local, reshard_
 from ..distributed.processes import apart, groups_of
@@ -62,9 +62,8 @@ class Pruner(Iterator[Training]):
     """
 
     def __init__(self, method: Method, model: nn.Module, folder: str | Path | None = None):
-        self.method = method
         self.subnet = Subnet(model, prunable_names(model, method.include, method.exclude, method.classifier))
-        keep_count(total(self.subnet.mask), method.sparsity)  # refused now, not after the first training
+        self.method = method = method.on(self.subnet)  # refused now, not after the first training
         described = describe_model(self.subnet.model)  # before gates hide the stem's weight
         method.prepare_(self.subnet)
         self.history = History(None if folder is None else Path(folder))
@@ -256,6 +255,7 @@ class Pruner(Iterator[Training]):
             name = "the ticket" if requests is None else f"round {self.rounds_done}"
             check_same_masks(name, subnet.mask)
             if requests is None:
+                subnet.notes += self.method.told(subnet.mask)
                 self._ended = True
                 return
             ends = yield from self._round(requests)

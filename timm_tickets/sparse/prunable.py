@@ -159,12 +159,13 @@ def prunable_names(
     return [part.name for part in inspect_model(model, include, exclude, classifier) if not part.why_not]
 
 
-def build_to_inspect(arch: str, arguments: Sequence[str] = ()) -> nn.Module:
-    """A timm model on the meta device, where nothing is allocated.
+def build_to_inspect(arch: str, arguments: Sequence[str] = (), device: str = "meta") -> nn.Module:
+    """A timm model, on the meta device, where nothing is allocated, unless said otherwise.
 
     Args:
         arch: A name of timm's registry.
         arguments: Of ``timm.create_model``, each as ``key=value``, the value in YAML.
+        device: Where it is built.
 
     Raises:
         SettingError: There is no such architecture, or it refuses the arguments.
@@ -176,7 +177,7 @@ def build_to_inspect(arch: str, arguments: Sequence[str] = ()) -> nn.Module:
         if not key or not sign:
             raise SettingError(f"--set: {key + sign!r} is not valid; write key=value, such as num_classes=10")
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             return timm.create_model(arch, **{key: yaml.safe_load(value) for key, _, value in pairs})
     except (TypeError, ValueError, RuntimeError, AssertionError, yaml.YAMLError) as error:
         raise SettingError(f"architecture: {arch!r} cannot be built with {', '.join(arguments)}: {error}") from error

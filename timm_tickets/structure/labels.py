@@ -1,8 +1,9 @@
 """Labels: which channel each number of a forward pass depends on, and which channels belong together.
 
-An *atom* is an index along a dimension of a matrix: a row that makes a channel, a column that reads one. Every tensor of
-a forward pass has a label for each of its numbers: the atom that it depends on, 0 where that is none that could go.
-Where a number depends on two atoms they are united: they can only go together.
+An *atom* is an index along a dimension of a matrix: a row that makes a channel, a column that reads one. Every tensor
+of a forward pass has a label for each of its numbers: the atom that it depends on, 0 where that is none that could go.
+Where a number depends on two atoms they are united: they can only go together. The labels themselves stay as they were,
+so that it can still be told which way the channels run.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,40 +63,40 @@ class Atoms:
         return root.masked_fill(self.stays[root], 0).float()
 
     def unite(self, one: Tensor, other: Tensor, why: str | None = None) -> Tensor:
-        """Unite labels element by element, and give the united ones; where one has none, the other.
+        """Unite labels element by element, and give one of each two: that which can go.
 
         Args:
             one: Labels.
             other: Labels of the same shape.
-            why: The operation, where it brings indices of one dimension together.
+            why: The operation, where it brings indices of one dimension together. Where it brings together all that
+                there are, they have to stay: they could only go all at once.
         """
-        one, other = self.living(one), self.living(other)
-        apart = (one != other) & (one > 0) & (other > 0)
+        mine, theirs = self.living(one), self.living(other)
+        apart = (mine != theirs) & (mine > 0) & (theirs > 0)
         if apart.any():
-            keys = one[apart].double() * len(self.parent) + other[apart].double()
+            keys = mine[apart].double() * len(self.parent) + theirs[apart].double()
             for key in keys.unique().long().tolist():
                 a, b = (self._root(atom) for atom in divmod(key, len(self.parent)))
                 if a != b:
                     low, high = min(a, b), max(a, b)
                     self.parent[high] = low
-                    if why is not None:
-                        self.mixed.setdefault(low, why)
-                    elif high in self.mixed:
-                        self.mixed.setdefault(low, self.mixed[high])
+                    if cause := why or self.mixed.get(high):
+                        self.mixed.setdefault(low, cause)
             while not torch.equal(up := self.parent[self.parent], self.parent):
                 self.parent = up
-            self.stays |= torch.zeros_like(self.stays).index_fill_(0, self.parent[self.stays], True)
-        return torch.where(one > 0, one, other)
+            if why is not None and self.living(one).unique().count_nonzero() == 1:
+                self.keep(one, f"{why} binds all of them together")
+        return torch.where(mine > 0, one, torch.where((theirs > 0) | (one == 0), other, one))
 
     def mix(self, label: Tensor, dims: Iterable[int], why: str) -> Tensor:
         """Unite the labels along these dimensions, which become 1 long."""
         dims = tuple(dims)
         if not dims or not label.numel():
             return label
-        label = self.living(label)
-        most = label.amax(dims, keepdim=True)
-        self.unite(label, most.expand_as(label), why)
-        return self.living(most)
+        living = self.living(label)
+        self.unite(label, label.masked_fill(living == 0, 0).amax(dims, keepdim=True).expand_as(label), why)
+        most = label.masked_fill(living == 0, 0).amax(dims, keepdim=True)
+        return torch.where(most > 0, most, label.amax(dims, keepdim=True))
 
     def keep(self, label: Tensor, cause: str) -> None:
         """What these labels name has to stay."""

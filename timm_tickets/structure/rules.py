@@ -20,12 +20,12 @@ MOVES = {
 }
 # Every image and channel by itself, positions together.
 SPATIAL = {
-    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "mkldnn_max_pool2d"),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d_with_indices", "max_pool3d_with_indices"),
     *("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "mkldnn_adaptive_avg_pool2d"),
     *("reflection_pad1d", "reflection_pad2d", "replication_pad2d", "upsample_nearest2d", "upsample_bilinear2d"),
-    *("upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_nearest1d", "upsample_linear1d"),
-    *("_upsample_nearest_exact2d", "grid_sampler_2d", "max_pool1d"),
-}  # fmt: skip
+    *("upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d"),
+    *("upsample_nearest1d", "upsample_linear1d", "grid_sampler_2d", "mkldnn_max_pool2d"),
+}
 REDUCTIONS = {
     *("mean", "sum", "amax", "amin", "max", "min", "var", "var_mean", "std", "std_mean", "prod", "logsumexp", "norm"),
     *("linalg_vector_norm", "argmax", "argmin", "any", "all", "nansum"),
@@ -33,11 +33,31 @@ REDUCTIONS = {
 ALONG = {"_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "sort", "topk", "argsort", "logcumsumexp"}
 # Pointwise in what they compute, though torch does not say so.
 POINTWISE = {
-    *("native_dropout", "masked_fill", "where", "copy", "hardtanh", "glu", "prelu", "_prelu_kernel", "rrelu_with_noise"),
+    *(
+        "native_dropout",
+        "masked_fill",
+        "where",
+        "copy",
+        "hardtanh",
+        "glu",
+        "prelu",
+        "_prelu_kernel",
+        "rrelu_with_noise",
+    ),
     *("softplus", "hardswish", "hardsigmoid", "mish", "silu", "gelu", "relu6", "threshold", "nan_to_num", "clamp"),
 }
 NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"}
-NOTHING = {"fill_", "zero_", "uniform_", "normal_", "bernoulli_", "_local_scalar_dense", "sym_size", "random_", "as_strided_"}
+NOTHING = {
+    "fill_",
+    "zero_",
+    "uniform_",
+    "normal_",
+    "bernoulli_",
+    "_local_scalar_dense",
+    "sym_size",
+    "random_",
+    "as_strided_",
+}
 UNLABELLED = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones"}
 UNLABELLED |= {"new_empty", "new_full", "bernoulli", "argmax", "argmin", "_assert_async", "_assert_tensor_metadata"}
 
@@ -77,11 +97,12 @@ def reduced(atoms: Atoms, label: Tensor, func: Any, args: Sequence[Any], kwargs:
 def normalised(atoms: Atoms, label: Tensor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     """Of a layer or group normalisation."""
     if "group_norm" in func.overloadpacket.__name__:
-        groups, shape = argument(func, args, kwargs, "group"), label.shape
-        parts = label.reshape(shape[0], groups, -1)
-        return atoms.mix(parts, [2], "GroupNorm").expand_as(parts).reshape(shape)
+        parts = label.reshape(label.shape[0], argument(func, args, kwargs, "group"), -1)
+        atoms.mix(parts, [2], "GroupNorm")
+        return label
     count = len(argument(func, args, kwargs, "normalized_shape"))
-    return atoms.mix(label, range(label.ndim - count, label.ndim), "LayerNorm").expand_as(label)
+    atoms.mix(label, range(label.ndim - count, label.ndim), "LayerNorm")
+    return label
 
 
 def spatial(atoms: Atoms, label: Tensor, shape: Sequence[int], why: str) -> Tensor:
@@ -106,7 +127,6 @@ def multiplied(atoms: Atoms, label: Tensor, tags: Tags, reads: int, makes: int) 
     """
     read, made = tags.along(reads), tags.along(makes)
     sizes = next(iter(tags.dims.values())).shape if tags.dims else (1, 1)
-    label = atoms.living(label)
     name, out = tags.name, (label.shape[0], sizes[makes])
     atoms.positions[name] = atoms.positions.get(name, 0) + label.shape[0]
     first = label[:, :1]
@@ -116,23 +136,22 @@ def multiplied(atoms: Atoms, label: Tensor, tags: Tags, reads: int, makes: int) 
             atoms.keep(atoms.of(name, dim, torch.arange(size)), _MIXES_POSITIONS)
         return first.expand(out)
     column = atoms.mix(label, [0], "a product")[0]
-    if read is None and (sizes[reads] > 1 or column.any()):
+    stays = atoms.living(column) == 0
+    if read is None:
         atoms.keep(column, f"read by {name}, a part at a time")
     if read is not None:
         dim, index = read
         atom = atoms.of(name, dim, index)
         atoms.reads.add((name, dim))
-        atoms.keep(atom[column == 0], _READS_WHAT_STAYS)
+        atoms.keep(atom[stays], _READS_WHAT_STAYS)
         atoms.unite(atom, column)
     if made is None:
         return torch.full(out, NONE)
     atoms.writes.add((name, made[0]))
-    return atoms.living(atoms.of(name, *made)).expand(out)
+    return atoms.of(name, *made).expand(out)
 
 
-def convolved(
-    atoms: Atoms, label: Tensor, tags: Tags, groups: int, transposed: bool, shape: Sequence[int]
-) -> Tensor:
+def convolved(atoms: Atoms, label: Tensor, tags: Tags, groups: int, transposed: bool, shape: Sequence[int]) -> Tensor:
     """Of a convolution: ``label`` (batch, in, ...), the result's shape (batch, out, ...)."""
     name = tags.name
     count = 1
@@ -168,7 +187,7 @@ def convolved(
     else:
         atom = atoms.of(name, *found)
         atoms.reads.add((name, 1))
-        atoms.keep(atom[column == 0], _READS_WHAT_STAYS)
+        atoms.keep(atom[atoms.living(column) == 0], _READS_WHAT_STAYS)
         atoms.unite(atom, column)
     made = made.view(groups, -1)
     united = atoms.mix(made, [0], "a grouped convolution").expand_as(made)
@@ -186,7 +205,7 @@ def producted(atoms: Atoms, one: Tensor, other: Tensor) -> Tensor:
     return out
 
 
-def moved(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], replace: Callable[[Any], Any]) -> Any:
+def moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], replace: Callable[[Any], Any]) -> Any:
     """The result of an operation that moves numbers, on what stands for them.
 
     Args:

@@ -61,7 +61,9 @@ class Trace(TorchDispatchMode):
             self._on_labels(func, name, args, kwargs, tensors, outs)
         return out
 
-    def _on_labels(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], outs: list[Tensor]) -> None:
+    def _on_labels(
+        self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], outs: list[Tensor]
+    ) -> None:
         atoms, base = self.atoms, name.removesuffix("_") if not name.startswith("_") else name
         if base in rules.MOVES:
             found = rules.moved(func, args, kwargs, self.label)
@@ -95,9 +97,12 @@ class Trace(TorchDispatchMode):
             label = self.label(args[0])
             found = atoms.mix(label, [rules.argument(func, args, kwargs, "dim", -1)], base)
             for one in outs:
-                self._give(one, found.expand(one.shape))
+                self._give(one, label if one.shape == label.shape else found)
         elif base == "glu":
-            self._give(outs[0], rules.join(atoms, self.label(args[0]).chunk(2, args[1] if len(args) > 1 else -1), outs[0].shape))
+            self._give(
+                outs[0],
+                rules.join(atoms, self.label(args[0]).chunk(2, args[1] if len(args) > 1 else -1), outs[0].shape),
+            )
         elif torch.Tag.pointwise in func.tags or base in rules.POINTWISE:
             if name == "copy_":
                 tensors = tensors[1:]
@@ -107,7 +112,9 @@ class Trace(TorchDispatchMode):
         else:
             self._refuse(name, tensors)
 
-    def _on_matrix(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], outs: list[Tensor]) -> None:
+    def _on_matrix(
+        self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], outs: list[Tensor]
+    ) -> None:
         atoms, tagged = self.atoms, [one for one in tensors if one in self.tags]
         first = tensors[0]
         if name in rules.MOVES and len(tagged) == 1 and first in self.tags and name not in ("cat", "stack"):
