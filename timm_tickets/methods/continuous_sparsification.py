@@ -30,11 +30,11 @@ class ContinuousSparsification(Method):
 
     Suggested (the paper's): 3 rounds, penalty 1e-8, s0 0 (0.1 denser, below 0 sparser), 85 epochs, rewind to 2ep.
     Cost: one training a round. With `parallel` one run for each s0 instead, all in one round; the one whose s > 0 is
-    nearest to the asked sparsity is taken.
+    nearest to the asked sparsity is taken. Evaluated within the search, the model is the soft network, as released.
     `meet`: ``top`` keeps the largest s, exactly as many as asked; ``penalty`` keeps s > 0, whatever sparsity that is.
     `bake_scale`: tickets with c in their values were as good on digits at .95 (99.07 % with, 98.80 without, three
-    seeds) and better after an epoch of CIFAR-10 at .6 (67.7 with, 64.4 without). A model that is evaluated in the
-    middle of the search is the soft network, as in the released code. Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says: what was suppressed
+    seeds) and better after an epoch of CIFAR-10 at .6 (67.7 with, 64.4 without).
+    Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says: what was suppressed
     stays so; the released code resets beta first, and so revives it. Momentum starts anew each round; in the paper not.
     """
 
@@ -82,9 +82,8 @@ class ContinuousSparsification(Method):
         subnet.notes.append({"density_of_scores_above_zero": found, "density": 1 - subnet.sparsity})
         if 1 - subnet.sparsity > found:
             warn(
-                f"{self.name}: {found:.4g} of the weights have a score above zero, {1 - self.sparsity:.4g} stay, "
-                "so the ticket keeps weights that the search suppressed. Raise s0 or lower the penalty for a denser "
-                "search, ask for a higher sparsity, or set meet=penalty"
+                f"{self.name}: {found:.4g} of the weights have a score above zero, {1 - self.sparsity:.4g} stay, so it "
+                "keeps some that were suppressed. Raise s0, lower the penalty, ask for more sparsity, or meet=penalty"
             )
 
     def restarted(self, scores: Mapping[str, Tensor]) -> Lazy:

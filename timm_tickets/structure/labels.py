@@ -50,6 +50,7 @@ class Atoms:
         self.writes: set[tuple[str, int]] = set()
         self.reads: set[tuple[str, int]] = set()
         self.positions: dict[str, int] = {}
+        self._table: Tensor | None = None  # of each atom the label that it goes by; made when it is asked for
 
     def of(self, name: str, dim: int, index: Tensor) -> Tensor:
         """Labels of these indices along a dimension of a matrix; none where it has one index only."""
@@ -59,8 +60,9 @@ class Atoms:
 
     def living(self, label: Tensor) -> Tensor:
         """The labels as far as they can go: what stays is no label."""
-        root = self.parent[label.long()]
-        return root.masked_fill(self.stays[root], 0).float()
+        if self._table is None:
+            self._table = self.parent.masked_fill(self.stays[self.parent], 0).float()
+        return self._table.index_select(0, label.flatten().int()).view(label.shape)
 
     def unite(self, one: Tensor, other: Tensor, why: str | None = None) -> Tensor:
         """Unite labels element by element, and give one of each two: that which can go.
@@ -71,6 +73,8 @@ class Atoms:
             why: The operation, where it brings indices of one dimension together. Where it brings together all that
                 there are, they have to stay: they could only go all at once.
         """
+        if torch.equal(one, other):
+            return one
         mine, theirs = self.living(one), self.living(other)
         apart = (mine != theirs) & (mine > 0) & (theirs > 0)
         if apart.any():
@@ -84,6 +88,7 @@ class Atoms:
                         self.mixed.setdefault(low, cause)
             while not torch.equal(up := self.parent[self.parent], self.parent):
                 self.parent = up
+            self._table = None
             if why is not None and self.living(one).unique().count_nonzero() == 1:
                 self.keep(one, f"{why} binds all of them together")
         return torch.where(mine > 0, one, torch.where((theirs > 0) | (one == 0), other, one))
@@ -93,6 +98,9 @@ class Atoms:
         dims = tuple(dims)
         if not dims or not label.numel():
             return label
+        most = label.amax(dims, keepdim=True)
+        if torch.equal(most.expand_as(label), label):
+            return most
         living = self.living(label)
         self.unite(label, label.masked_fill(living == 0, 0).amax(dims, keepdim=True).expand_as(label), why)
         most = label.masked_fill(living == 0, 0).amax(dims, keepdim=True)
@@ -104,6 +112,7 @@ class Atoms:
             if root:
                 self.causes.setdefault(root, cause)
                 self.stays[root] = True
+                self._table = None
 
     def _root(self, atom: int) -> int:
         while (up := int(self.parent[atom])) != atom:

@@ -76,10 +76,11 @@ def argument(func: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str, 
 
 def join(atoms: Atoms, labels: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     """Of numbers that depend on several others, element by element."""
-    out = torch.full(tuple(shape), NONE)
+    out = None
     for label in labels:
-        out = atoms.unite(out, label.expand(tuple(shape)))
-    return out
+        label = label.expand(tuple(shape))
+        out = label if out is None else atoms.unite(out, label)
+    return torch.full(tuple(shape), NONE) if out is None else out
 
 
 def reduced(atoms: Atoms, label: Tensor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:

@@ -106,7 +106,7 @@ class Trace(TorchDispatchMode):
         elif torch.Tag.pointwise in func.tags or base in rules.POINTWISE:
             if name == "copy_":
                 tensors = tensors[1:]
-            found = rules.join(atoms, [self.label(one) for one in tensors], outs[0].shape)
+            found = rules.join(atoms, [self.label(one) for one in tensors if self._labelled(one)], outs[0].shape)
             for one in outs:
                 self._give(one, found)
         else:
@@ -162,7 +162,7 @@ class Trace(TorchDispatchMode):
         if tensor in self.labels and self.labels[tensor].shape == label.shape:
             self.labels[tensor].copy_(label)  # in place: views see it
         else:
-            self.labels[tensor] = label.contiguous().clone()
+            self.labels[tensor] = label.clone(memory_format=torch.contiguous_format)
 
     def _refuse(self, name: str, tensors: list[Tensor]) -> None:
         for one in tensors:

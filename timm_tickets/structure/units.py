@@ -17,6 +17,7 @@ from .find import find_groups
 from .groups import Groups
 
 Of = Literal["weights", "channels", "macs"]
+PATIENCE = 600.0  # seconds for the groups of a search: found or not, it must not depend on what else the machine does
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -305,7 +306,7 @@ def units_of(
     shapes = {name: tuple(mask.shape) for name, mask in subnet.mask.items()}
     if found.kind in ("n:m", "block"):
         return Pattern(found, subnet.model, shapes)
-    groups = find_groups(subnet.model, *wanted)
+    groups = find_groups(subnet.model, *wanted, seconds=PATIENCE)
     if found.kind == "head":
         groups = groups.heads()
     if not len(groups):
