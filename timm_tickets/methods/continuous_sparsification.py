@@ -101,8 +101,7 @@ class ContinuousSparsification(Method):
 
     def set_(self, subnet: Subnet, s0: float) -> None:
         """Every score at s0, and c = 1 / sigmoid(s0), so that weights pass unchanged at the start, where beta is 1."""
-        shapes = {name: weight.shape for name, weight in subnet.weights().items()}
-        subnet.load_scores_(Lazy(shapes, lambda name: torch.full(shapes[name], s0)))
+        subnet.load_scores_(Lazy(subnet.names, lambda name: torch.full(subnet.mask[name].shape, s0)))
         subnet.scale_gates_(dict.fromkeys(subnet.names, 1 + math.exp(-s0)))
         harden_(subnet.gates, 1)
 

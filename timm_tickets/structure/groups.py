@@ -49,7 +49,7 @@ class Groups:
         positions: How often a forward pass of one image multiplies each entry of a weight.
         left: What is in no group: a dimension of a parameter and why.
         difference: Largest change of an output when it was tried, relative to the largest output.
-        seconds: How long finding and trying took.
+        seconds: How long finding and trying took, of the processor.
     """
 
     of: dict[Dim, Tensor]

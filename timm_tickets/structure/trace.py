@@ -26,7 +26,7 @@ class Trace(TorchDispatchMode):
     Args:
         atoms: Where what is found goes.
         matrices: The parameters whose rows and columns are followed, by name.
-        deadline: `time.monotonic` at which it gives up.
+        deadline: `time.thread_time` at which it gives up.
     """
 
     def __init__(self, atoms: Atoms, matrices: Mapping[str, Tensor], deadline: float):
@@ -44,7 +44,7 @@ class Trace(TorchDispatchMode):
         return self.labels[tensor]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if time.monotonic() > self.deadline:
+        if time.thread_time() > self.deadline:
             raise OutOfTime
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -192,7 +192,7 @@ def traced(
         images: (batch, channels, height, width).
         matrices: The parameters whose rows and columns are followed, by name.
         stay: Atoms that have to stay, with the cause.
-        deadline: `time.monotonic` at which it gives up.
+        deadline: `time.thread_time` at which it gives up.
 
     Raises:
         OutOfTime: It has.

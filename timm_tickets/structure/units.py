@@ -17,7 +17,7 @@ from .find import find_groups
 from .groups import Groups
 
 Of = Literal["weights", "channels", "macs"]
-PATIENCE = 600.0  # seconds for the groups of a search: found or not, it must not depend on what else the machine does
+PATIENCE = 600.0  # seconds for the groups of a search, which takes far longer itself
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
