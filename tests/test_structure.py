@@ -7,8 +7,10 @@ import timm
 import torch
 from torch import nn
 from torch.nn import functional
+from typer.testing import CliRunner
 
 import timm_tickets as tt
+from timm_tickets.cli import app
 from timm_tickets.sparse.subnet import Subnet
 from timm_tickets.structure.find import find_groups
 from timm_tickets.structure.groups import halves
@@ -165,3 +167,49 @@ def test_a_layer_left_out_keeps_the_channels_that_it_reads():
     groups = find_groups(timm.create_model("test_resnet"), exclude=("layer3.0.conv2.weight",))
     assert not any("layer3.0.conv2" in one.name for one in groups.families)
     assert dict(groups.left)["layer3.0.conv1.weight", 0] == "read by layer3.0.conv2.weight: in exclude"
+
+
+def test_what_mixes_positions_stays_and_the_channels_pass_through_it():
+    def forward(layers, x):
+        x = layers["a"](x).flatten(2).transpose(1, 2)
+        return layers["c"](layers["b"](x.transpose(1, 2)).transpose(1, 2))
+
+    model = Net(forward, a=nn.Conv2d(3, 8, 16, 16), b=nn.Linear(16, 16), c=nn.Linear(8, 2))
+    model.pretrained_cfg = {"input_size": (3, 64, 64)}
+    found, groups = families(model)
+    assert found == {"a -> c": 8}
+    assert dict(groups.left)["layers.b.weight", 0] == "mixes positions, not channels"
+
+
+def test_a_stem_that_is_a_linear_layer_says_nothing_of_the_images():
+    def forward(layers, x):
+        return layers["b"](layers["a"](functional.unfold(x, 16, stride=16).transpose(1, 2)))
+
+    model = Net(forward, a=nn.Linear(768, 8), b=nn.Linear(8, 2))
+    model.pretrained_cfg = {"input_size": (3, 64, 64), "first_conv": "layers.a"}
+    assert families(model)[0] == {"a -> b": 8}
+
+
+def test_the_command_line_shows_what_goes_and_why_the_rest_does_not():
+    def shown(*arguments):
+        done = CliRunner().invoke(app, ["inspect", *arguments], env={"COLUMNS": "200"})
+        return done.exit_code, done.output
+
+    code, told = shown("test_vit", "--granularity", "channel")
+    assert code == 0
+    assert "blocks.0.mlp.fc1.weight" in told
+    assert "192 channels" in told
+    assert "2 heads" in told
+    assert "LayerNorm binds all of them together" in told
+    assert "1164 groups, with 83.3% of the prunable weights in them" in told
+    code, told = shown("test_resnet", "--granularity", "2:4")
+    assert code == 0
+    assert (
+        told.index("cut as 2:4")
+        < told.index("layer1.0.conv1.weight")
+        < told.index("whole")
+        < told.index("conv1.0.weight")
+    )
+    code, told = shown("test_vit", "--granularity", "rows")
+    assert code == 2
+    assert "--granularity: 'rows' is not valid; it is weight, channel, head" in told
