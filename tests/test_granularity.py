@@ -238,3 +238,10 @@ def test_two_of_four_are_the_best_two_of_four():
     for name in pruner.method.units.names:
         expected = best_of(torch.ones_like(weights[name], dtype=torch.bool), weights[name], 2, 4)
         assert torch.equal(pruner.ticket.masks[name], expected)
+
+
+def test_two_of_four_needs_no_quotes_in_a_recipe():
+    """YAML 1.1 reads 2:4 as 2 minutes and 4 seconds, 124."""
+    settings = ["pruner.granularity=2:4", "pruner.sparsity=0.5"]
+    assert tt.load_recipe("digits_imp", settings).pruner["granularity"] == "2:4"
+    assert tt.load_recipe("digits_imp_2_4").hash == tt.load_recipe("digits_imp_2_4", settings).hash

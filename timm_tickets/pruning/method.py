@@ -4,7 +4,7 @@ import copy
 from collections.abc import Collection, Generator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass as settings
 from pydantic_core import ArgsKwargs
 from torch import Tensor
@@ -20,8 +20,11 @@ from .run import Run
 from .run_end import End
 
 
-def _granularity(value: str) -> str:
-    parsed(value)
+def _granularity(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = f"{value // 60}:{value % 60}"  # YAML reads 2:4 without quotes as minutes and seconds
+    if isinstance(value, str):
+        parsed(value)
     return value
 
 
@@ -59,7 +62,7 @@ class Method:
     ] = "warn"
     granularity: Annotated[
         str,
-        AfterValidator(_granularity),
+        BeforeValidator(_granularity),
         Field(
             description="what is cut as one: weight, channel (rows that make one and columns that read it; heads too), "
             "head, n of m consecutive weights (2:4), blocks ('block 4x4')"
