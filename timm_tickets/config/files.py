@@ -18,7 +18,10 @@ from ..core.errors import SettingError, shown, unknown
 
 MOST_BYTES = 1 << 20
 # The fields of `Method`, which cannot be asked without torch.
-OF_EVERY_PRUNER = ("sparsity", "epochs", "seed", "include", "exclude", "classifier", "collapse")
+OF_EVERY_PRUNER = (
+    *("sparsity", "epochs", "seed", "include", "exclude", "classifier", "collapse"),
+    *("granularity", "sparsity_of", "round_to", "min_channels"),
+)
 PARTS = ("model", "data", "pruner", "training", "retrain")
 _MOST_NODES = 10_000  # keys and values, what aliases repeat counted as often
 _MOST_CHARACTERS = 10_000  # of one of them: YAML reads 1:1:1 as a number, in quadratic time

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.errors import SettingError
 from ..core.lazy import Lazy
-from ..core.masks import Masks, Scope, keep_count, kept, revived, total
+from ..core.masks import Masks, Scope, keep_count, revived
 from ..core.scores import magnitude
 from ..pruning.method import Method
 from ..pruning.registry import register_pruner
@@ -52,8 +52,8 @@ class COLT(Method):
             )
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        goal, first = keep_count(total(subnet.mask), self.sparsity), True
-        while first or kept(subnet.mask) > goal:
+        goal, first = keep_count(self.total(subnet.mask), self.sparsity), True
+        while first or self.kept(subnet.mask) > goal:
             ends = yield self.round(subnet)
             self.cut_(subnet, [magnitude(end.weights) for end in ends], goal)
             subnet.rewind_()
@@ -61,14 +61,14 @@ class COLT(Method):
 
     def cut_(self, subnet: Subnet, scores: Sequence[Mapping[str, Tensor]], goal: int) -> None:
         """Cut to what the copies of a round all keep, but not below ``goal``, and note how much that is."""
-        before = kept(subnet.mask)
+        before = self.kept(subnet.mask)
         cut = max(1, round(self.prune_rate * before)) if before > goal else 0
         chance = (1 - cut / before) ** self.partitions
 
         def noted(found: Masks) -> Masks | None:  # too few are not held while others are looked for
-            of_all = kept(found) / before
+            of_all = self.kept(found) / before
             subnet.notes.append({"kept_by_all": of_all, "by_chance": chance, "pruned_by_each": cut / before})
-            return found if kept(found) >= goal else None
+            return found if self.kept(found) >= goal else None
 
         found = noted(self.overlap(subnet.mask, scores, cut))
         subnet.set_mask_(found or self.exactly(subnet.mask, scores, cut, goal))
@@ -84,11 +84,12 @@ class COLT(Method):
     def overlap(self, mask: Masks, scores: Sequence[Mapping[str, Tensor]], cut: int) -> Masks:
         """What all copies keep, each having pruned ``cut`` weights."""
         first, *others = scores
-        keep = kept(mask) - cut
+        keep = self.kept(mask) - cut
         found = self.cut(mask, first, keep)
         for one in others:
             for name, other in self.cut(mask, one, keep).items():
                 found[name] &= other
+        found = self.units.common(found, mask, summed(scores))
         return revived(found, mask, summed(scores)) if self.collapse == "prevent" else found
 
     def exactly(self, mask: Masks, scores: Sequence[Mapping[str, Tensor]], cut: int, goal: int) -> Masks:
@@ -96,7 +97,7 @@ class COLT(Method):
         low, high = 0, cut  # the overlap shrinks as the cut grows; at high it is too small
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if kept(self.overlap(mask, scores, middle)) >= goal else (low, middle)
+            low, high = (middle, high) if self.kept(self.overlap(mask, scores, middle)) >= goal else (low, middle)
         return self.cut(self.overlap(mask, scores, low), summed(scores), goal)
 
 

@@ -30,11 +30,10 @@ class ContinuousSparsification(Method):
 
     Suggested (the paper's): 3 rounds, penalty 1e-8, s0 0 (0.1 denser, below 0 sparser), 85 epochs, rewind to 2ep.
     Cost: one training a round. With `parallel` one run for each s0 instead, all in one round; the one whose s > 0 is
-    nearest to the asked sparsity is taken.
+    nearest to the asked sparsity is taken. Evaluated within the search, the model is the soft network, as released.
     `meet`: ``top`` keeps the largest s, exactly as many as asked; ``penalty`` keeps s > 0, whatever sparsity that is.
     `bake_scale`: tickets with c in their values were as good on digits at .95 (99.07 % with, 98.80 without, three
     seeds) and better after an epoch of CIFAR-10 at .6 (67.7 with, 64.4 without).
-    A model that is evaluated in the middle of the search is the soft network, as in the released code.
     Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says: what was suppressed
     stays so; the released code resets beta first, and so revives it. Momentum starts anew each round; in the paper not.
     """
@@ -48,6 +47,9 @@ class ContinuousSparsification(Method):
     parallel: Annotated[tuple[float, ...], Field(description="several s0 to search at once")] = ()
     bake_scale: Annotated[bool, Field(description="multiply the ticket's weights by c = 1 / sigmoid(s0)")] = True
     penalise_scale: Annotated[bool, Field(description="penalise c times the soft mask, as released")] = False
+
+    def of_weights(self) -> str:
+        return "keeps every weight of a score above zero with meet=penalty" if self.meet == "penalty" else ""
 
     def prepare_(self, subnet: Subnet) -> None:
         subnet.gate_(lambda _, weight: SigmoidGate(new_scores(weight), torch.ones(weight.shape, dtype=torch.bool)))
@@ -80,9 +82,8 @@ class ContinuousSparsification(Method):
         subnet.notes.append({"density_of_scores_above_zero": found, "density": 1 - subnet.sparsity})
         if 1 - subnet.sparsity > found:
             warn(
-                f"{self.name}: {found:.4g} of the weights have a score above zero, {1 - self.sparsity:.4g} stay, "
-                "so the ticket keeps weights that the search suppressed. Raise s0 or lower the penalty for a denser "
-                "search, ask for a higher sparsity, or set meet=penalty"
+                f"{self.name}: {found:.4g} of the weights have a score above zero, {1 - self.sparsity:.4g} stay, so it "
+                "keeps some that were suppressed. Raise s0, lower the penalty, ask for more sparsity, or meet=penalty"
             )
 
     def restarted(self, scores: Mapping[str, Tensor]) -> Lazy:
@@ -100,8 +101,7 @@ class ContinuousSparsification(Method):
 
     def set_(self, subnet: Subnet, s0: float) -> None:
         """Every score at s0, and c = 1 / sigmoid(s0), so that weights pass unchanged at the start, where beta is 1."""
-        shapes = {name: weight.shape for name, weight in subnet.weights().items()}
-        subnet.load_scores_(Lazy(shapes, lambda name: torch.full(shapes[name], s0)))
+        subnet.load_scores_(Lazy(subnet.names, lambda name: torch.full(subnet.mask[name].shape, s0)))
         subnet.scale_gates_(dict.fromkeys(subnet.names, 1 + math.exp(-s0)))
         harden_(subnet.gates, 1)
 

@@ -46,6 +46,9 @@ class FrozenSLT(EdgePopup):
     ] = "shares"
     first_scores: Annotated[FirstScores, Field(description="draw of the first scores, as edge_popup's")] = "normal"
 
+    def of_weights(self) -> str:
+        return "freezes single weights"
+
     def ratios(self) -> tuple[float, float]:
         """The fractions frozen as pruned and as kept.
 

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from ..core.errors import SettingError
-from ..core.masks import keep_count, kept, total
+from ..core.masks import keep_count
 from ..core.scores import magnitude
 from ..core.warn import warn
 from ..pruning.method import OneShot
@@ -44,7 +44,7 @@ class Gradual(OneShot):
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         yield [Run(after_step=self.step_)]
-        if kept(subnet.mask) > keep_count(total(subnet.mask), self.sparsity):
+        if self.kept(subnet.mask) > keep_count(self.total(subnet.mask), self.sparsity):
             warn(
                 f"gradual: its run ended at sparsity {subnet.sparsity:.4f}, not at the asked {self.sparsity}; the rest "
                 "is pruned now, and what is left has not trained since. Create the pruner with the epochs that are "
@@ -58,8 +58,8 @@ class Gradual(OneShot):
         if run.step % run.every(self.interval, (self.end - self.begin) / 20) and run.progress < 1:
             return
         subnet = run.subnet
-        keep = keep_count(total(subnet.mask), self.scheduled(run.progress))
-        if keep < kept(subnet.mask):
+        keep = keep_count(self.total(subnet.mask), self.scheduled(run.progress))
+        if keep < self.kept(subnet.mask):
             subnet.set_mask_(self.cut(subnet.mask, magnitude(subnet.weights_on_cpu()), keep))
 
     def scheduled(self, progress: float) -> float:

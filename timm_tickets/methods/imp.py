@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ..core.masks import Scope, keep_count, total
+from ..core.masks import Scope, keep_count
 from ..core.scores import magnitude
 from ..pruning.method import Method
 from ..pruning.registry import register_pruner
@@ -41,7 +41,7 @@ class IMP(Method):
 
     def kept_counts(self, subnet: Subnet) -> list[int]:
         """Weights kept after each round; the last is what the asked sparsity keeps."""
-        remaining = total(subnet.mask)
+        remaining = self.total(subnet.mask)
         goal = keep_count(remaining, self.sparsity)
         counts: list[int] = []
         while not counts or remaining > goal:

@@ -51,6 +51,9 @@ class Jackpot(Method):
         bool, Field(description="train the classifier, as a new one must be; false where it was trained before")
     ] = True
 
+    def of_weights(self) -> str:
+        return "swaps single weights"
+
     def prepare_(self, subnet: Subnet) -> None:
         """Freeze everything but scores and classifier, and put gates before the weights."""
         if looks_untrained(subnet.model):

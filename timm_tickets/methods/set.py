@@ -44,6 +44,9 @@ class SET(OneShot):
         bool, Field(description="keep the first prunable layer whole, as RigL's release; the others make up for it")
     ] = False
 
+    def of_weights(self) -> str:
+        return "exchanges single weights"
+
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         self.begin_(subnet)
         yield [Run(after_step=self.step_)]

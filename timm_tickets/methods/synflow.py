@@ -37,7 +37,7 @@ class SynFlow(OneShot):
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         size = self.input_size or _input_size(subnet)
-        count = total(subnet.mask)
+        count = self.total(subnet.mask)
         goal = keep_count(count, self.sparsity)
         for step in range(1, self.iterations + 1):
             keep = max(goal, round(count * (goal / count) ** (step / self.iterations)))

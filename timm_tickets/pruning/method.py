@@ -4,15 +4,18 @@ import copy
 from collections.abc import Collection, Generator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+from pydantic_core import ArgsKwargs
 from torch import Tensor
 from typing_extensions import Self
 
 from ..core.draws import MAX_SEED
 from ..core.errors import SettingError
-from ..core.masks import Distribution, Masks, Scope, cut, keep_count, total
+from ..core.masks import Distribution, Masks, Scope, keep_count
+from ..core.patterns import parsed
 from ..core.settings import Settings, settings
 from ..sparse.subnet import Subnet
+from ..structure.units import Of, Weights, units_of
 from .run import Run
 from .run_end import End
 
@@ -25,6 +28,17 @@ Wildcards = Annotated[
 ]
 
 
+def _granularity(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = f"{value // 60}:{value % 60}"  # YAML reads 2:4 without quotes as minutes and seconds
+    if isinstance(value, str):
+        parsed(value)
+    return value
+
+
+STRUCTURE = {"granularity": "weight", "sparsity_of": "weights", "round_to": 1, "min_channels": 1}
+
+
 @settings
 class Method(metaclass=Settings):
     """What every pruner can be told; a method adds its own settings and its `search`.
@@ -35,13 +49,13 @@ class Method(metaclass=Settings):
         name: The registered name.
         ends_trained: Whether the ticket's values are final, found in the search itself: nobody trains it again.
         reads_gradients: Whether it takes gradients other than by ``backward``.
-        pairs: Names of the weights that the model standardises, of which a channel keeps two or none; from its pruner.
+        units: What is cut as one; of the pruner's own copy (`on`) that of its model.
     """
 
     name: ClassVar[str] = ""
     ends_trained: ClassVar[bool] = False
     reads_gradients: ClassVar[bool] = False
-    pairs: ClassVar[Collection[str]] = ()
+    units: ClassVar[Weights] = Weights()
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights to prune")]
     epochs: Annotated[int, Field(ge=1, description="epochs of one training run")] = 20
@@ -54,11 +68,67 @@ class Method(metaclass=Settings):
         Literal["warn", "prevent", "error"],
         Field(description="a layer pruned to nothing: report it, keep its best weight, or refuse it"),
     ] = "warn"
+    granularity: Annotated[
+        str,
+        BeforeValidator(_granularity),
+        Field(
+            description="what is cut as one: weight, channel (rows that make one and columns that read it; heads too), "
+            "head, n of m consecutive weights (2:4), blocks ('block 4x4')"
+        ),
+    ] = "weight"
+    sparsity_of: Annotated[Of, Field(description="of channels and heads: what the sparsity is a fraction of")] = (
+        "weights"
+    )
+    round_to: Annotated[int, Field(ge=1, description="channels that a layer keeps are a multiple of it")] = 1
+    min_channels: Annotated[int, Field(ge=1, description="channels that every layer keeps")] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _layer_by_layer(cls, values: Any) -> Any:
+        """Channels are compared within their layer where nobody says otherwise: across layers, some would starve."""
+        given = (values.kwargs if isinstance(values, ArgsKwargs) else values) or {}
+        fields: Any = getattr(cls, "__dataclass_fields__", {})
+        if given.get("granularity") in ("channel", "head") and "scope" in fields and "scope" not in given:
+            given = {**given, "scope": "layerwise"}
+            return ArgsKwargs(values.args, given) if isinstance(values, ArgsKwargs) else given
+        return values
+
+    @model_validator(mode="after")
+    def _of_channels(self) -> Any:
+        kind = parsed(self.granularity).kind
+        wrong = [] if kind in ("channel", "head") else [n for n in STRUCTURE if getattr(self, n) != STRUCTURE[n]][1:]
+        if kind == "weight":
+            wrong = [name for name in STRUCTURE if getattr(self, name) != STRUCTURE[name]]
+        if wrong:
+            raise ValueError(f"{wrong[0]}: is of channels; set granularity=channel (or head), or leave it out")
+        if kind != "weight" and (single := self.of_weights()):
+            raise ValueError(
+                f"granularity: {self.granularity!r} cannot be had with {self.name}, which {single}; leave "
+                "it out, or take another pruner, such as imp, colt, gradual or magnitude"
+            )
+        distribution = getattr(self, "distribution", "uniform")
+        if kind in ("channel", "head", "n:m") and distribution != "uniform":
+            raise ValueError(
+                f"distribution: {distribution!r} counts the weights of each layer, and granularity={self.granularity} "
+                "takes the same share of all; leave one of both out"
+            )
+        return self
+
+    def of_weights(self) -> str:
+        """What it does that only single weights can be cut for; empty where they may be cut as channels or patterns."""
+        return ""
 
     def on(self, subnet: Subnet) -> Self:
-        """This method as the pruner of a model has it: told which weights that standardises."""
+        """This method with the units of a model; its sparsity is one that they can meet.
+
+        Raises:
+            SettingError: It is not, or the model has no such units.
+        """
         bound = copy.copy(self)
-        object.__setattr__(bound, "pairs", subnet.standardised)  # frozen are its settings only
+        wanted = (self.include, self.exclude, self.classifier)
+        units = units_of(self.granularity, subnet, wanted, self.sparsity_of, self.round_to, self.min_channels)
+        object.__setattr__(bound, "units", units)
+        units.check(subnet.mask, self.sparsity)
         return bound
 
     def prepare_(self, subnet: Subnet) -> None:
@@ -92,24 +162,41 @@ class Method(metaclass=Settings):
         Args:
             masks: Bool, by parameter name; what they prune stays pruned. ``all_kept(subnet.mask)`` begins anew.
             scores: Float, same names and shapes, on any device; higher means keep.
-            keep: How many weights to keep; as many as the asked sparsity keeps where None.
+            keep: How many of `total` to keep; as many as the asked sparsity keeps where None.
             spare: Layers that keep at least their best weight; all of them where None and ``collapse`` is ``prevent``.
 
         Returns:
-            New masks that keep exactly so many.
+            New masks that keep exactly so many; channels, heads and blocks as near below as they allow.
         """
-        keep = keep_count(total(masks), self.sparsity) if keep is None else keep
-        scope: Scope = getattr(self, "scope", "global")
+        keep = keep_count(self.total(masks), self.sparsity) if keep is None else keep
+        alone: Scope = "layerwise" if self.granularity in ("channel", "head") else "global"
+        scope: Scope = getattr(self, "scope", alone)
         distribution: Distribution = getattr(self, "distribution", "uniform")
         if spare is None:
             spare = masks if self.collapse == "prevent" else ()
-        # Scores of another shape are a method's own rows of them.
-        pairs = [name for name in masks if name in self.pairs and masks[name].ndim > 1]
-        return cut(masks, scores, keep, scope, distribution, spare, pairs)
+        return self.units.cut(masks, scores, keep, scope, distribution, spare)
+
+    def total(self, masks: Mapping[str, Tensor]) -> int:
+        """What the sparsity is a fraction of: the weights under the masks, or the units that were asked for."""
+        return self.units.total(masks)
+
+    def kept(self, masks: Mapping[str, Tensor]) -> int:
+        """How many of `total` the masks keep."""
+        return self.units.kept(masks)
+
+    def told(self, masks: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """What a ticket notes of its units, in JSON types: nothing where they are single weights."""
+        if self.granularity == "weight":
+            return []
+        reached = 1 - self.kept(masks) / self.total(masks)
+        facts = {"granularity": self.granularity, "sparsity_of": self.sparsity_of, "asked": self.sparsity}
+        return [{**facts, "reached": reached, **self.units.told(masks)}]
 
     def described(self) -> dict[str, Any]:
-        """The registered name and every setting, as JSON types."""
-        return {"name": self.name, **TypeAdapter(type(self)).dump_python(self, mode="json")}
+        """The registered name and every setting, as JSON types; of single weights nothing of channels."""
+        found = TypeAdapter(type(self)).dump_python(self, mode="json")
+        of_weights = self.granularity == "weight"  # as before there was anything else: folders and recipes go on
+        return {"name": self.name} | {n: v for n, v in found.items() if not (of_weights and n in STRUCTURE)}
 
     def runs(self, subnet: Subnet) -> int | None:
         """How many runs the search will ask for, where that is known beforehand."""

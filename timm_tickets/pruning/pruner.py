@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.errors import SettingError
-from ..core.masks import keep_count, sparsity, total
+from ..core.masks import sparsity
 from ..core.warn import warn
 from ..distributed.collectives import share_
 from ..distributed.fsdp2 import reshard_
@@ -63,8 +63,7 @@ class Pruner(Iterator[Training]):
     def __init__(self, method: Method, model: nn.Module, folder: str | Path | None = None):
         refuse_gated(model)
         self.subnet = Subnet(model, prunable_names(model, method.include, method.exclude, method.classifier))
-        keep_count(total(self.subnet.mask), method.sparsity)  # refused now, not after the first training
-        self.method = method = method.on(self.subnet)
+        self.method = method = method.on(self.subnet)  # refused now, not after the first training
         described = describe_model(self.subnet.model)  # before gates hide the stem's weight
         self.history = History(None if folder is None else Path(folder))
         if self.folder is None or not is_begun(self.folder):  # else it begins with the values of then
@@ -282,6 +281,7 @@ class Pruner(Iterator[Training]):
             check_same_masks(name, subnet.mask)
             if requests is None:
                 warn_of_lone_weights(self.method.name, subnet)
+                subnet.notes += self.method.told(subnet.mask)
                 self._ended = True
                 return
             ends = yield from self._round(requests)

@@ -159,12 +159,13 @@ def prunable_names(
     return [part.name for part in inspect_model(model, include, exclude, classifier) if not part.why_not]
 
 
-def build_to_inspect(arch: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
-    """A timm model on the meta device, where nothing is allocated.
+def build_to_inspect(arch: str, arguments: Mapping[str, Any] | None = None, device: str = "meta") -> nn.Module:
+    """A timm model, on the meta device, where nothing is allocated, unless said otherwise.
 
     Args:
         arch: A name of timm's registry.
         arguments: Of ``timm.create_model``.
+        device: Where it is built.
 
     Raises:
         SettingError: There is no such architecture, or it refuses the arguments.
@@ -173,7 +174,7 @@ def build_to_inspect(arch: str, arguments: Mapping[str, Any] | None = None) -> n
         raise SettingError(unknown("architecture", arch, timm.list_models()) + " (timm.list_models)")
     given = dict(arguments or {})
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             return timm.create_model(arch, **given)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         told = f"{type(error).__name__}: {shown(str(error), 600)}"

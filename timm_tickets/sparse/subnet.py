@@ -125,7 +125,7 @@ class Subnet(NamedWeights):
         for name in self.gates:
             for one in self._all_names(name):
                 state[one] = state.pop(self._behind_gate(one))
-        names = [name for name in state if not name.endswith(".score") or ".parametrizations." not in name]
+        names = [name for name in state if not name.endswith(".score") or ".parametrizations." not in f".{name}"]
         return self._present(
             names,
             lambda name: gathered(state[name].detach()).to("cpu", copy=True, memory_format=torch.contiguous_format),
