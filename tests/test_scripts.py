@@ -273,9 +273,10 @@ def test_a_task_that_holds_no_mask_does_not_train(model, tmp_path):
     with pytest.raises(RuntimeError, match=r"task\.attach"):
         task(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
     assert task.eval()(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))["loss"] > 0
-    gradual = tt.TicketTask(model, pruner=tt.create_pruner("gradual", model, sparsity=0.5), verbose=False)
+    other = timm.create_model("test_resnet", num_classes=10)
+    gradual = tt.TicketTask(other, pruner=tt.create_pruner("gradual", other, sparsity=0.5), verbose=False)
     with pytest.raises(tt.SettingError, match="loader: it has no length"):
-        gradual.attach(torch.optim.SGD(model.parameters(), 0.1), iter(()))
+        gradual.attach(torch.optim.SGD(other.parameters(), 0.1), iter(()))
 
 
 def test_a_checkpoint_of_another_training_is_refused(model, tmp_path):
