@@ -66,7 +66,9 @@ def test_what_a_round_ended_with_is_gone_while_the_next_is_trained(name):
     for run in pruner:
         rounds.add(run.round)
         optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1))
-        run.loss(lambda output, _: output.sum(), model(torch.randn(4, 8)), torch.zeros(4)).backward()
+        run.loss(
+            lambda output, _: output.sum(), model(torch.randn(4, 8)), torch.full((4,), (run.classes or [0])[0])
+        ).backward()
         optimizer.step()
         assert sum(type(one) is End and len(one.state) > 0 for one in gc.get_objects()) == run.part
     assert len(rounds) > 1

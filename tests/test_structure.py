@@ -131,7 +131,11 @@ def test_on_timms_models_nothing_moves_when_what_nobody_reads_is_changed(name):
         Subnet(ticket, tuple(groups.shapes)).set_mask_(groups.mask(gone))
         reads = copy.deepcopy(work)
         Subnet(reads, tuple(groups.shapes)).set_mask_(groups.mask(gone, reads_only=True))
-        assert torch.equal(outputs(ticket, images), outputs(reads, images))
+        left, right = outputs(ticket, images), outputs(reads, images)
+        # What a channel of NFNet keeps has mean zero but for rounding, so its zeros are not zero by the bit.
+        assert torch.equal(left, right) or (
+            name == "test_nfnet" and (left - right).abs().max() < 1e-13 * right.abs().max()
+        )
 
 
 def test_a_group_that_does_not_hold_is_found_out_and_named():
