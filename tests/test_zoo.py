@@ -19,6 +19,8 @@ from timm.utils import reparameterize_model
 
 import timm_tickets as tt
 
+# The second search here begins on a model that has another's ticket.
+pytestmark = pytest.mark.filterwarnings("ignore:.*has been through a pruner or ticket before")
 # Of each module the architecture with the fewest parameters (benchmarks/zoo.py counts them).
 SMALLEST = {
     "beit": "beit_base_patch16_224",
