@@ -70,7 +70,9 @@ def test_a_second_pruner_says_that_the_model_has_been_pruned(tmp_path):
     with pytest.warns(UserWarning, match=words) as told:
         second = pruner_of(IMP, model, sparsity=0.9)
     assert told[0].filename != tt.create_pruner.__code__.co_filename
-    second.ticket.attach(model, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.warns(UserWarning, match="its search has not begun"):
+        ticket = second.ticket
+    ticket.attach(model, torch.optim.SGD(model.parameters(), 0.1))
     with pytest.warns(UserWarning, match="in 15 of 15 layers, and the hooks that hold its masks are still on it"):
         pruner_of(IMP, model)
     pruner_of(IMP, model, sparsity=0.5, folder=tmp_path)  # continued: it begins with the values of then
