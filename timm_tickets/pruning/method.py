@@ -36,6 +36,14 @@ def _granularity(value: Any) -> Any:
     return value
 
 
+Granularity = Annotated[
+    str,
+    BeforeValidator(_granularity),
+    Field(
+        description="what is cut as one: weight, channel (rows that make one and columns that read it; heads too), "
+        "head, n of m consecutive weights (2:4), blocks ('block 4x4')"
+    ),
+]
 STRUCTURE = {"granularity": "weight", "sparsity_of": "weights", "round_to": 1, "min_channels": 1}
 
 
@@ -49,12 +57,14 @@ class Method(metaclass=Settings):
         name: The registered name.
         ends_trained: Whether the ticket's values are final, found in the search itself: nobody trains it again.
         reads_gradients: Whether it takes gradients other than by ``backward``.
+        follows_vectors: Whether its groups have to know of biases, normalisations and the like as well.
         units: What is cut as one; of the pruner's own copy (`on`) that of its model.
     """
 
     name: ClassVar[str] = ""
     ends_trained: ClassVar[bool] = False
     reads_gradients: ClassVar[bool] = False
+    follows_vectors: ClassVar[bool] = False
     units: ClassVar[Weights] = Weights()
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights to prune")]
@@ -68,14 +78,7 @@ class Method(metaclass=Settings):
         Literal["warn", "prevent", "error"],
         Field(description="a layer pruned to nothing: report it, keep its best weight, or refuse it"),
     ] = "warn"
-    granularity: Annotated[
-        str,
-        BeforeValidator(_granularity),
-        Field(
-            description="what is cut as one: weight, channel (rows that make one and columns that read it; heads too), "
-            "head, n of m consecutive weights (2:4), blocks ('block 4x4')"
-        ),
-    ] = "weight"
+    granularity: Granularity = "weight"
     sparsity_of: Annotated[Of, Field(description="of channels and heads: what the sparsity is a fraction of")] = (
         "weights"
     )
@@ -88,7 +91,8 @@ class Method(metaclass=Settings):
         """Channels are compared within their layer where nobody says otherwise: across layers, some would starve."""
         given = (values.kwargs if isinstance(values, ArgsKwargs) else values) or {}
         fields: Any = getattr(cls, "__dataclass_fields__", {})
-        if given.get("granularity") in ("channel", "head") and "scope" in fields and "scope" not in given:
+        of_weights = "scope" in fields and fields["granularity"].default == "weight"
+        if given.get("granularity") in ("channel", "head") and of_weights and "scope" not in given:
             given = {**given, "scope": "layerwise"}
             return ArgsKwargs(values.args, given) if isinstance(values, ArgsKwargs) else given
         return values
@@ -126,7 +130,8 @@ class Method(metaclass=Settings):
         """
         bound = copy.copy(self)
         wanted = (self.include, self.exclude, self.classifier)
-        units = units_of(self.granularity, subnet, wanted, self.sparsity_of, self.round_to, self.min_channels)
+        counted = (self.sparsity_of, self.round_to, self.min_channels)
+        units = units_of(self.granularity, subnet, wanted, counted, self.follows_vectors)
         object.__setattr__(bound, "units", units)
         units.check(subnet.mask, self.sparsity)
         return bound
