@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.optional import torch_pruning
 from .groups import Dim, Groups
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass
@@ -63,7 +63,7 @@ def items_of(
         found: list[tuple[str, bool, Tensor, Tensor]] = []
         for dims, makes in ((family.makes, True), (norms, True), (family.reads, False)):
             for dim in dims:
-                if _path(dim) in layers and _axis(layers[_path(dim)], makes) == dim[1]:
+                if _path(dim) in layers and axis_of(layers[_path(dim)], makes) == dim[1]:
                     ids = groups.of[dim] if dim in groups.of else groups.vectors[dim]
                     index = ((ids >= 0) & mine[ids.clamp(min=0)]).nonzero().flatten()
                     index = index[ids[index].argsort(stable=True)]
@@ -95,6 +95,6 @@ def _path(dim: Dim) -> str:
     return path if leaf == "weight" else ""
 
 
-def _axis(layer: nn.Module, makes: bool) -> int:
-    """The dimension of a layer's weight that makes channels, or reads them, as torch-pruning's functions have it."""
-    return int(makes) if isinstance(layer, _TRANSPOSED) else int(not makes)
+def axis_of(layer: nn.Module, makes: bool) -> int:
+    """The dimension of a layer's weight along which the channels run that it makes, or those that it reads."""
+    return int(makes) if isinstance(layer, TRANSPOSED) else int(not makes)
