@@ -6,7 +6,7 @@ layer's weight as the layer itself is cut.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,13 +38,19 @@ class TicketImportance:
         ticket_or_scores: A ticket, or its path; masks, or scores, by parameter name; a pruner of this package: one that
             has ended, for its ticket, or the name or settings of one that scores a model without training, for the
             scores of its first cut, computed anew whenever the model has changed.
+        normalize: Whether to divide by the group's mean, as torch-pruning's own importances do: for scores whose size
+            differs from layer to layer, where ``global_pruning`` compares layers.
 
     Raises:
         SettingError: It is none of these, or torch-pruning is not installed.
         TicketError: The ticket cannot be read.
     """
 
-    def __init__(self, ticket_or_scores: "Ticket | str | Path | Mapping[str, Tensor] | Pruner | Method"):
+    def __init__(
+        self,
+        ticket_or_scores: "Ticket | str | Path | Mapping[str, Tensor] | Pruner | Method",
+        normalize: bool = False,
+    ):
         torch_pruning("TicketImportance")
         given: Any = ticket_or_scores
         if isinstance(given, str) and given in list_pruners():
@@ -63,6 +69,7 @@ class TicketImportance:
                 "ticket, its path, masks, scores, or a pruner of this package"
             )
         self._scores: Mapping[str, Tensor] = scores
+        self._normalize = normalize
         self._followed: WeakKeyDictionary[Any, dict[nn.Module, Followed]] = WeakKeyDictionary()
         self._read: list[tuple[Tensor, int]] = []  # the parameters that the scores were computed of, as they were
 
@@ -94,7 +101,9 @@ class TicketImportance:
             counts.index_add_(0, at, torch.full((len(idxs),), each, dtype=torch.float64))
         if not counts.any():
             return None
-        return (sums / counts.clamp(min=1)).float().to(next(graph_of(group).model.parameters()).device)
+        means = sums / counts.clamp(min=1)
+        means = means / means.mean() if self._normalize else means
+        return means.float().to(next(graph_of(group).model.parameters()).device)
 
     def _values(self, graph: Any) -> dict[nn.Module, Tensor]:
         """What is known of each layer's weight, as the layer now is."""
@@ -209,8 +218,8 @@ def scored(method: Method, model: nn.Module) -> Mapping[str, Tensor]:
     bound: Any = method.on(subnet)
     object.__setattr__(bound, "cut", cut)
     try:
-        asked: Iterator[Any] = bound.search(subnet)
-        runs = next(asked, None)
+        with torch.enable_grad():  # torch-pruning's pruners work without
+            runs = next(bound.search(subnet), None)
     except _Scored:
         return found
     told = "trains, or reads gradients of your images, first" if runs else "has no scores of single weights"
