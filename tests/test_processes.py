@@ -30,6 +30,15 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import timm_tickets as tt
 from timm_tickets.processes import join_processes, place
+from timm_tickets.structure import units
+
+find, groups = units.find_groups, {}
+def once(model, *wanted, **more):  # the groups of one architecture are always the same
+    name = model.pretrained_cfg["architecture"]
+    if name not in groups:
+        groups[name] = find(model, *wanted, **more)
+    return groups[name]
+units.find_groups = once
 
 order = json.loads(sys.argv[1])
 join_processes()
@@ -146,9 +155,18 @@ METHODS = [
     Row("rigl", {"interval": 2}, trained=True),
     Row("rigl", {"interval": 1}, trained=True, accumulate=2),
     Row("rigl", {"interval": 1}, trained=True, accumulate=2, sync=False),
+    Row("tp_magnitude"),
+    Row("tp_lamp"),
+    Row("tp_random"),
+    Row("tp_taylor", {"rounds": 1}, trained=True),
+    Row("tp_group_norm", {"rewind": "0ep"}),
+    Row("tp_growing_reg", {"interval": 1}, trained=True),
 ]
 # Each process has statistics of its own batches, and they are in the ticket where it holds what was trained.
-WITH_STATISTICS = [replace(row, model="test_resnet") for row in METHODS if row.trained]
+WITH_STATISTICS = [
+    replace(row, model="test_resnet") for row in METHODS if row.trained and not row.name.startswith("tp_")
+]
+WITH_STATISTICS.append(Row("tp_bn_scale", trained=True, model="test_resnet"))
 COUNTS = (2, pytest.param(3, marks=pytest.mark.slow))
 
 
@@ -190,7 +208,7 @@ def searched(tmp_path_factory):
 
 
 def test_every_registered_pruner_is_in_the_table():
-    assert {row.name for row in METHODS} == set(tt.list_pruners())
+    assert {row.name for row in METHODS + WITH_STATISTICS} == set(tt.list_pruners())
     assert len({row.key for row in METHODS}) == len(METHODS)
 
 

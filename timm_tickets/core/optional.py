@@ -26,7 +26,6 @@ def torch_pruning(what: str) -> Any:
         raise SettingError(f"{what} needs torch-pruning, which is not installed: {install}") from None
     old = found.__version__.split(".")
     if [*map(int, old[:2])] < [*map(int, TORCH_PRUNING.split("."))]:
-        raise SettingError(
-            f"{what} needs torch-pruning {TORCH_PRUNING} or later, and {found.__version__} is: {install}"
-        )
+        told = f"{what} needs torch-pruning {TORCH_PRUNING} or later, and {found.__version__} is installed"
+        raise SettingError(f"{told}: {install}")
     return found

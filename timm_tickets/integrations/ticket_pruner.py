@@ -72,12 +72,12 @@ class TicketPruner(BasePruner):
         self._ids = dict(self.groups.of)  # the group of each index that is still there
         self._dead = _unread(self.ticket, self.groups)
         self._left = torch.ones(len(self.groups), dtype=torch.bool)
-        self._twin = _Twin(model, self.groups, self._dead, example_inputs, settings.get("forward_fn"))
         self.kept: list[tuple[str, int, str]] = []
         # Its own defaults are dictionaries that all its pruners share.
         fresh: dict[str, Any] = {name: {} for name in ("in_channel_groups", "out_channel_groups", "num_heads")}
         try:
-            super().__init__(model, example_inputs, TicketImportance(self.ticket), **(fresh | settings))
+            with torch.enable_grad():  # its graph is made of what autograd has seen
+                super().__init__(model, example_inputs, TicketImportance(self.ticket), **(fresh | settings))
         except (SettingError, TicketError):
             raise
         except Exception as error:  # whatever its graph raises on a model that it cannot follow
@@ -85,6 +85,7 @@ class TicketPruner(BasePruner):
                 f"torch-pruning cannot follow this {type(model).__name__}: {type(error).__name__}: "
                 f"{shown(str(error))}; give it ignored_layers or unwrapped_parameters, or compact the ticket instead"
             ) from error
+        self._twin = _Twin(model, self.groups, self._dead, example_inputs, settings.get("forward_fn"))
 
     def step(self, interactive: bool = False) -> Iterator[Any] | None:
         """Remove all of it; or, interactively, give a group at a time, to be removed by its ``prune()`` or left.

@@ -3,7 +3,8 @@
 torch-pruning's own graph follows a part of timm's models; its importances ask only for layers, indices and roots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.optional import torch_pruning
+from ..core.seeds import seed_from
 from .groups import Dim, Groups
 
+_NOISE = 0x7070  # the stream of random importances, told from others of the same seed
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -29,13 +32,6 @@ class Items:
     family: int
     group: Any
     of: Tensor
-
-    def means(self, importance: Tensor, count: int) -> Tensor:
-        """Of each of so many groups the mean importance of its root indices, as torch-pruning has it of heads."""
-        sums, counts = torch.zeros(2, count, dtype=torch.float64)
-        sums.index_add_(0, self.of, importance.detach().cpu().double()[: len(self.of)])
-        counts.index_add_(0, self.of, torch.ones(len(self.of), dtype=torch.float64))
-        return sums / counts
 
 
 def items_of(
@@ -80,6 +76,50 @@ def items_of(
             group[len(group) - 1].root_idxs = _roots(ids, root).tolist()
         out.append(Items(number, group, root))
     return out
+
+
+def read_by(importance: Any) -> tuple[type[nn.Module], ...]:
+    """The types of layers that an importance of torch-pruning's reads."""
+    return tuple(getattr(importance, "target_types", (nn.Module,)))
+
+
+def importances(
+    items: Sequence[Items], importance: Any, count: int, within: AbstractContextManager[None], seed: int
+) -> Tensor:
+    """The importance of each of so many groups, 0 of those that are in no item.
+
+    Args:
+        items: The families.
+        importance: One of torch-pruning's.
+        count: How many groups there are.
+        within: Where it is computed; see `with_gradients`.
+        seed: Of what it draws.
+
+    Returns:
+        Of each group the mean over its root's indices, as torch-pruning has it of heads; float64, on the CPU.
+    """
+    sums, counts = torch.zeros(2, count, dtype=torch.float64)
+    with within, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_from(seed, _NOISE))
+        for one in items:
+            found = importance(one.group).detach().cpu().double()
+            sums.index_add_(0, one.of, found[: len(one.of)])
+            counts.index_add_(0, one.of, torch.ones(len(one.of), dtype=torch.float64))
+    return sums / counts.clamp(min=1)
+
+
+@contextmanager
+def with_gradients(model: nn.Module, gradients: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block parameters have these gradients, by name, where torch-pruning looks for them."""
+    named = {name: one for name, one in model.named_parameters() if name in gradients}
+    before = {name: one.grad for name, one in named.items()}
+    try:
+        for name, one in named.items():
+            one.grad = gradients[name].to(one)
+        yield
+    finally:
+        for name, one in named.items():
+            one.grad = before[name]
 
 
 def _roots(ids: Tensor, root: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from timm.models.swin_transformer import PatchMerging
 import timm_tickets  # +
 
 SIZES = {
-    "resnet18": {},
+    "resnet18": {"channels": (16, 32, 48, 64), "zero_init_last": False},
     "convnext_atto": {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)},
     "vit_tiny_patch16_224": {"depth": 2, "num_heads": 4, "img_size": 64},
     "swin_tiny_patch4_window7_224": {"depths": (1, 1), "num_heads": (2, 4), "embed_dim": 32, "img_size": 56},

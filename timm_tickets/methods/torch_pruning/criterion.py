@@ -1,30 +1,25 @@
 """What torch-pruning's criteria share: groups, how often they train, where they return to."""
 
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from ...core.errors import SettingError
 from ...core.masks import Scope, Scores, keep_count
 from ...core.optional import torch_pruning
-from ...core.seeds import seed_from
 from ...core.settings import settings
 from ...core.warn import warn
 from ...pruning.method import Granularity, Method
 from ...pruning.run import Rewind, Run
 from ...pruning.run_end import End
 from ...sparse.subnet import Subnet
-from ...structure.dependencies import items_of
+from ...structure.dependencies import importances, items_of, read_by, with_gradients
 from ...structure.units import Channels
-
-ANY = (nn.Module,)  # what an importance without types of its own reads
-_NOISE = 0x7070  # the stream of random importances, told from others of the same seed
 
 
 @settings
@@ -49,6 +44,8 @@ class Criterion(Method):
                 f"granularity: {self.granularity!r} cannot be had with {self.name}, which compares whole channels; "
                 "set channel or head, or leave it out"
             )
+        if self.rewind is not None and not self.rounds:
+            raise ValueError("rewind: with rounds=0 nothing is trained; set rounds to 1 or more, or leave rewind out")
         return self
 
     @property
@@ -63,7 +60,7 @@ class Criterion(Method):
 
     def on(self, subnet: Subnet) -> Self:
         """As any method, of the families alone that have a layer which the importance reads."""
-        types = getattr(self.importance(torch_pruning(f"pruner.name: {self.name}")), "target_types", ANY)
+        types = read_by(self.importance(torch_pruning(f"pruner.name: {self.name}")))
         bound = super().on(subnet)
         units = bound.channels
         read = {one.family for one in items_of(subnet.model, units.groups, types)}
@@ -75,7 +72,8 @@ class Criterion(Method):
                 "another, such as tp_magnitude"
             )
         if left:
-            warn(f"{self.name}: its criterion reads no layer of {len(left)} families of channels, which stay: {left}")
+            told = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            warn(f"{self.name}: its criterion reads no layer of {len(left)} families of channels, which stay: {told}")
             keep = torch.tensor([number in read for number in range(len(units.groups.families))])
             units.groups = units.groups.only(keep)
             units.check(subnet.mask, self.sparsity)
@@ -107,28 +105,9 @@ class Criterion(Method):
 
     def scores(self, subnet: Subnet, gradients: Mapping[str, Tensor]) -> Tensor:
         """The importance of each group that is left, as torch-pruning computes it."""
-        units = self.channels
-        importance = self.importance(torch_pruning(self.name))
-        out, types = torch.zeros(len(units.groups), dtype=torch.float64), getattr(importance, "target_types", ANY)
-        with _readable(subnet.model, gradients), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_from(self.seed, _NOISE))
-            for one in items_of(subnet.model, units.groups, types, units.gone(subnet.mask)):
-                out[one.of] = one.means(importance(one.group), len(out))[one.of]
-        return out
+        units, importance = self.channels, self.importance(torch_pruning(self.name))
+        items = items_of(subnet.model, units.groups, read_by(importance), units.gone(subnet.mask))
+        return importances(items, importance, len(units.groups), with_gradients(subnet.model, gradients), self.seed)
 
     def runs(self, subnet: Subnet) -> int:
         return self.rounds
-
-
-@contextmanager
-def _readable(model: nn.Module, gradients: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block parameters have these gradients, where torch-pruning looks for them."""
-    named = {name: one for name, one in model.named_parameters() if name in gradients}
-    before = {name: one.grad for name, one in named.items()}
-    try:
-        for name, one in named.items():
-            one.grad = gradients[name].to(one)
-        yield
-    finally:
-        for name, one in named.items():
-            one.grad = before[name]

@@ -10,7 +10,7 @@ from ...core.private import regulariser
 from ...core.settings import settings
 from ...pruning.run import Run
 from ...pruning.training import Training
-from ...structure.dependencies import items_of
+from ...structure.dependencies import items_of, read_by
 from .criterion import Criterion
 
 
@@ -56,7 +56,7 @@ class Regularisation:
         method, units, subnet = self.method, self.method.channels, run.subnet
         tp = torch_pruning(method.name)
         importance = method.importance(tp)
-        items = items_of(subnet.model, units.groups, importance.target_types, units.gone(subnet.mask))
+        items = items_of(subnet.model, units.groups, read_by(importance), units.gone(subnet.mask))
         # Strengths go by the distance from the largest importance to the smallest: of one channel there is none.
         groups = [one.group for one in items if len(one.of) > 1]
         return regulariser(method.kind(tp), tp.DependencyGraph(), groups, importance, **method.held(groups, run))
