@@ -3,6 +3,7 @@
 import copy
 import re
 import runpy
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch_pruning as tp
+from commands import call
 from support.every_method import Row, found, fresh, loader, pruner_of, searched, train_run
 from torch import nn
 
@@ -419,12 +421,12 @@ def test_without_the_library_one_sentence_says_what_to_install(monkeypatch):
 def test_what_does_not_fit_is_refused():
     model = fresh()
     ticket = tt.create_pruner("tp_random", model, sparsity=0.5).ticket
-    other = timm.create_model("resnet10t", num_classes=4)
+    other = timm.create_model("test_efficientnet", num_classes=4)
     graph = tp.DependencyGraph().build_dependency(other, IMAGES)
     group = next(iter(graph.get_all_groups()))
-    with pytest.raises(tt.TicketError, match="this ticket is for 'test_resnet', the model is 'resnet10t'"):
+    with pytest.raises(tt.TicketError, match="this ticket is for 'test_resnet', the model is 'test_efficientnet'"):
         tt.TicketImportance(ticket)(group)
-    with pytest.raises(tt.TicketError, match="this ticket is for 'test_resnet', the model is 'resnet10t'"):
+    with pytest.raises(tt.TicketError, match="this ticket is for 'test_resnet', the model is 'test_efficientnet'"):
         tt.TicketPruner(other, IMAGES, ticket)
     with pytest.raises(tt.TicketError, match="weights that the ticket has pruned are not zero in this model"):
         tt.TicketPruner(fresh(), IMAGES, ticket)
@@ -432,8 +434,8 @@ def test_what_does_not_fit_is_refused():
         tt.TicketPruner(model, IMAGES, ticket, pruning_ratio=0.5)
     with pytest.raises(tt.SettingError, match="none of its 1 names is a weight"):
         tt.TicketImportance({"stem": torch.ones(1)})(group)
-    with pytest.raises(tt.TicketError, match=r"conv1\.weight: \[1\] is given, and the model's is"):
-        tt.TicketImportance({"layer1.0.conv1.weight": torch.ones(1)})(group)
+    with pytest.raises(tt.TicketError, match=r"conv_stem\.weight: \[1\] is given, and the model's is"):
+        tt.TicketImportance({"conv_stem.weight": torch.ones(1)})(group)
     with pytest.raises(tt.SettingError, match="a int is neither a ticket nor scores"):
         tt.TicketImportance(3)
     for name, told in {
@@ -451,3 +453,41 @@ def test_a_model_that_its_graph_cannot_follow_is_told():
     ticket = tt.create_pruner("tp_random", model, sparsity=0.5).ticket
     with pytest.raises(tt.SettingError, match="torch-pruning cannot follow this ResNet: "):
         tt.TicketPruner(model, torch.randn(1, 5, 32, 32), ticket)
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "torch_pruning.md").read_text()
+SMALLER = {"resnet18": "test_resnet", "64, 64": "32, 32", "sparsity=0.7": "sparsity=0.5"}
+
+
+def test_the_page_as_written(tmp_path, monkeypatch):
+    """But for a smaller model and shorter trainings."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        for text, shorter in SMALLER.items():
+            code = code.replace(text, shorter)
+        exec(code, names)
+    assert names["model"].layer1[0].conv1.out_channels == fresh().layer1[0].conv1.out_channels // 2
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    Path("lottery.yaml").write_text(recipe)
+    less = [
+        "training.epochs=1",
+        "dense=false",
+        "training.batch_size=128",
+        "pruner.rounds=1",
+        "data.val_fraction=0.8",
+        "retrain.epochs=1",
+    ]
+    said = {}
+    for line in re.findall(r"(?m)^timm-tickets (.*)$", PAGE):
+        words = shlex.split(line)
+        if words[0] == "search":
+            words += [word for setting in less for word in ("--set", setting)]
+        done = call(*words)
+        assert done.exit_code == 0, done.output
+        said[line] = done.output
+    assert len(said) == 4
+    assert "MagnitudeImportance" in said["list tp_magnitude"]
+    tickets = {path.parent.name: tt.load_ticket(path) for path in Path("output").glob("*/*.ticket")}
+    assert {ticket.metadata["pruner"]["name"] for ticket in tickets.values()} == {"tp_magnitude", "tp_taylor"}
+    assert tickets["fine_tuned"].metadata["pruner"]["rewind"] is None

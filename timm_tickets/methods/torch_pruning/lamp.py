@@ -16,7 +16,7 @@ from .criterion import Criterion
 class TPLamp(Criterion):
     """Prune the channels of the smallest LAMP score, compared across layers, by torch-pruning's importance.
 
-    Use: as `tp_magnitude`. Within a layer both rank channels alike; LAMP is made to compare layers with one another.
+    Use: as `tp_magnitude`. Within a layer both order channels alike; LAMP is made to compare layers with one another.
     Cost: `rounds` trainings.
     Departures: groups are this package's.
     """
