@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from support.commands import call
 
 import timm_tickets as tt
@@ -20,7 +20,13 @@ from timm_tickets.deploy.sparse_file import fits_2_4, load_2_4, load_csr
 from timm_tickets.deploy.speed import Row, Speed, measure
 from timm_tickets.deploy.speed_report import conditions, table, verdict
 
-DIGITS = ["training.epochs=1", "data.val_fraction=0.8", "pruner.sparsity=0.9", "data.workers=0"]
+DIGITS = [
+    "training.epochs=1",
+    "data.val_fraction=0.8",
+    "pruner.sparsity=0.9",
+    "data.workers=0",
+    "training.batch_size=16",
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +73,9 @@ def test_a_folder_is_exported_trained_and_a_ticket_says_that_it_is_not(searched,
         mine = timm.create_model("test_resnet", num_classes=10, checkpoint_path=str(file))
         assert all(torch.equal(mine.state_dict()[name], value) for name, value in wanted.items())
     assert f"the trained ones are {searched}" in out.output
-    assert sum(int((~mask).sum()) for mask in zeros(mine).values()) >= 0.9 * sum(
-        m.numel() for m in first.masks.values()
-    )
+    assert {name: int(mask.sum()) for name, mask in zeros(mine).items()} == {
+        name: int(mask.sum()) for name, mask in first.masks.items()
+    }
     assert load_source(searched).images.input_size == (3, 32, 32)
     assert outputs(trained, images).shape == (2, 10)
 
@@ -148,6 +154,7 @@ def test_an_onnx_file_that_computes_otherwise_is_not_put_in_place(ticket, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "test_resnet.ticket"]
 
 
+@pytest.mark.slow  # and with OpenVINO, which the test extra does not bring
 def test_openvino_with_zeros_equals_torch(ticket, tmp_path):
     done = export(ticket("test_vit"), "openvino", tmp_path / "model.xml")
     images = torch.randn(3, *done.source.images.input_size)
@@ -196,7 +203,8 @@ def test_2_4_names_the_layers_that_do_not_fit(ticket, tmp_path):
 
 def test_damaged_sparse_files_are_refused(ticket, tmp_path):
     path = export(ticket("test_vit"), "csr", tmp_path / "model.safetensors").path
-    data, tensors = path.read_bytes(), load_file(path)
+    data = path.read_bytes()
+    tensors = load(data)  # in memory: the file is written over
     told = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     name = "blocks.0.mlp.fc1.weight"
 

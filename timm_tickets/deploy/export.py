@@ -126,7 +126,7 @@ def _two_of_four(source: Source, path: Path, batch: int | None) -> _Told:
     reasons: dict[str, list[str]] = {}
     for name, why in left.items():
         reasons.setdefault(why, []).append(name)
-    told = [f"stays dense: {_names(names)} ({why})" for why, names in reasons.items()]
+    told = [f"stays dense: {', '.join(names)} ({why})" for why, names in reasons.items()]
     useful = [name for name in fits if name in masked]
     if not useful:
         raise TicketError(
@@ -135,7 +135,7 @@ def _two_of_four(source: Source, path: Path, batch: int | None) -> _Told:
             + "\nsearch with pruner.granularity=2:4 on a model with wide linear layers, such as a ViT"
         )
     write_sparse(path, "2:4", source.model, useful, source.built, source.facts)
-    told = [f"2:4: {_names(useful)}", *told]
+    told = [f"2:4: {', '.join(useful)}", *told]
     device = torch.device("cuda")
     told.append(why if (why := lacks_2_4(device)) else "this machine's card multiplies by 2:4 weights")
     return told, (
@@ -179,7 +179,3 @@ def _sparsity(source: Source) -> str:
     if not masks:
         return "none of its weights is zero"
     return f"in {len(masks)} layers {sparsity(masks):.1%} of the weights are exactly zero"
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
