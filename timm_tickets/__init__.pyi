@@ -14,6 +14,8 @@ from .core.masks import intersect as intersect
 from .core.masks import layer_sparsities as layer_sparsities
 from .core.masks import shuffled_masks as shuffled_masks
 from .core.masks import sparsity as sparsity
+from .deploy.compact_file import load_compact as load_compact
+from .deploy.compact_file import save_compact as save_compact
 from .experiments.search import search as search
 from .experiments.seeds import search_seeds as search_seeds
 from .experiments.train import train as train

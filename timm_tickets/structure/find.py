@@ -4,7 +4,7 @@ import copy
 import itertools
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from ..sparse.prunable import Part, inspect_model
 from ..sparse.wrappers import plain_model
 from .groups import Dim, Family, Groups
 from .labels import Atoms
-from .trace import OutOfTime, plainly, traced
+from .trace import OutOfTime, plainly, run, traced
+from .vectors import VectorTrace
 from .verify import tried
 
 SECONDS = 60.0  # of this thread's processor that finding and trying may take: what else the machine does does not count
@@ -30,6 +31,7 @@ def find_groups(
     exclude: Sequence[str] = (),
     classifier: bool = False,
     seconds: float = SECONDS,
+    vectors: bool = False,
 ) -> Groups:
     """The groups of a model, each tried on a copy of it; the model stays as it is.
 
@@ -39,6 +41,7 @@ def find_groups(
         exclude: As in `prunable_names`.
         classifier: Whether the columns of the classifier may be zeroed too.
         seconds: How long it may take, in seconds of the processor.
+        vectors: Whether biases, normalisations, scales and tables are followed to the groups too: `Groups.vectors`.
 
     Raises:
         SettingError: It takes longer, or the model takes no images of any size that was tried.
@@ -56,6 +59,8 @@ def find_groups(
             found, stay = _families(traced(work, images, matrices, before, began + seconds), parts)
             if len(stay) == len(before):
                 break
+        if vectors:
+            found.vectors = _vectors(work, images, matrices, stay, found, began + seconds)
         found = tried(work, images, found, began + seconds)
     except OutOfTime:
         raise SettingError(
@@ -64,6 +69,25 @@ def find_groups(
         ) from None
     found.seconds = time.thread_time() - began
     return found
+
+
+def _vectors(
+    model: nn.Module,
+    images: Tensor,
+    matrices: Mapping[str, Tensor],
+    stay: Mapping[int, str],
+    groups: Groups,
+    deadline: float,
+) -> dict[Dim, Tensor]:
+    """The groups of what else has an entry a channel."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    others = {name: value for name, value in named if name not in matrices and value.ndim}
+    atoms = Atoms({name: weight.shape for name, weight in matrices.items()}, stay)
+    run(trace := VectorTrace(atoms, matrices, deadline, others), model, images)
+    table = torch.full((len(atoms.parent),), -1)
+    for dim, ids in groups.of.items():
+        table[atoms.first[dim] : atoms.first[dim] + len(ids)] = ids
+    return trace.found(table)
 
 
 def images_for(model: nn.Module) -> Tensor:
