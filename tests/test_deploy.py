@@ -194,7 +194,7 @@ def test_2_4_is_packed_and_gives_the_same_model(ticket, tmp_path):
 
 
 def test_2_4_names_the_layers_that_do_not_fit(ticket, tmp_path):
-    with pytest.raises(tt.TicketError, match=r"blocks\.0\.attn\.qkv\.weight .*keeps [34] of some four weights"):
+    with pytest.raises(tt.TicketError, match=r"blocks\.0\.attn\.qkv\.weight, .*keeps [34] of some four weights"):
         export(ticket("test_vit"), "2:4", tmp_path / "model.safetensors")
     with pytest.raises(tt.TicketError, match=r"stem\.conv1\.weight.* \(Conv2d: torch has 2:4 for linear layers only\)"):
         export(ticket("test_resnet", "2:4"), "2:4", tmp_path / "model.safetensors")
@@ -315,11 +315,11 @@ def test_a_speed_report_says_that_nothing_got_faster_where_nothing_did(source):
 
 
 def test_a_speed_report_says_what_got_faster(source):
-    noisy = Row("torch", "zeros", [0.002, 0.02, 0.03], [0.05, 0.2, 0.3])  # once by chance
+    noisy = Row("torch", "zeros", [0.002, 0.02, 0.03], [0.02, 0.2, 0.3])  # once by chance
     rows = [row("torch", "dense", 0.010, 0.100), noisy, row("torch", "compacted", 0.005, 0.040)]
     told = verdict(Speed(source, rows, 32, 2, 0.9, "random weights"))
     assert told == [
-        "torch: zeros 0.50 times as fast as dense with 1 image, 0.50 with 32 images (not faster); "
+        "torch: zeros 0.51 times as fast as dense with 1 image, 0.51 with 32 images (not faster); "
         "compacted 2.00 times as fast as dense with 1 image, 2.50 with 32 images (faster).",
         "The fastest with 32 images is torch compacted: 2.50 times torch's dense.",
     ]
@@ -335,7 +335,7 @@ def test_a_speed_table_fits_80_columns(source, monkeypatch):
         console.print(table(done := Speed(source, rows, 128, 2, 0.9, "random weights")))
     lines = captured.get().splitlines()
     assert max(map(len, lines)) <= 80
-    assert "compacted  1,234 ±1%" in lines[3].strip()
+    assert "compacted 1,234 ±1%" in lines[3].strip()
     assert lines[3].split()[-5:] == ["1,234", "1,020", "255", "41,300", "78.12"]
     assert "90.0% of the weights in layers with zeros are zero" in conditions(done)[0]
 
@@ -352,8 +352,24 @@ def test_speed_measures_all_models_in_turn_and_scores_them(searched, monkeypatch
     result = json.loads((searched / "result.json").read_text())["rows"]
     assert [one.top1 for one in done.rows] == [one["metrics"]["test_top1"] for one in (result[0], result[-1])]
     assert all(one.parameters == result_size(searched) for one in done.rows)
-    assert done.rows[0].macs == done.rows[1].macs == 4_099_584
+    assert done.rows[0].macs == done.rows[1].macs == macs_by_hand(load_source(searched))
     assert done.sparsity == pytest.approx(0.9, abs=0.01)
+
+
+def macs_by_hand(source):
+    """Of each convolution and linear layer: its outputs, times the inputs that each of them sums."""
+    count = 0
+
+    def see(module, inputs, output):
+        nonlocal count
+        count += output.numel() * module.weight[0].numel()
+
+    layers = [one for one in source.model.modules() if isinstance(one, torch.nn.Conv2d | torch.nn.Linear)]
+    hooks = [one.register_forward_hook(see) for one in layers]
+    outputs(source.model, torch.zeros(1, *source.images.input_size))
+    for hook in hooks:
+        hook.remove()
+    return count
 
 
 def result_size(folder):

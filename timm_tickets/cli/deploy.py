@@ -12,7 +12,7 @@ Deployed = Annotated[
     str,
     typer.Argument(
         metavar="TICKET",
-        help="a search's folder, for its trained weights; or a ticket, whose weights are mostly those before training",
+        help="a search's folder, for its trained weights; a ticket, mostly of untrained ones; or a compact model",
     ),
 ]
 Weights = Annotated[
@@ -34,6 +34,9 @@ def export(
     image_size: ImageSize = None,
     batch: Annotated[int | None, typer.Option(min=1, help="images at a time, fixed; any number if not given")] = None,
     model_kwargs: Arguments = None,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="to onnx and openvino: take out first the channels that nothing reads")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that stands there")] = False,
 ) -> None:
     """Write a sparse model for others: plain timm, compacted, ONNX, OpenVINO, 2:4 or CSR; say whose weights it has."""
@@ -52,6 +55,7 @@ def export(
             image_size=image_size,
             batch=batch,
             arguments=read_overrides(model_kwargs or ()),
+            compact=compact,
             overwrite=overwrite,
         )
         console = Console()

@@ -1,7 +1,7 @@
 """Exporting: a ticket, or the trained model of a search, as a file that something else runs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from ..core.errors import SettingError, TicketError
 from ..core.masks import sparsity
 from ..storage.files import write_state
+from ..structure.compact import Compact, compacted
+from .compact_file import save_compact
 from .formats import FORMATS, check_format
 from .source import Source, load_source, zeros
 from .sparse_file import fits_2_4, lacks_2_4, plain_state, write_sparse
@@ -41,6 +43,7 @@ def export(
     image_size: int | None = None,
     batch: int | None = None,
     arguments: Mapping[str, Any] | None = None,
+    compact: bool = False,
     overwrite: bool = False,
 ) -> Exported:
     """Write a sparse model in a format that something else reads.
@@ -54,6 +57,7 @@ def export(
         image_size: Height and width of an image in pixels; the search's where that is known, else timm's.
         batch: Images at a time, for ``onnx`` and ``openvino``; any number where None.
         arguments: Further ones of ``timm.create_model``, where a ticket does not say them.
+        compact: Whether channels that nothing reads are taken out first; for ``onnx`` and ``openvino``.
         overwrite: Whether a file that stands there is replaced.
 
     Raises:
@@ -64,7 +68,11 @@ def export(
     check_format(to)
     if batch is not None and to not in ("onnx", "openvino"):
         raise SettingError(f"batch: {to} takes any number of images; leave it out")
+    if compact and to not in ("onnx", "openvino"):
+        raise SettingError("compact: is for onnx and openvino; --to compact writes the smaller model itself")
     source = load_source(address, weights, image_size, arguments)
+    if source.compact and to not in ("onnx", "openvino"):
+        raise SettingError(f"to: {address} is smaller than what timm builds, so it goes to onnx and openvino only")
     path = Path(f"{source.name}{FORMATS[to][0]}") if output is None else Path(output)
     if to == "openvino" and path.suffix != ".xml":
         raise SettingError(f"output: {path} is not valid; OpenVINO's files are NAME.xml and NAME.bin: name the .xml")
@@ -73,7 +81,11 @@ def export(
             raise SettingError(f"output: {file} is a folder; name a file in it")
         if file.exists() and not overwrite:
             raise SettingError(f"output: {file} exists; give another --output, or --overwrite")
-    return Exported(path, source, *_WRITERS[to](source, path, batch))
+    found = compacted(source.model) if compact else None
+    if found is not None:
+        source = replace(source, model=found.model, compact=True)
+    told, code = _WRITERS[to](source, path, batch)
+    return Exported(path, source, [*(removed(found) if found else ()), *told], code)
 
 
 _Told = tuple[Sequence[str], Sequence[str]]
@@ -97,7 +109,20 @@ def _timm(source: Source, path: Path, batch: int | None) -> _Told:
 
 
 def _compact(source: Source, path: Path, batch: int | None) -> _Told:
-    raise SettingError("to: compact is not there yet")
+    found = compacted(source.model)
+    save_compact(found.model, path, source.built.arguments, source.facts)
+    counts = [sum(one.numel() for one in model.parameters()) for model in (source.model, found.model)]
+    told = f"{counts[1]:,} of {counts[0]:,} parameters are left ({counts[1] / counts[0]:.1%})"
+    return (*removed(found), told), (
+        "import timm_tickets",
+        f"model = timm_tickets.load_compact({str(path)!r})  # smaller than timm's, and fit to be trained on",
+    )
+
+
+def removed(found: Compact) -> list[str]:
+    """What was taken out of a model, and what was not."""
+    gone = f"{found.removed:,} of {found.groups:,} channels and heads are taken out, since nothing reads them"
+    return [gone] * bool(found.removed) + found.told()
 
 
 def _onnx(source: Source, path: Path, batch: int | None) -> _Told:

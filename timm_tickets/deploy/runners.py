@@ -97,6 +97,10 @@ def torch_model(kind: Kind) -> Any:
         from .sparse_file import load_csr
 
         return load_csr(kind.file)
+    if kind.variant == "compacted":
+        from .compact_file import load_compact
+
+        return load_compact(kind.file)
     from ..storage.files import read_state
     from .source import Built, rebuilt
 

@@ -21,6 +21,7 @@ from ..storage.files import read_json, read_state
 from ..tickets.address import LOCAL, ticket_at
 from ..tickets.publish import harmless
 from ..tickets.ticket import Ticket, load_ticket
+from .compact_file import compact_header, load_compact
 
 MODEL, CONFIG, TICKET = "model.safetensors", "config.json", "model.ticket"
 _TRAINED = (MODEL, "model_best.safetensors", "model_ema.safetensors")
@@ -65,6 +66,7 @@ class Source:
         images: What it takes.
         ticket: The ticket, where it comes from one.
         folder: What a search has left, where the weights come from there.
+        compact: Whether channels are gone, so that it is smaller than what timm builds.
     """
 
     model: nn.Module = field(repr=False)
@@ -75,6 +77,7 @@ class Source:
     images: Images
     ticket: Ticket | None = field(default=None, repr=False)
     folder: Path | None = None
+    compact: bool = False
 
     @property
     def facts(self) -> dict[str, str]:
@@ -97,7 +100,8 @@ def load_source(
 
     Args:
         address: A ticket (a file, ``hf-hub:user/name``, ``local-dir:path``); or a folder that a search or a training
-            has left, or one of its rounds, or the model.safetensors in one: then the trained weights.
+            has left, or one of its rounds, or the model.safetensors in one: then the trained weights; or a compact
+            model's file.
         weights: For a ticket: a checkpoint with the weights that were trained under it.
         image_size: Height and width of an image in pixels; that of the search where its folder says so, else timm's.
         arguments: Further ones of ``timm.create_model``, where a ticket does not say them.
@@ -112,6 +116,10 @@ def load_source(
         if weights is not None:
             raise SettingError(f"weights: {path} has its own; name the ticket to export other weights under it")
         source = _of_folder(*found, arguments or {})
+    elif (header := compact_header(path)) is not None:
+        if weights is not None:
+            raise SettingError(f"weights: {path} has its own; leave it out")
+        source = _of_compact(path, header)
     else:
         source = _of_ticket(address, weights, arguments or {})
     channels, *_ = size = source.images.input_size
@@ -129,12 +137,12 @@ def zeros(model: nn.Module) -> dict[str, Tensor]:
     return {name: mask for name, mask in masks.items() if not mask.all()}
 
 
-def rebuilt(built: Built, state: Mapping[str, Tensor], told: str) -> nn.Module:
+def rebuilt(built: Built, state: Mapping[str, Tensor] | None, told: str) -> nn.Module:
     """A fresh model, in evaluation mode, for a state dict that is compared with it before memory is taken.
 
     Args:
         built: What timm builds it from.
-        state: The state dict; it is not loaded.
+        state: The state dict; it is not loaded. None compares nothing.
         told: Whose both are, for messages.
 
     Raises:
@@ -145,7 +153,8 @@ def rebuilt(built: Built, state: Mapping[str, Tensor], told: str) -> nn.Module:
         told = f"{told} is for '{shown(built.architecture)}', which this timm ({timm.__version__}) does not have"
         raise SettingError(f"architecture: {told}; import the module that registers it, or another timm")
     with torch.random.fork_rng(devices=[]):  # building draws weights; the caller's random numbers are not to change
-        check_fits(build_to_inspect(built.architecture, built.arguments).state_dict(), state, told)
+        if state is not None:
+            check_fits(build_to_inspect(built.architecture, built.arguments).state_dict(), state, told)
         return build_to_inspect(built.architecture, built.arguments, "cpu").eval().requires_grad_(False)
 
 
@@ -189,6 +198,16 @@ def _of_folder(file: Path, config: Path, arguments: Mapping[str, Any]) -> Source
     name += file.stem.removeprefix("model")
     images = told.pretrained_cfg or _images(model)
     return Source(model, name, f"{file}" + ", as trained" * ours, ours or None, built, images, folder=folder)
+
+
+def _of_compact(path: Path, header: Mapping[str, Any]) -> Source:
+    """A compact model, with the weights that its file has."""
+    model = load_compact(path).requires_grad_(False)
+    built, told = Built(architecture=header["architecture"], arguments=harmless(header["arguments"])), header["told"]
+    images = check(Images, json.loads(told["images"]), str(path)) if "images" in told else _images(model)
+    whose = shown(told["weights"], 500) if "weights" in told else "it does not say whether they are trained"
+    trained = False if "NOT TRAINED" in whose else None
+    return Source(model, path.stem, f"{path}: {whose}", trained, built, images, compact=True)
 
 
 def _of_ticket(address: str | Path, weights: str | Path | None, arguments: Mapping[str, Any]) -> Source:

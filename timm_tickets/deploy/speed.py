@@ -18,11 +18,14 @@ from ..core.errors import SettingError, unknown
 from ..core.masks import sparsity
 from ..data.datasets import Data, loader_of
 from ..storage.files import read_json, read_state, write_state
+from ..structure.compact import compacted
+from .compact_file import save_compact
+from .export import removed
 from .formats import missing
 from .onnx import write_onnx
 from .openvino import convert
 from .runners import ENGINES, Kind, memory_of, run_of, torch_model
-from .source import MODEL, Source, check_fits, load_source, rebuilt, zeros
+from .source import MODEL, Source, load_source, rebuilt, zeros
 from .sparse_file import plain_state, write_sparse
 
 _LEAST = 0.02  # seconds that a sample takes at least; calls are repeated until then
@@ -148,12 +151,15 @@ class _Models:
         self.kinds: list[Kind] = []
         size, made = source.images.input_size, source.built.model_dump()
         dense, self.dense, self.trained = _dense(source)
-        modules = {"dense": dense, "zeros": source.model}
+        modules = {"dense": dense, **self._sparse(source, say)}
         for variant, module in modules.items():
-            write_state(file := folder / f"{variant}.safetensors", plain_state(module))
+            if variant == "compacted":
+                save_compact(module, file := folder / "compacted.safetensors", source.built.arguments)
+            else:
+                write_state(file := folder / f"{variant}.safetensors", plain_state(module))
             self.kinds.append(Kind(engine="torch", variant=variant, file=file, threads=threads, **made))
             self.counts[variant] = _parameters(module), _macs(module, size)
-        linear = [name for name in zeros(source.model) if _is_linear(source.model, name)]
+        linear = [name for name in zeros(source.model) if not source.compact and _is_linear(source.model, name)]
         if linear:
             write_sparse(file := folder / "csr.safetensors", "csr", source.model, linear, source.built, {})
             self.kinds.append(kind := Kind(engine="torch", variant="csr", file=file, threads=threads))
@@ -174,6 +180,19 @@ class _Models:
                 self.kinds.append(Kind(engine=engine, variant=variant, file=file, threads=threads))
         if engines is not None and "torch" not in engines:
             self.kinds = [kind for kind in self.kinds if kind.engine != "torch"]
+
+    def _sparse(self, source: Source, say: Callable[[str], None]) -> dict[str, nn.Module]:
+        """The sparse model, and the smaller one where channels can be taken out of it."""
+        if source.compact:
+            return {"compacted": source.model}
+        say("looking for channels that nothing reads")
+        try:
+            found = compacted(source.model)
+        except SettingError as error:
+            self.notes.append(f"compacted is left out: {error}")
+            return {"zeros": source.model}
+        self.notes += removed(found)
+        return {"zeros": source.model, **({"compacted": found.model} if found.removed else {})}
 
 
 def _measured(models: _Models, source: Source, batch: int, rounds: int, images: Any, say: Callable[[str], None]) -> Any:
@@ -235,11 +254,7 @@ def _dense(source: Source) -> tuple[nn.Module, str, bool]:
                 model = rebuilt(source.built, state, str(file))
                 model.load_state_dict(state)
                 return model, f"trained, {name} of the search", True
-    torch.manual_seed(0)
-    state = source.model.state_dict()
-    model = rebuilt(source.built, state, source.name)
-    check_fits(model.state_dict(), state, source.name)
-    return model, "random weights, which are as fast", False
+    return rebuilt(source.built, None, source.name), "random weights, which are as fast", False
 
 
 def _parameters(model: nn.Module) -> int:
