@@ -3,6 +3,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,27 +132,52 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize(
-    "arch", ["test_resnet", "test_vit", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)]
+    "arch", ["test_resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ["test_vit", *FAMILIES])]
 )
-def test_onnx_with_zeros_equals_torch_in_another_process(arch, ticket, tmp_path):
-    done = export(ticket(arch), "onnx", tmp_path / "model.onnx")
+def test_onnx_equals_torch_in_another_process(arch, compact, ticket, tmp_path):
+    done = export(ticket(arch, "channel" if compact else "weight"), "onnx", tmp_path / "model.onnx", compact=compact)
+    whole = timm.create_model(arch, num_classes=10)
+    smaller = sum(one.numel() for one in done.source.model.parameters()) < sum(p.numel() for p in whole.parameters())
+    assert smaller == compact
+    assert zeros(done.source.model) or compact
     for count in (1, 5):  # any number of images
         images = torch.randn(count, *done.source.images.input_size, generator=torch.Generator().manual_seed(1))
         wanted = outputs(done.source.model, images)
         assert wanted.abs().max() > 1e-3
         assert (opened_elsewhere(done.path, images, tmp_path) - wanted).abs().max() < 1e-4
-    assert zeros(done.source.model)
     assert {path.name for path in tmp_path.iterdir()} == {f"{arch}.ticket", "model.onnx", "images.npy", "out.npy"}
 
 
 def test_an_onnx_file_that_computes_otherwise_is_not_put_in_place(ticket, tmp_path, monkeypatch):
     (file := tmp_path / "model.onnx").write_text("before")
+    program = SimpleNamespace(model=SimpleNamespace(metadata_props={}), save=lambda path, **_: open(path, "w").close())
+    monkeypatch.setattr(onnx, "exported", lambda *args: program)
     monkeypatch.setattr(onnx, "onnxruntime_run", lambda path: lambda images: np.zeros((len(images), 10), np.float32))
     with pytest.raises(tt.TicketError, match="computes otherwise than torch"):
         export(ticket(), "onnx", file, overwrite=True)
     assert file.read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "test_resnet.ticket"]
+
+
+def test_a_compact_model_is_exported_and_exported_again(ticket, tmp_path):
+    done = export(path := ticket(granularity="channel"), "compact", file := tmp_path / "small.safetensors")
+    images = torch.randn(2, *done.source.images.input_size)
+    small = tt.load_compact(file)
+    torch.testing.assert_close(outputs(small, images), outputs(load_source(path).model, images), rtol=1e-4, atol=1e-5)
+    left = sum(one.numel() for one in small.parameters())
+    assert f"{left:,} of 373,658 parameters are left" in done.told[-1]
+    assert left < 0.6 * 373_658
+    again = load_source(file)
+    assert again.compact
+    assert again.trained is False  # said of a compact file too
+    assert torch.equal(outputs(again.model, images), outputs(small, images))
+    for to, words in (("timm", "is smaller than what timm builds"), ("csr", "is smaller than what timm builds")):
+        with pytest.raises(tt.SettingError, match=words):
+            export(file, to, tmp_path / "out")
+    with pytest.raises(tt.SettingError, match="compact: is for onnx and openvino"):
+        export(path, "timm", tmp_path / "out", compact=True)
 
 
 @pytest.mark.slow  # and with OpenVINO, which the test extra does not bring
@@ -196,7 +222,9 @@ def test_2_4_is_packed_and_gives_the_same_model(ticket, tmp_path):
 def test_2_4_names_the_layers_that_do_not_fit(ticket, tmp_path):
     with pytest.raises(tt.TicketError, match=r"blocks\.0\.attn\.qkv\.weight, .*keeps [34] of some four weights"):
         export(ticket("test_vit"), "2:4", tmp_path / "model.safetensors")
-    with pytest.raises(tt.TicketError, match=r"stem\.conv1\.weight.* \(Conv2d: torch has 2:4 for linear layers only\)"):
+    with pytest.raises(
+        tt.TicketError, match=r"layer1\.0\.conv1\.weight.* \(Conv2d: torch has 2:4 for linear layers only\)"
+    ):
         export(ticket("test_resnet", "2:4"), "2:4", tmp_path / "model.safetensors")
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -384,6 +412,20 @@ def test_of_an_untrained_ticket_nothing_is_scored(searched, monkeypatch):
     assert "NOT TRAINED" in " ".join(conditions(done))
     with pytest.raises(tt.SettingError, match="engine: 'tensorrt' is unknown"):
         measure(searched, engines=["tensorrt"])
+
+
+def test_speed_has_a_row_of_the_compacted_model_where_there_is_one(ticket, monkeypatch):
+    monkeypatch.setattr(speed, "memory_of", lambda *args: None)
+    monkeypatch.setattr(speed, "_sample", lambda *args: 1.0)
+    done = measure(ticket(granularity="channel"), engines=["torch"], rounds=2, batch=2)
+    dense, zeroed, compacted = done.rows
+    assert [one.variant for one in done.rows] == ["dense", "zeros", "compacted"]
+    assert compacted.macs < zeroed.macs == dense.macs
+    assert compacted.parameters < zeroed.parameters
+    assert "channels and heads are taken out" in " ".join(done.notes)
+    done = measure(ticket("test_vit"), engines=["torch"], rounds=2, batch=2)
+    assert [one.variant for one in done.rows] == ["dense", "zeros", "csr"]
+    assert "so none is removed" in " ".join(done.notes)
 
 
 @pytest.mark.slow

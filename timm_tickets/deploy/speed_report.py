@@ -101,7 +101,7 @@ def table(speed: Speed) -> Table:
             f"  {row.variant}",
             _spread([1000 * seconds for seconds in row.latency]),
             _spread([speed.batch / seconds for seconds in row.batch]),
-            "-" if row.memory is None else f"{row.memory:.0f}",
+            "-" if row.memory is None else f"{row.memory:,.0f}",
             _short(row.file / 1e6),
             _short(row.parameters / 1e6),
             "-" if row.macs is None else _short(row.macs / 1e6),
