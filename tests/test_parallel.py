@@ -42,6 +42,14 @@ def test_colt_by_runs_finds_the_same_ticket_on_any_number_of_processes(one, tmp_
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.slow
+def test_colt_of_whole_channels_by_runs(tmp_path):
+    settings = [*COLT, "pruner.granularity=channel"]
+    for processes in (1, 2):
+        searched(tmp_path / str(processes), settings, processes)
+    same(tmp_path / "2", tmp_path / "1")
+
+
 @pytest.mark.parametrize("how", ["runs", pytest.param("data", marks=pytest.mark.slow)])
 def test_a_damaged_run_is_done_again_by_whoever_trains_it_and_all_agree(one, tmp_path, how):
     """One that the others have to wait for; and as it becomes what it was, no run after it is done again."""

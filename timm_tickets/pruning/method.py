@@ -96,10 +96,9 @@ class Method(metaclass=Settings):
     @model_validator(mode="after")
     def _of_channels(self) -> Any:
         kind = parsed(self.granularity).kind
-        wrong = [] if kind in ("channel", "head") else [n for n in STRUCTURE if getattr(self, n) != STRUCTURE[n]][1:]
-        if kind == "weight":
-            wrong = [name for name in STRUCTURE if getattr(self, name) != STRUCTURE[name]]
-        if wrong:
+        of_channels = [name for name in STRUCTURE if name != "granularity"]
+        wrong = [name for name in of_channels if getattr(self, name) != STRUCTURE[name]]
+        if wrong and kind not in ("channel", "head"):
             raise ValueError(f"{wrong[0]}: is of channels; set granularity=channel (or head), or leave it out")
         if kind != "weight" and (single := self.of_weights()):
             raise ValueError(
