@@ -26,6 +26,7 @@ from typing import Any
 
 import timm
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_tickets as tt
@@ -39,8 +40,9 @@ SMALLEST, build = zoo.SMALLEST, zoo.build
 
 
 def stepped(model: torch.nn.Module, optimizer: Any, images: torch.Tensor) -> None:
-    """A step of SGD; normalisations keep their statistics, as two images make none."""
-    out = outputs_of(model.eval(), images)
+    """A step of SGD."""
+    out = outputs_of(model.train(), images)
+    model.eval()
     out.square().mean().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -48,7 +50,7 @@ def stepped(model: torch.nn.Module, optimizer: Any, images: torch.Tensor) -> Non
 
 
 def outputs_of(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    found = torch.utils._pytree.tree_leaves(model(images))
+    found = tree_leaves(model(images))
     return torch.cat([one.flatten() for one in found if isinstance(one, torch.Tensor)])
 
 

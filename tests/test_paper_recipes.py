@@ -6,11 +6,10 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support.commands import call
 from torch import nn
-from typer.testing import CliRunner
 
 import timm_tickets as tt
-from timm_tickets.cli import app
 from timm_tickets.core.masks import full_masks
 from timm_tickets.data.datasets import Data
 from timm_tickets.sparse.prunable import classifier_names
@@ -154,7 +153,7 @@ def learned(subnet):
 
 
 def test_the_list_shows_every_recipe_with_its_source():
-    lines = CliRunner().invoke(app, ["recipe", "--list"]).output.splitlines()
+    lines = call("recipe", "--list").output.splitlines()
     found = dict(line.split(": ", 1) for line in lines)
     assert list(found) == RECIPES
     assert "no source given" not in found.values()

@@ -315,7 +315,7 @@ def units_of(
     shapes = {name: tuple(mask.shape) for name, mask in subnet.mask.items()}
     if found.kind in ("n:m", "block"):
         return Pattern(found, subnet.model, shapes)
-    groups = find_groups(subnet.model, *wanted, seconds=PATIENCE)
+    groups = find_groups(subnet.model, *wanted, seconds=PATIENCE, removable=True)
     if found.kind == "head":
         groups = groups.heads()
     if not len(groups):
