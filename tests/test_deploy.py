@@ -13,11 +13,11 @@ from safetensors.torch import load, load_file, save_file
 from support.commands import call
 
 import timm_tickets as tt
+from timm_tickets import export, load_2_4, load_csr
 from timm_tickets.deploy import onnx, speed
-from timm_tickets.deploy.export import export
 from timm_tickets.deploy.runners import openvino_run
 from timm_tickets.deploy.source import load_source, zeros
-from timm_tickets.deploy.sparse_file import fits_2_4, load_2_4, load_csr
+from timm_tickets.deploy.sparse_file import fits_2_4
 from timm_tickets.deploy.speed import Row, Speed, measure
 from timm_tickets.deploy.speed_report import conditions, table, verdict
 

@@ -164,8 +164,8 @@ def _two_of_four(source: Source, path: Path, batch: int | None) -> _Told:
     device = torch.device("cuda")
     told.append(why if (why := lacks_2_4(device)) else "this machine's card multiplies by 2:4 weights")
     return told, (
-        "from timm_tickets.deploy.sparse_file import load_2_4",
-        f"model = load_2_4({str(path)!r})  # on the card, in float16; device='cpu' for dense weights",
+        "import timm_tickets",
+        f"model = timm_tickets.load_2_4({str(path)!r})  # on the card, in float16; device='cpu' for dense weights",
     )
 
 
@@ -179,8 +179,8 @@ def _csr(source: Source, path: Path, batch: int | None) -> _Told:
         f"{linear} linear layers multiply by torch's CSR tensors; {len(names) - linear} others are filled in as dense"
     )
     return (f"{_sparsity(source)}", told), (
-        "from timm_tickets.deploy.sparse_file import load_csr",
-        f"model = load_csr({str(path)!r})",
+        "import timm_tickets",
+        f"model = timm_tickets.load_csr({str(path)!r})",
     )
 
 
