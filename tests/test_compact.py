@@ -164,6 +164,18 @@ def test_heads_that_the_code_needs_stay_and_are_named():
     assert torch.allclose(small.eval()(images), model.eval()(images), atol=1e-6)
 
 
+def test_a_search_prunes_no_channels_that_cannot_be_taken_out():
+    model = timm.create_model("davit_tiny", depths=(1, 1), embed_dims=(32, 64), num_heads=(2, 2), num_classes=10)
+    pruner = tt.create_pruner("magnitude", model, granularity="channel", sparsity=0.3)
+    ticket = pruner.ticket
+    assert all(mask.all() == ("attn" in name) for name, mask in ticket.masks.items() if "attn" in name or "mlp" in name)
+    told = dict(pruner.method.units.groups.left)
+    assert told["stages.0.blocks.0.0.attn.qkv.weight", 0].startswith("cannot be taken out: the module's code needs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert size(ticket.compact(ticket.apply_(model))) < size(model)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     model, ticket = pruned("test_vit", img_size=64)

@@ -6,11 +6,10 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support.commands import call
 from torch import nn
-from typer.testing import CliRunner
 
 import timm_tickets as tt
-from timm_tickets.cli import app
 from timm_tickets.core.masks import full_masks
 from timm_tickets.data.datasets import Data
 from timm_tickets.sparse.prunable import classifier_names
@@ -27,7 +26,7 @@ def _once_a_method_and_network():
     for name in RECIPES:
         recipe = tt.load_recipe(name)
         kind = recipe.pruner["name"], recipe.model.model
-        large = recipe.model.model.startswith(("resnet50", "cifar_vgg19"))  # ten to thirty seconds each
+        large = recipe.model.model.startswith(("resnet50", "vit_small", "cifar_vgg19"))  # ten to thirty seconds each
         slow = kind in seen or (large and name != "rigl_imagenet_resnet50")
         yield pytest.param(name, marks=pytest.mark.slow) if slow else name
         seen.add(kind)
@@ -154,7 +153,7 @@ def learned(subnet):
 
 
 def test_the_list_shows_every_recipe_with_its_source():
-    lines = CliRunner().invoke(app, ["recipe", "--list"]).output.splitlines()
+    lines = call("recipe", "--list").output.splitlines()
     found = dict(line.split(": ", 1) for line in lines)
     assert list(found) == RECIPES
     assert "no source given" not in found.values()

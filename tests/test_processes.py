@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from support.every_method import METHODS
 from timm.layers import convert_sync_batchnorm
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -64,7 +65,7 @@ def loader_of(kind):
 for row in order["rows"]:
     torch.manual_seed(rank)
     model = timm.create_model(row["model"], num_classes=4)
-    pruner = tt.create_pruner(row["name"], model, **{"sparsity": 0.8, "epochs": 1} | row["settings"])
+    pruner = tt.create_pruner(row["name"], model, **row["settings"])
     subnet = pruner.subnet
     if count > 1 and row["ddp"]:
         model = DistributedDataParallel(model)
@@ -100,11 +101,11 @@ PartialState().destroy_process_group()
 
 
 @dataclass(frozen=True)
-class Row:
-    """A method under DDP, with settings that keep the test short.
+class Case:
+    """A method under DDP, with the settings of its first row in the table of all methods.
 
     Attributes:
-        trained: Whether the ticket holds trained values, which rounding moves; else it holds those of the start.
+        changes: Settings beside those, or instead of them.
         loader: Who shares the batches out: torch's ``DistributedSampler``, or Accelerate, which gives each process
             batches of its own (``shard``) or a part of every batch (``split``).
         accumulate: Batches to a step.
@@ -114,8 +115,7 @@ class Row:
     """
 
     name: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    trained: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
     loader: str = "sampler"
     accumulate: int = 1
     sync: bool = True
@@ -127,46 +127,44 @@ class Row:
         named = {self.loader: self.loader != "sampler", "accumulate": self.accumulate > 1, "no_sync": not self.sync}
         named["ddp_later"] = not self.ddp
         named[self.model] = self.model != "test_efficientnet_gn"
-        return "-".join([self.name, *map(str, self.settings.values()), *(name for name, said in named.items() if said)])
+        return "-".join([self.name, *map(str, self.changes.values()), *(name for name, said in named.items() if said)])
+
+    @property
+    def trained(self) -> bool:
+        """Whether the ticket holds trained values, which rounding moves; else it holds those of the start."""
+        return ROWS[self.name].trained or "rewind" in self.changes
+
+    def order(self) -> dict[str, Any]:
+        """What the script is told."""
+        settings = ROWS[self.name].settings | {"sparsity": 0.8, "epochs": 1} | self.changes
+        return asdict(self) | {"key": self.key, "settings": settings}
 
 
-METHODS = [
-    Row("imp", {"prune_rate": 0.6}),
-    Row("imp", {"prune_rate": 0.6, "rewind": "1it"}, trained=True),
-    Row("imp", {"prune_rate": 0.6}, accumulate=2, sync=False),
-    Row("colt", {"prune_rate": 0.6, "split": "samples"}),
-    Row("colt", {"prune_rate": 0.6, "split": "classes"}),
+ROWS = {row.name: row for row in reversed(METHODS)}
+CASES = [
+    Case("imp"),
+    Case("imp", {"rewind": "1it"}),
+    Case("imp", accumulate=2, sync=False),
+    Case("colt", {"split": "samples"}),
+    Case("colt", {"split": "classes"}),
     # The penalty is one that shows: were it added up over the processes, other scores would win.
-    Row("continuous_sparsification", {"rounds": 2, "rewind": "1it", "penalty": 1e-3}, trained=True),
-    # Their weights are never trained, biases and norms are.
-    Row("edge_popup", trained=True),
-    Row("frozen_slt", trained=True),
-    Row("jackpot", trained=True),
-    Row("snip", {"batches": 2}),
-    Row("snip", loader="shard"),
-    Row("snip", loader="split"),
-    Row("grasp", {"batches": 2}),
-    Row("synflow", {"iterations": 3, "input_size": (3, 32, 32)}),
-    Row("magnitude"),
-    Row("magnitude", ddp=False),
-    Row("random"),
-    Row("gradual", {"interval": 1}, trained=True),
-    Row("set", {"interval": 1}, trained=True),
-    Row("rigl", {"interval": 2}, trained=True),
-    Row("rigl", {"interval": 1}, trained=True, accumulate=2),
-    Row("rigl", {"interval": 1}, trained=True, accumulate=2, sync=False),
-    Row("tp_magnitude"),
-    Row("tp_lamp"),
-    Row("tp_random"),
-    Row("tp_taylor", {"rounds": 1}, trained=True),
-    Row("tp_group_norm", {"rewind": "0ep"}),
-    Row("tp_growing_reg", {"interval": 1}, trained=True),
+    Case("continuous_sparsification", {"rewind": "1it", "penalty": 1e-3}),
+    Case("snip", {"batches": 2}),
+    Case("snip", loader="shard"),
+    Case("snip", loader="split"),
+    Case("grasp", {"batches": 2}),
+    Case("magnitude"),
+    Case("magnitude", ddp=False),
+    Case("tp_group_norm", {"rewind": "0ep"}),
+    Case("rigl"),
+    Case("rigl", {"interval": 1}, accumulate=2),
+    Case("rigl", {"interval": 1}, accumulate=2, sync=False),
 ]
+BY_BATCH_NORM = "tp_bn_scale"
+CASES += [Case(name) for name in ROWS if name not in {BY_BATCH_NORM, *(case.name for case in CASES)}]
 # Each process has statistics of its own batches, and they are in the ticket where it holds what was trained.
-WITH_STATISTICS = [
-    replace(row, model="test_resnet") for row in METHODS if row.trained and not row.name.startswith("tp_")
-]
-WITH_STATISTICS.append(Row("tp_bn_scale", trained=True, model="test_resnet"))
+STATISTICS = [case for case in CASES if case.trained and not case.name.startswith("tp_")]
+WITH_STATISTICS = [replace(case, model="test_resnet") for case in (*STATISTICS, Case(BY_BATCH_NORM))]
 COUNTS = (2, pytest.param(3, marks=pytest.mark.slow))
 
 
@@ -174,7 +172,7 @@ def ranks(folder, rows, count, check=True, **more):
     """The exit status, fingerprints by rank and row, what rank 0 found, and everything the processes said."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    order = {"rows": [asdict(row) | {"key": row.key} for row in rows], **more}
+    order = {"rows": [row.order() for row in rows], **more}
     order["output"] = str(folder / "found.pt")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     launch += ["--log-dir", str(folder / "logs"), "--redirects", "3"]
@@ -200,20 +198,20 @@ def searched(tmp_path_factory):
 
     class Searched(dict):
         def __missing__(self, count):
-            rows = METHODS if count == 1 else METHODS + WITH_STATISTICS
+            rows = CASES if count == 1 else CASES + WITH_STATISTICS
             self[count] = ranks(tmp_path_factory.mktemp("searched"), rows, count)[1:3]
             return self[count]
 
     return Searched()
 
 
-def test_every_registered_pruner_is_in_the_table():
-    assert {row.name for row in METHODS + WITH_STATISTICS} == set(tt.list_pruners())
-    assert len({row.key for row in METHODS}) == len(METHODS)
+def test_every_registered_pruner_has_a_case():
+    assert {case.name for case in CASES + WITH_STATISTICS} == set(tt.list_pruners())
+    assert len({case.key for case in CASES}) == len(CASES)
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("row", METHODS + WITH_STATISTICS, ids=lambda row: row.key)
+@pytest.mark.parametrize("row", CASES + WITH_STATISTICS, ids=lambda row: row.key)
 def test_every_rank_ends_with_the_same_ticket(searched, row, count):
     """Masks, values and buffers, bit for bit; the script itself checks that what is pruned is zero."""
     fingerprints = [one[row.key] for one in searched[count][0]]
@@ -222,7 +220,7 @@ def test_every_rank_ends_with_the_same_ticket(searched, row, count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("row", METHODS, ids=lambda row: row.key)
+@pytest.mark.parametrize("row", CASES, ids=lambda row: row.key)
 def test_the_ticket_is_that_of_one_process(searched, row, count):
     """Masks are equal bit for bit, and the values that the start gives; trained ones to 1e-12 of a tensor's length.
 
@@ -243,7 +241,7 @@ def test_the_ticket_is_that_of_one_process(searched, row, count):
 
 
 def test_processes_that_disagree_are_stopped_and_named(tmp_path):
-    status, _, _, everything = ranks(tmp_path, METHODS[:1], 2, check=False, **{"break": True})
+    status, _, _, everything = ranks(tmp_path, CASES[:1], 2, check=False, **{"break": True})
     assert status != 0
     assert "ranks [1] hold another one than rank 0" in everything
 

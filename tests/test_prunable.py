@@ -5,12 +5,11 @@ import copy
 import pytest
 import timm
 import torch
+from support.commands import call
 from timm.layers import CondConv2d
 from torch import nn
-from typer.testing import CliRunner
 
 import timm_tickets as tt
-from timm_tickets.cli import app
 from timm_tickets.sparse.prunable import classifier_names, inspect_model
 
 
@@ -94,7 +93,9 @@ def test_a_classifier_may_be_a_name_a_tuple_or_missing():
     crossvit = on_meta("crossvit_tiny_240")
     assert classifier_names(crossvit) == ("head.0", "head.1")
     assert not any(name.startswith("head.") for name in tt.prunable_names(crossvit))
-    encoder = on_meta("qwen3_vit_88m_enc")
+    encoder = on_meta("test_vit")
+    encoder.reset_classifier(0)
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, "classifier": None}  # as timm's encoders have it
     assert classifier_names(encoder) == ()
     assert tt.prunable_names(encoder)
 
@@ -162,12 +163,12 @@ def test_a_ticket_made_of_a_model_is_masked_under_every_name_of_a_weight():
     assert not ticket.values["tied.weight"][~masks["linear.weight"]].any()
 
 
-def call(*args):
-    return CliRunner().invoke(app, ["inspect", *args], env={"COLUMNS": "200"})
+def inspect(*args):
+    return call("inspect", *args, COLUMNS="200")
 
 
 def test_inspect_shows_layers_shares_and_reasons():
-    out = call("test_vit").output
+    out = inspect("test_vit").output
     for words in ("blocks.0.attn.qkv.weight", "linear", "192x64", "pos_embed", "looked up or added", "classifier"):
         assert words in out, words
     lines = out.splitlines()
@@ -176,7 +177,7 @@ def test_inspect_shows_layers_shares_and_reasons():
     (whole,) = (line for line in lines if f"{len(prunable)} layers" in line)
     share = sum(part.size for part in prunable) / sum(part.size for part in parts)
     assert whole.split()[-1] == f"{share:.2%}"
-    out = call("test_vit", "--exclude", "blocks.*", "--classifier", "--set", "num_classes=7").output
+    out = inspect("test_vit", "--exclude", "blocks.*", "--classifier", "--set", "num_classes=7").output
     assert "in exclude" in out
     assert "head.weight" in out
     assert "7x64" in out
@@ -192,7 +193,7 @@ def test_inspect_shows_layers_shares_and_reasons():
     ],
 )
 def test_inspect_refuses_what_is_wrong_in_one_sentence(args, words):
-    out = call(*args)
+    out = inspect(*args)
     assert out.exit_code == 2
     assert out.stderr.startswith("error: ")
     assert words in out.stderr

@@ -11,11 +11,13 @@ import timm
 import torch
 from support.run_folders import leftovers, same
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.torch_version import TorchVersion
 
 import timm_tickets as tt
 
 DRIVER = Path(__file__).parent / "support" / "split_searches.py"
-# FSDP2 of torch 2.6 asks a CPU for streams; what needs no processes is tested there too.
+# The package says so too; what needs no processes is tested there.
 splits = pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 cannot split a model on CPUs")
 ORDERS = [
     ("imp", {"sparsity": 0.8, "prune_rate": 0.6}),
@@ -115,6 +117,23 @@ def test_what_takes_parameters_apart_is_refused_when_the_pruner_is_created():
         tt.create_pruner("imp", model, sparsity=0.5)
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators")  # says torch 2.6
+def test_a_model_split_over_cpus_by_torch_2_6_is_refused(tmp_path, monkeypatch):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = timm.create_model("test_resnet", num_classes=4)
+        pruner = tt.create_pruner("imp", model, sparsity=0.5)
+        fully_shard(model)
+        monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0"))
+        refused = r"split it over CPUs, where torch 2\.6\.0 cannot train it; use torch 2\.7 or later, or DDP"
+        with pytest.raises(tt.SettingError, match=refused):
+            next(pruner).attach(torch.optim.SGD(model.parameters(), 0.1))
+        with pytest.raises(tt.SettingError, match=refused):
+            tt.create_pruner("imp", model, sparsity=0.5)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 VIT = ["model.model=test_vit", "training.epochs=2", "training.checkpoint_interval=0", "data.val_fraction=0.7"]
 IMP = [*VIT, "pruner.prune_rate=0.6", "pruner.sparsity=0.6"]
 GRADUAL = [*VIT, "pruner.interval=1", "pruner.sparsity=0.6"]
@@ -166,7 +185,7 @@ def test_a_recipe_whose_model_accelerate_splits(tmp_path, overrides):
         pytest.param("digits_imp", IMP, 20, 1, marks=pytest.mark.slow),
         pytest.param("digits_imp", IMP, 70, 0, marks=pytest.mark.slow),
         # It cuts at every step, and a step too many would show.
-        ("digits_gradual", GRADUAL, 20, 1),
+        pytest.param("digits_gradual", GRADUAL, 20, 1, marks=pytest.mark.slow),
         # Its optimizer has no state, and there is none to load.
         pytest.param(
             "digits_gradual", [*GRADUAL, "training.opt=momentum", "training.momentum=0"], 20, 1, marks=pytest.mark.slow

@@ -6,10 +6,9 @@ import re
 import pytest
 import timm
 import torch
-from typer.testing import CliRunner
+from support.commands import call
 
 import timm_tickets as tt
-from timm_tickets import cli
 from timm_tickets.tickets import compare
 from timm_tickets.tickets import publish as hub
 
@@ -66,13 +65,13 @@ def test_two_random_masks_share_what_chance_says(files):
 
 def test_compare_from_the_command_line(files, tmp_path):
     plot = tmp_path / "map.png"
-    out = CliRunner().invoke(cli.app, ["compare", *map(str, files), "--plot", str(plot)], env={"COLUMNS": "200"})
+    out = call("compare", *files, "--plot", plot, COLUMNS="200")
     assert out.exit_code == 0, out.output
     assert out.output.count("_0, random_") + out.output.count("random_1, random_2") == 3  # every pair
     assert plot.read_bytes().startswith(b"\x89PNG")
-    out = CliRunner().invoke(cli.app, ["compare", *map(str, files[1:])], env={"COLUMNS": "200"})
+    out = call("compare", *files[1:], COLUMNS="200")
     assert "layer1.0.conv1.weight" in out.output
-    out = CliRunner().invoke(cli.app, ["compare", str(files[0])])
+    out = call("compare", files[0])
     assert out.exit_code == 2
     assert "give two or more" in out.output
 
@@ -81,7 +80,7 @@ def test_a_folder_works_like_the_hub(files, tmp_path):
     place = f"local-dir:{tmp_path / 'shared'}"
     plot = tmp_path / "plot.png"
     plot.write_bytes(b"\x89PNG")
-    out = CliRunner().invoke(cli.app, ["push", str(files[0]), place, "--plot", str(plot)])
+    out = call("push", files[0], place, "--plot", plot)
     assert out.exit_code == 0, out.output
     assert {path.name for path in (tmp_path / "shared").iterdir()} == {"model.ticket", "README.md", "accuracy.png"}
     ticket = tt.load_ticket(place)
@@ -194,7 +193,7 @@ def test_a_strangers_metadata_stays_text_in_the_card(files, metadata):
 def test_every_command_takes_an_address(files, tmp_path):
     place = f"local-dir:{tmp_path / 'shared'}"
     tt.push(files[0], place)
-    out = CliRunner().invoke(cli.app, ["info", place])
+    out = call("info", place)
     assert out.exit_code == 0, out.output
     assert "test_resnet" in out.output
 
@@ -203,7 +202,7 @@ def test_looking_at_a_ticket_does_not_steer_the_terminal(files):
     ticket = tt.load_ticket(files[0])
     ticket.metadata["recipe"] = "\x1b[2J\x1b[31mgone"
     ticket.save(files[0])
-    assert "\x1b" not in CliRunner().invoke(cli.app, ["info", str(files[0])]).output
+    assert "\x1b" not in call("info", files[0]).output
 
 
 def test_masks_of_other_weights_are_refused_everywhere():

@@ -13,11 +13,10 @@ import timm
 import torch
 from safetensors.torch import load, save_file
 from support import forged_files
+from support.commands import call
 from support.hostile_files import ESC, with_header
-from typer.testing import CliRunner
 
 import timm_tickets as tt
-from timm_tickets import cli
 from timm_tickets.sparse import pretrained as pretrained_weights
 from timm_tickets.tickets import publish as hub
 from timm_tickets.tickets import reader as ticket_reader
@@ -169,7 +168,7 @@ def test_info_and_compare_show_a_thousand_layers_and_say_how_many_more(tmp_path)
     path = tmp_path / "a.ticket"
     tt.Ticket(masks, {name: torch.tensor([1.0, 0.0]) for name in masks}, {}).save(path)
     for command in (["info", path], ["compare", path, path]):
-        out = CliRunner().invoke(cli.app, [str(word) for word in command], env={"COLUMNS": "200"})
+        out = call(*command, COLUMNS="200")
         assert out.exit_code == 0, out.output
         assert len(re.findall(r"layer\.\d+\.weight", out.output)) == 1000
         assert "and 200 more layers" in out.output
@@ -178,7 +177,7 @@ def test_info_and_compare_show_a_thousand_layers_and_say_how_many_more(tmp_path)
 def test_info_of_a_ticket_that_needs_no_byte(tmp_path):
     """Everything pruned: neither masks nor values, and nothing to divide by."""
     tt.Ticket({"w": torch.zeros(4, dtype=torch.bool)}, {"w": torch.zeros(4)}, {}).save(tmp_path / "a.ticket")
-    out = CliRunner().invoke(cli.app, ["info", str(tmp_path / "a.ticket")])
+    out = call("info", tmp_path / "a.ticket")
     assert out.exit_code == 0, out.output
 
 
@@ -325,7 +324,7 @@ def test_a_strangers_words_reach_no_terminal_as_they_are(tmp_path, model, place,
             ticket.apply_(timm.create_model("test_vit"))
         forged_files.check_message(str(error.value))
     for command in (["info", path], ["compare", path, path], ["push", path, f"local-dir:{tmp_path / 'out'}"]):
-        out = CliRunner().invoke(cli.app, [str(word) for word in command], env={"COLUMNS": "200"})
+        out = call(*command, COLUMNS="200")
         assert out.exit_code in (0, 2), out.exception
         assert plain(out.output)
         assert len(out.stderr) <= 2048

@@ -5,12 +5,11 @@ import copy
 import pytest
 import timm
 import torch
+from support.commands import call
 from torch import nn
 from torch.nn import functional
-from typer.testing import CliRunner
 
 import timm_tickets as tt
-from timm_tickets.cli import app
 from timm_tickets.sparse.subnet import Subnet
 from timm_tickets.structure.find import find_groups
 from timm_tickets.structure.groups import halves
@@ -196,7 +195,7 @@ def test_a_stem_that_is_a_linear_layer_says_nothing_of_the_images():
 
 def test_the_command_line_shows_what_goes_and_why_the_rest_does_not():
     def shown(*arguments):
-        done = CliRunner().invoke(app, ["inspect", *arguments], env={"COLUMNS": "200"})
+        done = call("inspect", *arguments, COLUMNS="200")
         return done.exit_code, done.output
 
     code, told = shown("test_vit", "--granularity", "channel")

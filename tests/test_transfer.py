@@ -7,12 +7,11 @@ import pytest
 import timm
 import torch
 from rich.console import Console
+from support.commands import call
 from timm.layers import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
-from typer.testing import CliRunner
 
 import timm_tickets as tt
-from timm_tickets import cli
 from timm_tickets.tickets.transfer import adapted_stem, adapted_stem_mask, recompute_batch_norm_
 from timm_tickets.training.build import build_model
 
@@ -207,13 +206,13 @@ def test_the_dense_control_of_a_transfer_is_trained_as_long_as_the_ticket(found,
 def test_from_the_command_line(found, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sets = [part for setting in (*SHORT, HIGH) for part in ("--set", setting)]
-    out = CliRunner().invoke(cli.app, ["transfer", str(found), "digits_imp", *sets, "--control", "random"])
+    out = call("transfer", found, "digits_imp", *sets, "--control", "random")
     assert out.exit_code == 0, out.output
     assert "ticket" in out.output
     assert "random" in out.output
     assert "dense" not in out.output
     assert (tmp_path / "output" / "digits_imp_transfer_digits_imp" / "digits_imp.ticket").exists()
-    out = CliRunner().invoke(cli.app, ["transfer", str(found), "digits_imp", *sets, "--control", "randm"])
+    out = call("transfer", found, "digits_imp", *sets, "--control", "randm")
     assert out.exit_code == 2
     assert "did you mean 'random'" in out.output
 

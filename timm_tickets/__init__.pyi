@@ -16,6 +16,9 @@ from .core.masks import shuffled_masks as shuffled_masks
 from .core.masks import sparsity as sparsity
 from .deploy.compact_file import load_compact as load_compact
 from .deploy.compact_file import save_compact as save_compact
+from .deploy.export import export as export
+from .deploy.sparse_file import load_2_4 as load_2_4
+from .deploy.sparse_file import load_csr as load_csr
 from .experiments.search import search as search
 from .experiments.seeds import search_seeds as search_seeds
 from .experiments.train import train as train

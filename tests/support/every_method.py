@@ -17,12 +17,15 @@ from timm_tickets.structure import units
 class Row:
     """A method: its name, settings that keep the test short, and settings that must be refused.
 
-    What shares its search with another row is slow.
+    Attributes:
+        trained: Whether its ticket holds trained values, if only biases and norms; else it holds those of the start.
+        slow: Whether the continuous run leaves it out, as another row has the same search.
     """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     refused: tuple[dict[str, Any], ...] = ()
+    trained: bool = False
     slow: bool = False
 
 
@@ -32,7 +35,7 @@ METHODS = [
         {"prune_rate": 0.6},
         ({"prune_rate": 0}, {"prune_rate": 1}, {"scope": "rows"}, {"rewind": "2 epochs"}),
     ),
-    Row("imp", {"prune_rate": 0.6, "scope": "layerwise", "rewind": "1it"}),
+    Row("imp", {"prune_rate": 0.6, "scope": "layerwise", "rewind": "1it"}, trained=True),
     Row("colt", {"prune_rate": 0.6}, ({"partitions": 1}, {"prune_rate": 0}, {"split": "pixels"}, {"partitions": 5})),
     Row("colt", {"prune_rate": 0.6, "partitions": 3, "split": "samples", "scope": "layerwise"}),
     Row("magnitude", {}, ({"scope": "rows"}, {"distribution": "even"}, {"distribution": "erk"})),
@@ -40,14 +43,14 @@ METHODS = [
     Row("snip", {}, ({"batches": 0},)),
     Row("grasp", {}, ({"batches": 0},)),
     Row("synflow", {"iterations": 3, "input_size": (3, 32, 32)}, ({"iterations": 0}, {"input_size": (3, 32)})),
-    Row("gradual", {"interval": 1, "epochs": 2}, ({"interval": 0}, {"end": 0}, {"begin": 0.9})),
-    Row("set", {"interval": 1, "epochs": 2}, ({"drop_rate": 0}, {"scope": "global"}, {"until": 2})),
-    Row("rigl", {"interval": 2, "epochs": 2}, ({"drop_rate": 1}, {"interval": 0})),
-    Row("edge_popup", {}, ({"scale": "some"}, {"weights": "zeros"}, {"weight_decay": -1})),
-    Row("edge_popup", {"scope": "global", "scale": "dynamic", "weights": "kaiming_normal"}),
-    Row("frozen_slt", {}, ({"frozen": 1}, {"freezing": "even"}, {"pruned": 0.95, "locked": 0.01})),
-    Row("frozen_slt", {"frozen": 0.7, "freezing": "erk", "scope": "layerwise"}),
-    Row("jackpot", {}, ({"fall": "fast"}, {"low_score": 0})),
+    Row("gradual", {"interval": 1, "epochs": 2}, ({"interval": 0}, {"end": 0}, {"begin": 0.9}), trained=True),
+    Row("set", {"interval": 1, "epochs": 2}, ({"drop_rate": 0}, {"scope": "global"}, {"until": 2}), trained=True),
+    Row("rigl", {"interval": 2, "epochs": 2}, ({"drop_rate": 1}, {"interval": 0}), trained=True),
+    Row("edge_popup", {}, ({"scale": "some"}, {"weights": "zeros"}, {"weight_decay": -1}), trained=True),
+    Row("edge_popup", {"scope": "global", "scale": "dynamic", "weights": "kaiming_normal"}, trained=True),
+    Row("frozen_slt", {}, ({"frozen": 1}, {"freezing": "even"}, {"pruned": 0.95, "locked": 0.01}), trained=True),
+    Row("frozen_slt", {"frozen": 0.7, "freezing": "erk", "scope": "layerwise"}, trained=True),
+    Row("jackpot", {}, ({"fall": "fast"}, {"low_score": 0}), trained=True),
     Row("continuous_sparsification", {"rounds": 2}, ({"rounds": 0}, {"s0": 3}, {"final_beta": 1}, {"meet": "luck"})),
     Row("continuous_sparsification", {"parallel": (0.05, -0.05)}),
     Row("random", {}, ({"seed": -1},)),
@@ -60,9 +63,9 @@ METHODS = [
     Row("tp_lamp", {}, ({"p": 0}, {"scope": "rows"})),
     Row("tp_random", slow=True),
     Row("tp_taylor", {}, ({"batches": 0},)),
-    Row("tp_bn_scale", {}, ({"rounds": 0}, {"reg": -1}), slow=True),
-    Row("tp_group_norm", {}, ({"alpha": -1},), slow=True),
-    Row("tp_growing_reg", {"interval": 1}, ({"interval": 0}, {"delta_reg": -1})),
+    Row("tp_bn_scale", {}, ({"rounds": 0}, {"reg": -1}), trained=True, slow=True),
+    Row("tp_group_norm", {}, ({"alpha": -1},), trained=True, slow=True),
+    Row("tp_growing_reg", {"interval": 1}, ({"interval": 0}, {"delta_reg": -1}), trained=True),
 ]
 SPARSITY = 0.9
 OPTIMIZERS = {
@@ -80,15 +83,15 @@ units_find = units.find_groups
 
 
 @functools.cache
-def _of_test_resnet(*wanted, vectors):
-    return units_find(fresh(), *wanted, vectors=vectors)
+def _of_test_resnet(*wanted):
+    return units_find(fresh(), *wanted, removable=True)
 
 
-def found(model, *wanted, vectors=False, **_):
+def found(model, *wanted, **_):
     """`find_groups`, once for test_resnet: the groups of one architecture are always the same."""
     if model.pretrained_cfg["architecture"] != "test_resnet":
-        return units_find(model, *wanted, vectors=vectors)
-    return _of_test_resnet(*wanted, vectors=vectors)
+        return units_find(model, *wanted, removable=True)
+    return _of_test_resnet(*wanted)
 
 
 def ids(row):

@@ -94,7 +94,7 @@ def yaml_like(value: Any) -> str:
 def kind_of(one: Mapping[str, Any]) -> str:
     """What a setting may be, from its JSON Schema: type, range and choices.
 
-    >>> kind_of({"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, {"type": "null"}]})
+    >>> kind_of({"anyOf": [{"type": "number", "minimum": 0.0, "exclusiveMaximum": 1}, {"type": "null"}]})
     'number in [0, 1) | null'
     """
     if "enum" in one or "const" in one:
@@ -117,7 +117,8 @@ def kind_of(one: Mapping[str, Any]) -> str:
 
 
 def _range(one: Mapping[str, Any]) -> str:
-    low, high = one.get("minimum", one.get("exclusiveMinimum")), one.get("maximum", one.get("exclusiveMaximum"))
+    ends = one.get("minimum", one.get("exclusiveMinimum")), one.get("maximum", one.get("exclusiveMaximum"))
+    low, high = (int(end) if isinstance(end, float) and end.is_integer() else end for end in ends)  # 0.0: pydantic 2.9
     if low is None and high is None:
         return ""
     if high is None:

@@ -97,6 +97,16 @@ def save_compact(
     write_state(Path(path), state, {_KEY: header.model_dump_json()})
 
 
+def compact_header(path: Path) -> dict[str, Any] | None:
+    """What a compact file says of itself; None where a file is no such one, or cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+        return None if text is None else _Header.model_validate_json(text).model_dump()
+    except Exception:  # whatever it is, whoever reads it next says so
+        return None
+
+
 def load_compact(path: str | Path) -> nn.Module:
     """The model of a compact file, in evaluation mode on the CPU, fit to be trained.
 

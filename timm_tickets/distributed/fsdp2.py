@@ -97,10 +97,10 @@ def _belongs(value: Any, parameter: Tensor) -> bool:
 
 
 def check_supported(model: nn.Module) -> None:
-    """Refuse a model whose weights cannot be reached by their names and shapes.
+    """Refuse a model whose weights cannot be reached by their names and shapes, or that torch cannot train.
 
     Raises:
-        SettingError: DeepSpeed or FSDP1 has taken its parameters apart.
+        SettingError: DeepSpeed or FSDP1 has taken its parameters apart, or FSDP2 of torch 2.6 has split it over CPUs.
     """
     instead = (
         "use DDP, or FSDP2 (torch's fully_shard; `fsdp_version: 2` in Accelerate's configuration), which keeps every "
@@ -113,3 +113,10 @@ def check_supported(model: nn.Module) -> None:
         )
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise SettingError(f"model: FSDP1 joins weights into flat parameters, where no mask can be kept; {instead}")
+    # FSDP2 asks a CPU's stream for events, which it has since torch 2.7.
+    meshes = {p.device_mesh.device_type for p in model.parameters() if is_split(p)}
+    if "cpu" in meshes and torch.__version__ < "2.7":
+        raise SettingError(
+            f"model: FSDP2 has split it over CPUs, where torch {torch.__version__} cannot train it; use torch 2.7 or "
+            "later, or DDP"
+        )

@@ -57,14 +57,12 @@ class Method(metaclass=Settings):
         name: The registered name.
         ends_trained: Whether the ticket's values are final, found in the search itself: nobody trains it again.
         reads_gradients: Whether it takes gradients other than by ``backward``.
-        follows_vectors: Whether its groups have to know of biases, normalisations and the like as well.
         units: What is cut as one; of the pruner's own copy (`on`) that of its model.
     """
 
     name: ClassVar[str] = ""
     ends_trained: ClassVar[bool] = False
     reads_gradients: ClassVar[bool] = False
-    follows_vectors: ClassVar[bool] = False
     units: ClassVar[Weights] = Weights()
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="fraction of the prunable weights to prune")]
@@ -100,10 +98,9 @@ class Method(metaclass=Settings):
     @model_validator(mode="after")
     def _of_channels(self) -> Any:
         kind = parsed(self.granularity).kind
-        wrong = [] if kind in ("channel", "head") else [n for n in STRUCTURE if getattr(self, n) != STRUCTURE[n]][1:]
-        if kind == "weight":
-            wrong = [name for name in STRUCTURE if getattr(self, name) != STRUCTURE[name]]
-        if wrong:
+        of_channels = [name for name in STRUCTURE if name != "granularity"]
+        wrong = [name for name in of_channels if getattr(self, name) != STRUCTURE[name]]
+        if wrong and kind not in ("channel", "head"):
             raise ValueError(f"{wrong[0]}: is of channels; set granularity=channel (or head), or leave it out")
         if kind != "weight" and (single := self.of_weights()):
             raise ValueError(
@@ -131,7 +128,7 @@ class Method(metaclass=Settings):
         bound = copy.copy(self)
         wanted = (self.include, self.exclude, self.classifier)
         counted = (self.sparsity_of, self.round_to, self.min_channels)
-        units = units_of(self.granularity, subnet, wanted, counted, self.follows_vectors)
+        units = units_of(self.granularity, subnet, wanted, counted)
         object.__setattr__(bound, "units", units)
         units.check(subnet.mask, self.sparsity)
         return bound

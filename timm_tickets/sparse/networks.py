@@ -86,7 +86,8 @@ class _Network(nn.Module):
 
     def _tell_width(self) -> None:
         """What goes into the head's linear layer; heads of timm 1.0.27 do not say it, but what goes into them."""
-        self.head_hidden_size = getattr(self.head, "num_features", None) or self.head.in_features
+        width = getattr(self.head, "num_features", None)
+        self.head_hidden_size = width or self.head.in_features * self.head.global_pool.feat_mult()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The map of features, (batch, num_features, height, width), of images (batch, in_chans, height, width)."""

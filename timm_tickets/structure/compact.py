@@ -9,14 +9,11 @@ from torch import Tensor, nn
 
 from ..core.errors import SettingError
 from ..sparse.standardised import STANDARDISED
-from ..sparse.subnet import Subnet
 from ..sparse.wrappers import plain_model
 from .find import find_groups, images_for
 from .groups import Groups
-from .removal import Removals, Remover, tensor_of
-from .verify import EQUAL, outputs, randomised
-
-_FAILS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, ZeroDivisionError)
+from .removal import Removals, tensor_of
+from .verify import EQUAL, outputs, removing
 
 
 @dataclass
@@ -78,9 +75,7 @@ def compacted(model: nn.Module, groups: Groups | None = None) -> Compact:
     groups = groups or find_groups(plain, classifier=True, vectors=True)
     dead = unread(plain, groups)
     images = images_for(copy.deepcopy(plain).cpu().float().eval()).double()
-    trial = randomised(copy.deepcopy(plain).cpu().double().eval())
-    Subnet(trial, tuple(groups.shapes)).set_mask_(groups.mask(dead, reads_only=True))
-    before, remover = outputs(trial, images), Remover(trial, groups)
+    wrong, remover = removing(plain, images, groups, dead)
     gone, stayed = torch.zeros_like(dead), []
     for number, family in enumerate(groups.families):
         mine = dead & (groups.family == number)
@@ -91,7 +86,7 @@ def compacted(model: nn.Module, groups: Groups | None = None) -> Compact:
             stayed.append((family.name, 1, "all are dead, and a layer has to have one"))
             if not mine.any():
                 continue
-        if why := remover.remove_(number, mine, lambda: _wrong(trial, images, before)):
+        if why := remover.remove_(number, mine, wrong):
             stayed.append((family.name, int(mine.sum()), why))
         else:
             gone |= mine
@@ -118,18 +113,6 @@ def unread(model: nn.Module, groups: Groups) -> Tensor:
             read = (tensor_of(model, name) != 0).movedim(dim, 0).flatten(1).any(1).cpu()
             alive[ids[read & (ids >= 0) & (groups.family[ids.clamp(min=0)] == number)]] = True
     return ~alive
-
-
-def _wrong(model: nn.Module, images: Tensor, before: Tensor) -> str:
-    """Why a model does not put out what it did; nothing where it does."""
-    try:
-        found = outputs(model, images)
-    except _FAILS as error:
-        return f"the module's code needs them: {(str(error) or type(error).__name__).splitlines()[0]}"
-    if found.shape != before.shape:
-        return "without them outputs would have another size"
-    difference = float((found - before).abs().max() / before.abs().max())
-    return "" if difference <= EQUAL else f"without them outputs would change by {difference:.1g} of the largest"
 
 
 def _apart(small: nn.Module, before: Tensor, images: Tensor) -> float:

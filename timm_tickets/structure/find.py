@@ -17,7 +17,7 @@ from .groups import Dim, Family, Groups
 from .labels import Atoms
 from .trace import OutOfTime, plainly, run, traced
 from .vectors import VectorTrace
-from .verify import tried
+from .verify import keep_removable, tried
 
 SECONDS = 60.0  # of this thread's processor that finding and trying may take: what else the machine does does not count
 PASSES = 4  # a pass that knows what stays frees what was united through that
@@ -32,6 +32,7 @@ def find_groups(
     classifier: bool = False,
     seconds: float = SECONDS,
     vectors: bool = False,
+    removable: bool = False,
 ) -> Groups:
     """The groups of a model, each tried on a copy of it; the model stays as it is.
 
@@ -42,6 +43,7 @@ def find_groups(
         classifier: Whether the columns of the classifier may be zeroed too.
         seconds: How long it may take, in seconds of the processor.
         vectors: Whether biases, normalisations, scales and tables are followed to the groups too: `Groups.vectors`.
+        removable: Only those that can be taken out of the module, as `compacted` does; with vectors.
 
     Raises:
         SettingError: It takes longer, or the model takes no images of any size that was tried.
@@ -59,9 +61,10 @@ def find_groups(
             found, stay = _families(traced(work, images, matrices, before, began + seconds), parts)
             if len(stay) == len(before):
                 break
-        if vectors:
+        if vectors or removable:
             found.vectors = _vectors(work, images, matrices, stay, found, began + seconds)
         found = tried(work, images, found, began + seconds)
+        found = keep_removable(work, images, found, began + seconds) if removable and len(found) else found
     except OutOfTime:
         raise SettingError(
             f"granularity: the groups of {type(work).__name__} were not found within {seconds:g} s; use "

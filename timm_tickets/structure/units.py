@@ -297,7 +297,6 @@ def units_of(
     subnet: Subnet,
     wanted: tuple[Any, Any, bool],
     counted: tuple[Of, int, int] = ("weights", 1, 1),
-    vectors: bool = False,
 ) -> Weights:
     """The units of a model.
 
@@ -306,7 +305,6 @@ def units_of(
         subnet: The model with its mask.
         wanted: The pruner's include, exclude and classifier.
         counted: The ``of``, ``round_to`` and ``least`` of `Channels`.
-        vectors: As in `find_groups`.
 
     Raises:
         SettingError: The model has none.
@@ -322,7 +320,7 @@ def units_of(
     shapes = {name: tuple(mask.shape) for name, mask in subnet.mask.items()}
     if found.kind in ("n:m", "block"):
         return Pattern(found, subnet.model, shapes)
-    groups = find_groups(subnet.model, *wanted, seconds=PATIENCE, vectors=vectors)
+    groups = find_groups(subnet.model, *wanted, seconds=PATIENCE, removable=True)
     if found.kind == "head":
         groups = groups.heads()
     if not len(groups):

@@ -83,6 +83,9 @@ class Epoch:
             after = states["now"]
         try:
             for batch in self.loader:
+                if batch is None:  # Accelerate 1.6, where an epoch has no batch left; asked for another, it would fail
+                    self.loader.end()
+                    return
                 if after is not None:
                     set_random_states_(after)
                     after = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedType, set_seed
@@ -152,6 +153,8 @@ class Trainer:
         schedule: Any = scheduler_kwargs(t) | {"num_epochs": run.schedule_epochs, "updates_per_epoch": updates}
         with building("training.sched"):
             scheduler: Any = create_scheduler_v2(self.optimizer, **schedule)[0]
+            if scheduler is None and t.sched != "none":  # timm 1.0.27 says nothing, and would leave the rate as it is
+                raise ValueError(f"timm {timm.__version__} has no schedule {t.sched!r}; use a later timm")
         if accelerator.scaler is not None and self._fresh_scaler is not None:
             accelerator.scaler.load_state_dict(self._fresh_scaler)
         done = self._starting_at(run, updates)

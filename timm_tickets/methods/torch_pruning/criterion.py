@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Mapping
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -26,7 +26,6 @@ from ...structure.units import Channels
 class Criterion(Method):
     """Cuts whole channels by an importance of torch-pruning's: that of each group, computed by the library itself."""
 
-    follows_vectors: ClassVar[bool] = True
     granularity: Granularity = "channel"
     scope: Annotated[Scope, Field(description="compare channels across all layers, or within each")] = "layerwise"
     rounds: Annotated[
