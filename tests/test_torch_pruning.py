@@ -76,7 +76,9 @@ def same_as_theirs(model, importance, vectors, ignored, images):
     theirs = {named(group, types): importance(group) for group in graph.get_all_groups(ignored_layers=ignored)}
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
-        torch.testing.assert_close(ours[key].float(), value, rtol=1e-5, atol=1e-6)
+        # LAMP divides by what a sum leaves of a sum, which makes more of the order in which they are added.
+        rtol = 1e-4 if isinstance(importance, tp.importance.LAMPImportance) else 1e-5
+        torch.testing.assert_close(ours[key].float(), value, rtol=rtol, atol=1e-6)
     return len(theirs)
 
 
