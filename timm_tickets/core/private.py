@@ -62,3 +62,12 @@ def forget_flat_weights_(module: Any, *_: Any) -> None:
 def inside_lookahead(optimizer: Any) -> Any:
     """The optimizer inside timm's Lookahead, whose own hooks never fire; None for others."""
     return getattr(optimizer, "_base_optimizer", None)
+
+
+def forget_biases_(model: nn.Module) -> None:
+    """Have LeViT, TinyViT and their like read their attention biases again: scored once, they keep what they made of
+    them until they are trained, also when other weights are loaded meanwhile.
+    """
+    for module in model.modules():
+        if getattr(module, "attention_bias_cache", None):
+            module.attention_bias_cache = {}  # pyright: ignore[reportAttributeAccessIssue]
