@@ -13,6 +13,17 @@ def pytest_configure(config):
         torch.set_num_threads(1)
 
 
+# With several workers a long file that comes last is waited for alone.
+LONG = (
+    *("test_parallel", "test_faults", "test_sharded", "test_experiment", "test_groups", "test_contract", "test_imp"),
+    *("test_learn_digits", "test_replicates", "test_tweaks", "test_processes", "test_outcome", "test_ticket"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)

@@ -82,6 +82,7 @@ def test_killed_25_times_it_continues_to_the_same_ticket(whole, tmp_path, seed):
     killed_and_continued(whole, tmp_path, seed, kills=25)
 
 
+@pytest.mark.slow
 def test_killed_with_workers_it_continues_and_leaves_no_lock(tmp_path):
     """Each image draws its own augmentation there; a worker that outlives its parent holds no lock."""
     more = ["data.workers=1", "training.epochs=1", "training.checkpoint_interval=0"]
@@ -92,6 +93,7 @@ def test_killed_with_workers_it_continues_and_leaves_no_lock(tmp_path):
     assert not leftovers(tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_143(whole, tmp_path):
     folder = tmp_path / "run"
     ended, told = lives(folder, [whole[1] // 3, 0], number=signal.SIGTERM)
@@ -290,6 +292,7 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint(saved, monkeypatch, piece
     assert {path.name for path in saved.iterdir()} == {CHECKPOINT, BEFORE}
 
 
+@pytest.mark.slow
 def test_a_search_with_damaged_checkpoints_goes_on_to_the_same_ticket(whole, tmp_path):
     lives(tmp_path, [whole[1] // 3])
     (newest,) = tmp_path.glob(f"*/{CHECKPOINT}")

@@ -104,6 +104,7 @@ def by_loop(folder, processes, size):
     return [json.loads(one) for one in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_ddp_model_in_a_loop_of_ones_own_is_of_one_process_where_each_trains_alone(tmp_path):
     (expected,) = by_loop(tmp_path, 1, 1)
     mine, other = by_loop(tmp_path, 2, 1)

@@ -26,7 +26,7 @@ def _once_a_method_and_network():
     for name in RECIPES:
         recipe = tt.load_recipe(name)
         kind = recipe.pruner["name"], recipe.model.model
-        large = recipe.model.model.startswith(("resnet50", "cifar_vgg19"))  # ten to thirty seconds each
+        large = recipe.model.model.startswith(("resnet50", "vit_small", "cifar_vgg19"))  # ten to thirty seconds each
         slow = kind in seen or (large and name != "rigl_imagenet_resnet50")
         yield pytest.param(name, marks=pytest.mark.slow) if slow else name
         seen.add(kind)

@@ -42,6 +42,14 @@ def test_colt_by_runs_finds_the_same_ticket_on_any_number_of_processes(one, tmp_
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.slow
+def test_colt_of_whole_channels_by_runs(tmp_path):
+    settings = [*COLT, "pruner.granularity=channel"]
+    for processes in (1, 2):
+        searched(tmp_path / str(processes), settings, processes)
+    same(tmp_path / "2", tmp_path / "1")
+
+
 @pytest.mark.parametrize("how", ["runs", pytest.param("data", marks=pytest.mark.slow)])
 def test_a_damaged_run_is_done_again_by_whoever_trains_it_and_all_agree(one, tmp_path, how):
     """One that the others have to wait for; and as it becomes what it was, no run after it is done again."""
@@ -53,11 +61,11 @@ def test_a_damaged_run_is_done_again_by_whoever_trains_it_and_all_agree(one, tmp
     (folder / "result.json").unlink()
     path = folder / "round_00_part_1" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    (folder / "start.safetensors").unlink()
+    (folder / "start.state").unlink()
     said = searched(folder, settings, 2).stderr
     assert sorted(line.partition("Warning: ")[2] for line in said.splitlines() if "Warning: /" in line) == [
         f"{path} is damaged (its checksum differs); round_00_part_1 is done again",
-        f"{folder}/start.safetensors is missing; it is written again: the model as given is the same",
+        f"{folder}/start.state is missing; it is written again: the model as given is the same",
     ]
     same(folder, one)
     records = {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}

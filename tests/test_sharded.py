@@ -185,7 +185,7 @@ def test_a_recipe_whose_model_accelerate_splits(tmp_path, overrides):
         pytest.param("digits_imp", IMP, 20, 1, marks=pytest.mark.slow),
         pytest.param("digits_imp", IMP, 70, 0, marks=pytest.mark.slow),
         # It cuts at every step, and a step too many would show.
-        ("digits_gradual", GRADUAL, 20, 1),
+        pytest.param("digits_gradual", GRADUAL, 20, 1, marks=pytest.mark.slow),
         # Its optimizer has no state, and there is none to load.
         pytest.param(
             "digits_gradual", [*GRADUAL, "training.opt=momentum", "training.momentum=0"], 20, 1, marks=pytest.mark.slow

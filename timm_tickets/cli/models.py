@@ -165,7 +165,7 @@ def _show_units(arch: str, granularity: str, wanted: tuple[Any, Any, bool], argu
             show((title, "shape"), [(name, "x".join(map(str, shapes[name]))) for name in names])
             console.print()
         return
-    groups = find_groups(build_to_inspect(arch, arguments, "cpu"), *wanted)
+    groups = find_groups(build_to_inspect(arch, arguments, "cpu"), *wanted, removable=True)
     groups = groups.heads() if found.kind == "head" else groups
     rows = groups.families
     joined = [(" + ".join(n for n, _ in one.makes), " + ".join(n for n, _ in one.reads)) for one in rows]

@@ -4,7 +4,7 @@ import copy
 import itertools
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from ..sparse.prunable import Part, inspect_model
 from ..sparse.wrappers import plain_model
 from .groups import Dim, Family, Groups
 from .labels import Atoms
-from .trace import OutOfTime, plainly, traced
-from .verify import tried
+from .trace import OutOfTime, plainly, run, traced
+from .vectors import VectorTrace
+from .verify import keep_removable, tried
 
 SECONDS = 60.0  # of this thread's processor that finding and trying may take: what else the machine does does not count
 PASSES = 4  # a pass that knows what stays frees what was united through that
@@ -30,6 +31,8 @@ def find_groups(
     exclude: Sequence[str] = (),
     classifier: bool = False,
     seconds: float = SECONDS,
+    vectors: bool = False,
+    removable: bool = False,
 ) -> Groups:
     """The groups of a model, each tried on a copy of it; the model stays as it is.
 
@@ -39,6 +42,8 @@ def find_groups(
         exclude: As in `prunable_names`.
         classifier: Whether the columns of the classifier may be zeroed too.
         seconds: How long it may take, in seconds of the processor.
+        vectors: Whether biases, normalisations, scales and tables are followed to the groups too: `Groups.vectors`.
+        removable: Only those that can be taken out of the module, as `compacted` does; with vectors.
 
     Raises:
         SettingError: It takes longer, or the model takes no images of any size that was tried.
@@ -56,7 +61,10 @@ def find_groups(
             found, stay = _families(traced(work, images, matrices, before, began + seconds), parts)
             if len(stay) == len(before):
                 break
+        if vectors or removable:
+            found.vectors = _vectors(work, images, matrices, stay, found, began + seconds)
         found = tried(work, images, found, began + seconds)
+        found = keep_removable(work, images, found, began + seconds) if removable and len(found) else found
     except OutOfTime:
         raise SettingError(
             f"granularity: the groups of {type(work).__name__} were not found within {seconds:g} s; use "
@@ -64,6 +72,25 @@ def find_groups(
         ) from None
     found.seconds = time.thread_time() - began
     return found
+
+
+def _vectors(
+    model: nn.Module,
+    images: Tensor,
+    matrices: Mapping[str, Tensor],
+    stay: Mapping[int, str],
+    groups: Groups,
+    deadline: float,
+) -> dict[Dim, Tensor]:
+    """The groups of what else has an entry a channel."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    others = {name: value for name, value in named if name not in matrices and value.ndim}
+    atoms = Atoms({name: weight.shape for name, weight in matrices.items()}, stay)
+    run(trace := VectorTrace(atoms, matrices, deadline, others), model, images)
+    table = torch.full((len(atoms.parent),), -1)
+    for dim, ids in groups.of.items():
+        table[atoms.first[dim] : atoms.first[dim] + len(ids)] = ids
+    return trace.found(table)
 
 
 def images_for(model: nn.Module) -> Tensor:

@@ -48,6 +48,7 @@ class Groups:
         shapes: Of the weights that may be pruned, by name.
         positions: How often a forward pass of one image multiplies each entry of a weight.
         left: What is in no group: a dimension of a parameter and why.
+        vectors: Like ``of``, for every other parameter and buffer; only where they were asked for.
         difference: Largest change of an output when it was tried, relative to the largest output.
         seconds: How long finding and trying took, of the processor.
     """
@@ -58,6 +59,7 @@ class Groups:
     shapes: dict[str, tuple[int, ...]]
     positions: dict[str, int]
     left: list[tuple[Dim, str]] = field(default_factory=list)
+    vectors: dict[Dim, Tensor] = field(default_factory=dict)
     difference: float = 0.0
     seconds: float = 0.0
 
@@ -87,10 +89,15 @@ class Groups:
         """The groups of these families alone: bool, a family each."""
         stays = keep[self.family]
         new = torch.where(stays, stays.cumsum(0) - 1, -1)
-        of = {dim: torch.where(ids >= 0, new[ids.clamp(min=0)], -1) for dim, ids in self.of.items()}
+
+        def renumbered(of: dict[Dim, Tensor]) -> dict[Dim, Tensor]:
+            found = {dim: torch.where(ids >= 0, new[ids.clamp(min=0)], -1) for dim, ids in of.items()}
+            return {dim: ids for dim, ids in found.items() if (ids >= 0).any()}
+
         return replace(
             self,
-            of={dim: ids for dim, ids in of.items() if (ids >= 0).any()},
+            of=renumbered(self.of),
+            vectors=renumbered(self.vectors),
             family=(keep.cumsum(0) - 1)[self.family][stays],
             families=[one for one, stay in zip(self.families, keep.tolist(), strict=True) if stay],
         )

@@ -197,10 +197,15 @@ def traced(
     Raises:
         OutOfTime: It has.
     """
-    atoms = Atoms({name: weight.shape for name, weight in matrices.items()}, stay)
-    with plainly(), (trace := Trace(atoms, matrices, deadline)):
+    trace = Trace(Atoms({name: weight.shape for name, weight in matrices.items()}, stay), matrices, deadline)
+    return run(trace, model, images)
+
+
+def run(trace: Trace, model: nn.Module, images: Tensor) -> Atoms:
+    """The atoms of a trace, united as a forward pass of these images unites them."""
+    with plainly(), trace:
         outputs = model(images)
     for output in tree_leaves(outputs):
         if isinstance(output, Tensor) and output in trace.labels:
-            atoms.keep(trace.labels[output], "is what the model puts out")
-    return atoms
+            trace.atoms.keep(trace.labels[output], "is what the model puts out")
+    return trace.atoms

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..sparse.subnet import Subnet
 from .groups import Groups, halves
+from .removal import Remover
 from .trace import OutOfTime, plainly
 
+_FAILS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, ZeroDivisionError)
 EQUAL = 1e-9  # of the largest output; in double precision rounding makes 1e-13
 
 
@@ -50,6 +52,58 @@ def tried(model: nn.Module, images: Tensor, groups: Groups, deadline: float) -> 
     groups = groups.only(good)
     groups.difference = worst
     return groups
+
+
+def keep_removable(model: nn.Module, images: Tensor, groups: Groups, deadline: float) -> Groups:
+    """The groups that can be taken out of the module; the families that cannot are named among what is left alone.
+
+    Half of each family is taken out of a copy, which has to compute what it did.
+
+    Args:
+        model: A plain copy of the model, in evaluation mode.
+        images: What it is tried on.
+        groups: The groups, with vectors.
+        deadline: `time.thread_time` at which it gives up.
+
+    Raises:
+        OutOfTime: It has.
+    """
+    gone = next(halves(groups))
+    wrong, remover = removing(model, images, groups, gone)
+    good = torch.ones(len(groups.families), dtype=torch.bool)
+    for number, family in enumerate(groups.families):
+        if time.thread_time() > deadline:
+            raise OutOfTime
+        if why := remover.remove_(number, gone & (groups.family == number), wrong):
+            good[number] = False
+            groups.left += [(dim, f"cannot be taken out: {why}") for dim in family.makes]
+    return groups.only(good)
+
+
+def removing(model: nn.Module, images: Tensor, groups: Groups, gone: Tensor) -> tuple[Callable[[], str], Remover]:
+    """A remover on a copy with random values, in double precision, and what tells why it computes something else.
+
+    Args:
+        model: The plain model.
+        images: What it is tried on.
+        groups: The groups, with vectors.
+        gone: Bool, a group each: what is going to be removed; nothing reads it in the copy.
+    """
+    trial, images = randomised(copy.deepcopy(model).cpu().double().eval()), images.double()
+    Subnet(trial, tuple(groups.shapes)).set_mask_(groups.mask(gone, reads_only=True))
+    before = outputs(trial, images)
+
+    def wrong() -> str:
+        try:
+            found = outputs(trial, images)
+        except _FAILS as error:
+            return f"the module's code needs them: {(str(error) or type(error).__name__).splitlines()[0]}"
+        if found.shape != before.shape:
+            return "without them outputs would have another size"
+        difference = float((found - before).abs().max() / before.abs().max())
+        return "" if difference <= EQUAL else f"without them outputs would change by {difference:.1g} of the largest"
+
+    return wrong, Remover(trial, groups)
 
 
 def _largest(model: nn.Module, images: Tensor, groups: Groups, deadline: float) -> float:

@@ -3,7 +3,7 @@
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def card(ticket: Ticket, address: str, plot: bool = False) -> str:
     )
     kwargs = {key: model[key] for key in ("num_classes", "in_chans") if isinstance(model.get(key), int)}
     kwargs |= _table(model, "kwargs")
-    safe = {key: value for key, value in kwargs.items() if key in _HARMLESS and _is_plain(value)}
+    safe = harmless(kwargs)
     arguments = "".join(f", {key}={value!r}" for key, value in safe.items())
     scores = _rows(
         (key, value, dense.get(key, "")) for key, value in metrics.items() if isinstance(value, int | float | str)
@@ -145,6 +145,11 @@ def _text(value: Any) -> str:
     if re.fullmatch(r"\w*|-?\d+(\.\d+)?", text, re.ASCII):
         return text.replace("_", r"\_")
     return f"`{text}`"
+
+
+def harmless(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of arguments of timm.create_model that a stranger may have written, those that only shape a model."""
+    return {key: value for key, value in arguments.items() if key in _HARMLESS and _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:

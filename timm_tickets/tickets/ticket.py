@@ -3,6 +3,7 @@
 The file is described in header.py.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from ..sparse.named_weights import aliases
 from ..sparse.pretrained import Pretrained
 from ..sparse.subnet import Subnet
 from ..sparse.wrappers import plain_model
+from ..structure.compact import compacted
 from . import reader, writer
 from .address import ticket_at
 from .header import fingerprint, pruned_value
@@ -211,6 +213,41 @@ class Ticket:
         subnet.set_mask_(self.masks)
         subnet.hold_(optimizer)
         return optimizer
+
+    def compact(self, model: nn.Module) -> nn.Module:
+        """The smaller model: without the channels and heads that nothing reads, with the same outputs.
+
+        What a ticket of ``granularity=channel`` or ``head`` prunes is removed; of single weights only what happens to
+        leave a whole channel unread. Dead channels that have to stay are named in a warning. The outputs of both are
+        compared in double precision. Save it with `timm_tickets.save_compact`.
+
+        Args:
+            model: A model that the ticket was applied to, trained since or not; it stays as it is.
+
+        Returns:
+            A model of the same classes with smaller tensors, in the same mode and on the same device.
+
+        Raises:
+            SettingError: Its channels cannot be followed, or the smaller one would compute something else.
+            TicketError: The model does not have the ticket's zeros.
+        """
+        inner = _plain(model)
+        self._check_masks(inner)
+        weights = dict(inner.named_parameters())
+        grown = {
+            name: int((weights[name].detach()[~mask.to(weights[name].device)] != 0).sum())
+            for name, mask in self.masks.items()
+        }
+        if any(grown.values()):
+            names = [name for name, count in grown.items() if count]
+            raise TicketError(
+                f"{sum(grown.values()):,} of the weights that the ticket prunes are not zero in the model, in "
+                f"{len(names)} layers ({', '.join(map(shown, names[:3]))}); apply_ the ticket, and train with attach"
+            )
+        found = compacted(inner)
+        for line in found.told():
+            warnings.warn(line, stacklevel=2)
+        return found.model
 
     def _check_names(self, state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         missing = [name for name in values if name not in state]

@@ -1,0 +1,1 @@
+"""Out of the package: files of a sparse model that other programs read, and how fast each of them runs."""
