@@ -364,7 +364,7 @@ def test_a_speed_table_fits_80_columns(source, monkeypatch):
 def test_speed_measures_all_models_in_turn_and_scores_them(searched, monkeypatch):
     order = []
     monkeypatch.setattr(speed, "memory_of", lambda kind, size, batch: 1.0)
-    monkeypatch.setattr(speed, "_sample", lambda run, images: order.append((run, len(images))) or float(len(order)))
+    monkeypatch.setattr(speed, "sample", lambda run, images: order.append((run, len(images))) or float(len(order)))
     done = measure(searched, engines=["torch"], rounds=3, batch=8)
     assert [(one.engine, one.variant) for one in done.rows] == [("torch", "dense"), ("torch", "zeros")]
     (dense, _), (zeroed, _) = order[0], order[4]
@@ -399,7 +399,7 @@ def result_size(folder):
 
 def test_of_an_untrained_ticket_nothing_is_scored(searched, monkeypatch):
     monkeypatch.setattr(speed, "memory_of", lambda *args: None)
-    monkeypatch.setattr(speed, "_sample", lambda *args: 1.0)
+    monkeypatch.setattr(speed, "sample", lambda *args: 1.0)
     done = measure(searched / "digits_magnitude.ticket", engines=["torch"], rounds=2, batch=2)
     assert [one.top1 for one in done.rows] == [None, None]
     assert "NOT TRAINED" in " ".join(conditions(done))
@@ -409,7 +409,7 @@ def test_of_an_untrained_ticket_nothing_is_scored(searched, monkeypatch):
 
 def test_speed_has_a_row_of_the_compacted_model_where_there_is_one(ticket, monkeypatch):
     monkeypatch.setattr(speed, "memory_of", lambda *args: None)
-    monkeypatch.setattr(speed, "_sample", lambda *args: 1.0)
+    monkeypatch.setattr(speed, "sample", lambda *args: 1.0)
     done = measure(ticket(granularity="channel"), engines=["torch"], rounds=2, batch=2)
     dense, zeroed, compacted = done.rows
     assert [one.variant for one in done.rows] == ["dense", "zeros", "compacted"]
