@@ -428,3 +428,32 @@ def test_speed_by_the_command_in_every_engine(searched, monkeypatch):
     assert out.exit_code == 0, out.output
     for words in ("torch", "onnxruntime", "openvino", "1 image", "8 images", "test_resnet, images of 3 x 32 x 32"):
         assert words in out.output
+
+
+def test_what_a_measurement_cannot_have_is_said(searched, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "sample", lambda *args: 1.0)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    recipe = (searched / "recipe.yaml").read_text()
+    try:
+        (searched / "recipe.yaml").write_text(
+            recipe.replace("dataset: digits", "dataset: folder").replace("data_dir: null", "data_dir: gone")
+        )
+        done = measure(searched, engines=["torch"], rounds=2, batch=2)
+        with pytest.raises(tt.SettingError, match=r"data\.data_dir: 'gone' is not a folder"):
+            measure(searched, engines=["torch"], data=searched / "recipe.yaml")
+    finally:
+        (searched / "recipe.yaml").write_text(recipe)
+    assert [(one.top1, one.memory) for one in done.rows] == [(None, None), (None, None)]
+    told = " ".join(done.notes)
+    assert "top-1 is left out, for the images of the search cannot be had: data.data_dir: 'gone'" in told
+    assert "the process that measures the memory of torch zeros failed (1)" in told
+
+
+@pytest.mark.slow
+def test_weights_too_large_for_one_onnx_file_lie_beside_it(ticket, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx, "_ONE_FILE", 0)
+    done = export(ticket(), "onnx", tmp_path / "model.onnx")
+    images = torch.randn(2, *done.source.images.input_size)
+    wanted = outputs(done.source.model, images)
+    assert (opened_elsewhere(done.path, images, tmp_path) - wanted).abs().max() < 1e-4
+    assert (tmp_path / "model.onnx.data").stat().st_size > 1_000_000 > done.path.stat().st_size

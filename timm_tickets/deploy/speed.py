@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config.parts import DataSettings
 from ..config.recipe import load_recipe
-from ..core.errors import SettingError, unknown
+from ..core.errors import SettingError, TrainingError, unknown
 from ..core.masks import sparsity
 from ..data.datasets import Data, loader_of
 from ..storage.files import read_json, read_state, write_state
@@ -122,8 +122,14 @@ def measure(
             raise SettingError(f"engine: {name} needs {', '.join(left)}: pip install 'timm-tickets[export]'")
     source = load_source(address, weights, image_size, arguments)
     threads, before = threads or torch.get_num_threads(), torch.get_num_threads()
-    settings = _data_of(source, data, overrides)
-    images = None if settings is None else _Scored(settings, source)
+    images, left = None, []
+    try:
+        settings = _data_of(source, data, overrides)
+        images = None if settings is None else _Scored(settings, source)
+    except SettingError as error:
+        if data is not None or overrides:
+            raise
+        left = [f"top-1 is left out, for the images of the search cannot be had: {error}"]
     try:
         torch.set_num_threads(threads)
         with tempfile.TemporaryDirectory(prefix="timm-tickets-") as folder:
@@ -132,7 +138,7 @@ def measure(
     finally:
         torch.set_num_threads(before)
     masks = zeros(source.model)
-    return Speed(source, rows, batch, threads, sparsity(masks) if masks else 0.0, models.dense, models.notes)
+    return Speed(source, rows, batch, threads, sparsity(masks) if masks else 0.0, models.dense, [*left, *models.notes])
 
 
 class _Models:
@@ -198,7 +204,12 @@ class _Models:
 def _measured(models: _Models, source: Source, batch: int, rounds: int, images: Any, say: Callable[[str], None]) -> Any:
     size = source.images.input_size
     say(f"memory, in a process each: {len(models.kinds)} models")
-    memory = {kind.name: memory_of(kind, size, batch) for kind in models.kinds}
+    memory: dict[str, float | None] = {}
+    for kind in models.kinds:
+        try:
+            memory[kind.name] = memory_of(kind, size, batch)
+        except TrainingError as error:  # times are worth having without it
+            models.notes.append(str(error))
     runs = {kind.name: run_of(kind) for kind in models.kinds}
     one, many = (np.random.default_rng(0).standard_normal((n, *size), dtype=np.float32) for n in (1, batch))
     seconds = sum(sample(run, given) for run in runs.values() for given in (one, many) for _ in range(2)) / 2
@@ -220,7 +231,7 @@ def _measured(models: _Models, source: Source, batch: int, rounds: int, images: 
             kind.engine,
             kind.variant,
             *times[kind.name],
-            memory[kind.name],
+            memory.get(kind.name),
             sum(file.stat().st_size for file in kind.files),
             parameters,
             macs,
