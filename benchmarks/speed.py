@@ -31,7 +31,7 @@ from timm_tickets.deploy.runners import onnxruntime_run, openvino_run
 from timm_tickets.deploy.speed import macs_of, sample
 from timm_tickets.deploy.speed_report import Ratio
 
-MODELS = ("resnet50", "vit_small_patch16_224")
+MODELS = ("test_resnet@32", "resnet50", "vit_small_patch16_224")  # with the pixels of an image, if not timm's
 ZEROS: dict[str, Any] = {"sparsity": 0.9, "scope": "layerwise"}
 CHANNELS: dict[str, Any] = {"sparsity": 0.7, "granularity": "channel", "sparsity_of": "macs"}
 
@@ -99,8 +99,9 @@ def main() -> None:
     names = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "onnxruntime", "openvino"))
     rounds = f"{args.threads} threads, {args.clock} time, medians of {args.rounds} rounds"
     print(f"{date.today()}, {names}, Python {platform.python_version()}, CPU, {rounds}\n")
-    for arch in args.models:
+    for arch, _, pixels in (one.partition("@") for one in args.models):
         size = timm.get_pretrained_cfg(arch).input_size  # pyright: ignore[reportOptionalMemberAccess]
+        size = (size[0], int(pixels), int(pixels)) if pixels else size
         timed, facts = runs(arch, folder, args.threads, size)
         one, many = (np.random.default_rng(0).standard_normal((n, *size), dtype=np.float32) for n in (1, args.batch))
         taken: dict[Any, tuple[list[float], list[float]]] = {key: ([], []) for key in timed}
@@ -116,7 +117,7 @@ def main() -> None:
             for times, base in zip((latency, batch), taken[engine, "dense"], strict=True):
                 ratio = Ratio.of(base, times)
                 told = "1" if name == "dense" else f"{ratio.middle:.2f} ({ratio.low:.2f}..{ratio.high:.2f})"
-                cells += [f"{1000 * statistics.median(times):.1f}", told]
+                cells += [f"{1000 * statistics.median(times):.3g}", told]
             print("|", " | ".join(cells), "|")
         print("\n| model | parameters, M | GMACs | ONNX, MB |\n|---|---|---|---|")
         for name, (parameters, macs, size_of) in facts.items():
