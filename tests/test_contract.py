@@ -7,14 +7,17 @@ from support.every_method import (
     OPTIMIZERS,
     SPARSITY,
     every_method,
+    found,
     fresh,
     loader,
+    of_channels,
     pruner_of,
     searched,
     train_run,
 )
 
 import timm_tickets as tt
+from timm_tickets.structure import units
 
 # Jackpots warn of a model that was never trained; late rewinding of a run of one epoch; timm's zeros of what is before
 # them; high sparsities of emptied layers (tests/test_collapse.py); a few steps do not move every mask.
@@ -28,6 +31,12 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.fixture(autouse=True)
+def _found_once(monkeypatch):
+    """Finding groups is not what is tested here."""
+    monkeypatch.setattr(units, "find_groups", found)
+
+
 def test_every_registered_pruner_is_in_the_table():
     assert {row.name for row in METHODS} == set(tt.list_pruners())
 
@@ -39,8 +48,11 @@ def test_reaches_its_sparsity_exactly(row):
     for sparsity in (0.0, 0.5, SPARSITY, 0.987):
         pruner = searched(row, fresh(), sparsity=sparsity)
         pruned = sum(int((~mask).sum()) for mask in pruner.ticket.masks.values())
-        assert pruned == round(sparsity * total)
-        assert pruner.sparsity == pruner.ticket.sparsity == pytest.approx(sparsity, abs=1 / total)
+        assert pruner.sparsity == pruner.ticket.sparsity == pytest.approx(pruned / total)
+        if of_channels(row):
+            assert round(sparsity * total) <= pruned <= (sparsity + 0.005) * total
+        else:
+            assert pruned == round(sparsity * total)
 
 
 @every_method
@@ -176,7 +188,7 @@ def test_include_and_exclude_choose_the_layers(row):
     names = tt.prunable_names(fresh())
     ticket = searched(row, fresh(), exclude=(names[0],)).ticket
     assert list(ticket.masks) == names[1:]
-    assert ticket.sparsity == pytest.approx(SPARSITY, abs=1e-4)
+    assert ticket.sparsity == pytest.approx(SPARSITY, abs=5e-3 if of_channels(row) else 1e-4)
 
 
 @every_method
@@ -186,4 +198,4 @@ def test_a_run_may_end_early_or_late(row):
     pruner = pruner_of(row, model, epochs=2)
     for run in pruner:
         train_run(run, model, epochs=1 if run.index % 2 else 3)
-    assert pruner.sparsity == pytest.approx(SPARSITY, abs=1e-4)
+    assert pruner.sparsity == pytest.approx(SPARSITY, abs=5e-3 if of_channels(row) else 1e-4)

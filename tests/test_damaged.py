@@ -149,12 +149,12 @@ def test_a_run_of_another_search_or_round_is_not_taken_for_this_one_s(search, tm
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_first_state_is_written_again_only_if_it_is_known(search, damage):
     folder, fingerprint = search
-    damage(folder / "start.safetensors")
+    damage(folder / "start.state")
     before = sorted((path, path.lstat().st_mtime_ns) for path in folder.rglob("*"))
-    with pytest.raises(OSError, match=r"start.safetensors is .* the model as given is not known .*--restart does"):
+    with pytest.raises(OSError, match=r"start.state is .* the model as given is not known .*--restart does"):
         searched(folder, seed=1)
     assert sorted((path, path.lstat().st_mtime_ns) for path in folder.rglob("*")) == before
-    with pytest.warns(UserWarning, match=r"start.safetensors is .*; it is written again: the model as given is the s"):
+    with pytest.warns(UserWarning, match=r"start.state is .*; it is written again: the model as given is the s"):
         assert searched(folder) == (fingerprint, [])
     assert searched(folder, seed=1) == (fingerprint, [])
 
@@ -169,7 +169,7 @@ def test_a_damaged_record_of_a_search_is_written_again_only_if_it_is_known(searc
     with pytest.warns(UserWarning, match=r"pruner.json is .*; it is written again"):
         assert searched(folder, seed=1) == (fingerprint, [])  # the first state is there
     damage(folder / "pruner.json")
-    flip(folder / "start.safetensors")
+    flip(folder / "start.state")
     with pytest.raises(OSError, match=r"pruner.json is .* the finished runs beside it are not known to be"):
         searched(folder, seed=1)
     with pytest.warns(UserWarning, match=r"pruner.json is .*; it is written again"):

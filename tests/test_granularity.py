@@ -1,11 +1,20 @@
 """What every pruner promises when it cuts channels or patterns: whole units, counted, zero, replayed, in a file."""
 
-import functools
-
 import pytest
 import timm
 import torch
-from support.every_method import METHODS, OPTIMIZERS, fresh, ids, loader, pruner_of, searched, train_run
+from support.every_method import (
+    METHODS,
+    OPTIMIZERS,
+    found,
+    fresh,
+    ids,
+    loader,
+    of_channels,
+    pruner_of,
+    searched,
+    train_run,
+)
 
 import timm_tickets as tt
 from timm_tickets.core.patterns import best_of
@@ -23,26 +32,17 @@ CUTTING = [row for row in METHODS if row.name not in SINGLE and row.settings.get
 UNITS = {"channel": {"sparsity": 0.6}, "2:4": {"sparsity": 0.5}, "block 4x4": {"sparsity": 0.6}}
 FEW = [row for row in CUTTING if row.name in ("imp", "colt", "gradual", "edge_popup", "continuous_sparsification")][::2]
 every_unit = pytest.mark.parametrize("granularity", UNITS)
-every_cutting = pytest.mark.parametrize("row", CUTTING, ids=ids)
+every_cutting = pytest.mark.parametrize(
+    ("row", "granularity"),
+    [(row, one) for row in CUTTING for one in UNITS if one == "channel" or not of_channels(row)],
+    ids=lambda one: one if isinstance(one, str) else ids(one),
+)
 
 
 @pytest.fixture(autouse=True)
 def _found_once(monkeypatch):
     """The groups of one architecture are always the same; tests/test_structure.py is about finding them."""
     monkeypatch.setattr(units, "find_groups", found)
-
-
-units_find = units.find_groups
-
-
-@functools.cache
-def of_test_resnet(*wanted):
-    return units_find(fresh(), *wanted)
-
-
-def found(model, *wanted, **_):
-    small = model.pretrained_cfg["architecture"] == "test_resnet"
-    return of_test_resnet(*wanted) if small else units_find(model, *wanted)
 
 
 def check_whole(pruner, masks):
@@ -67,7 +67,6 @@ def check_whole(pruner, masks):
 
 
 @every_cutting
-@every_unit
 def test_whole_units_go_and_no_fewer_than_asked(row, granularity, tmp_path):
     asked = UNITS[granularity]
     pruner = searched(row, model := fresh(), granularity=granularity, folder=tmp_path / "run", **asked)

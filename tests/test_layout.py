@@ -37,7 +37,7 @@ def test_no_function_is_longer_than_70_lines():
 def test_methods_hold_nothing_by_hand():
     """What a round ended with is the pruner's to let go of, and what is split or averaged is asked of run or subnet."""
     found = {}
-    for path in (PACKAGE / "methods").glob("*.py"):
+    for path in (PACKAGE / "methods").rglob("*.py"):
         text = path.read_text()
         words = re.findall(r"\.clear\(\)|^ *del |DTensor|\brank\b|world_size|all_reduce", text, re.MULTILINE)
         if words:

@@ -61,11 +61,11 @@ def test_a_damaged_run_is_done_again_by_whoever_trains_it_and_all_agree(one, tmp
     (folder / "result.json").unlink()
     path = folder / "round_00_part_1" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    (folder / "start.safetensors").unlink()
+    (folder / "start.state").unlink()
     said = searched(folder, settings, 2).stderr
     assert sorted(line.partition("Warning: ")[2] for line in said.splitlines() if "Warning: /" in line) == [
         f"{path} is damaged (its checksum differs); round_00_part_1 is done again",
-        f"{folder}/start.safetensors is missing; it is written again: the model as given is the same",
+        f"{folder}/start.state is missing; it is written again: the model as given is the same",
     ]
     same(folder, one)
     records = {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch_pruning as tp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from timm.optim import create_optimizer_v2
@@ -80,3 +81,20 @@ def test_the_optimizer_inside_timms_lookahead_is_found(name):
         assert inside is None
     else:
         assert isinstance(inside, torch.optim.SGD), "timm's Lookahead no longer has _base_optimizer"
+
+
+def test_torch_prunings_groups_know_their_graph():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    graph = tp.DependencyGraph().build_dependency(model, torch.zeros(1, 2))
+    group = graph.get_pruning_group(model[0], tp.prune_linear_out_channels, [0])
+    assert private.graph_of(group) is graph, "torch_pruning.Group no longer keeps its graph in _DG"
+
+
+def test_a_regulariser_of_torch_prunings_needs_no_graph_of_its_own():
+    """That it adds what it adds on its own groups is in tests/test_torch_pruning.py."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    own = tp.pruner.GroupNormPruner(model, torch.zeros(1, 2), tp.importance.MagnitudeImportance())
+    made = private.regulariser(tp.pruner.GroupNormPruner, own.DG, own._groups, own.importance, reg=own.reg, cnt=0)
+    read = {name for name in vars(own) if name in tp.pruner.GroupNormPruner.regularize.__wrapped__.__code__.co_names}
+    assert read <= vars(made).keys(), "torch-pruning's regularize reads more than core/private.py sets"
+    assert own._groups, "torch-pruning's regularising pruners no longer keep their groups in _groups"

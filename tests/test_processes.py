@@ -31,6 +31,15 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import timm_tickets as tt
 from timm_tickets.processes import join_processes, place
+from timm_tickets.structure import units
+
+find, groups = units.find_groups, {}
+def once(model, *wanted, **more):  # the groups of one architecture are always the same
+    name = model.pretrained_cfg["architecture"]
+    if name not in groups:
+        groups[name] = find(model, *wanted, **more)
+    return groups[name]
+units.find_groups = once
 
 order = json.loads(sys.argv[1])
 join_processes()
@@ -146,13 +155,16 @@ CASES = [
     Case("grasp", {"batches": 2}),
     Case("magnitude"),
     Case("magnitude", ddp=False),
+    Case("tp_group_norm", {"rewind": "0ep"}),
     Case("rigl"),
     Case("rigl", {"interval": 1}, accumulate=2),
     Case("rigl", {"interval": 1}, accumulate=2, sync=False),
 ]
-CASES += [Case(name) for name in ROWS if name not in {case.name for case in CASES}]
+BY_BATCH_NORM = "tp_bn_scale"
+CASES += [Case(name) for name in ROWS if name not in {BY_BATCH_NORM, *(case.name for case in CASES)}]
 # Each process has statistics of its own batches, and they are in the ticket where it holds what was trained.
-WITH_STATISTICS = [replace(case, model="test_resnet") for case in CASES if case.trained]
+STATISTICS = [case for case in CASES if case.trained and not case.name.startswith("tp_")]
+WITH_STATISTICS = [replace(case, model="test_resnet") for case in (*STATISTICS, Case(BY_BATCH_NORM))]
 COUNTS = (2, pytest.param(3, marks=pytest.mark.slow))
 
 
@@ -194,7 +206,7 @@ def searched(tmp_path_factory):
 
 
 def test_every_registered_pruner_has_a_case():
-    assert {case.name for case in CASES} == set(tt.list_pruners())
+    assert {case.name for case in CASES + WITH_STATISTICS} == set(tt.list_pruners())
     assert len({case.key for case in CASES}) == len(CASES)
 
 

@@ -122,8 +122,9 @@ SMALLEST = {
     "xception_aligned": "xception41p",
     "xcit": "xcit_nano_12_p8_224",
 }
-# And those of timm 1.0.29, which has the module but not that architecture.
+# And those of timm 1.0.27, which has the module but not that architecture.
 OLDER = {
+    "eva": "eva02_tiny_patch14_224",
     "maxxvit": "maxvit_pico_rw_256",
     "vision_transformer_relpos": "vit_srelpos_small_patch16_224",
 }

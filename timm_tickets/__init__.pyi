@@ -23,8 +23,10 @@ from .experiments.search import search as search
 from .experiments.seeds import search_seeds as search_seeds
 from .experiments.train import train as train
 from .experiments.transfer import transfer as transfer
+from .integrations.ticket_pruner import TicketPruner as TicketPruner
 from .integrations.timm_task import TicketTask as TicketTask
 from .integrations.timm_task import wrap as wrap
+from .integrations.torch_pruning import TicketImportance as TicketImportance
 from .pruning.method import Method as Method
 from .pruning.method import OneShot as OneShot
 from .pruning.pruner import Pruner as Pruner

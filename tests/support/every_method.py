@@ -1,5 +1,7 @@
 """Every method with settings that keep tests short, and the loop that trains it. A new method is one row here."""
 
+import copy
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_tickets as tt
+from timm_tickets.structure import units
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,42 @@ METHODS = [
     Row("continuous_sparsification", {"parallel": (0.05, -0.05)}),
     Row("random", {}, ({"seed": -1},)),
     Row("random", {"scope": "layerwise"}),
+    Row(
+        "tp_magnitude", {}, ({"granularity": "weight"}, {"granularity": "2:4"}, {"rounds": -1}, {"rewind": "2 epochs"})
+    ),
+    Row("tp_magnitude", {"rounds": 2, "rewind": "0ep"}),
+    Row("tp_lamp", {}, ({"p": 0}, {"scope": "rows"})),
+    Row("tp_random"),
+    Row("tp_taylor", {}, ({"batches": 0},)),
+    Row("tp_bn_scale", {}, ({"rounds": 0}, {"reg": -1}), trained=True),
+    Row("tp_group_norm", {}, ({"alpha": -1},), trained=True),
+    Row("tp_growing_reg", {"interval": 1}, ({"interval": 0}, {"delta_reg": -1}), trained=True),
 ]
 SPARSITY = 0.9
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=5e-4),
     "adamw": lambda p: torch.optim.AdamW(p, 1e-3, weight_decay=0.05),
 }
+
+
+def of_channels(row):
+    """Whether a method cuts whole channels, and so comes only near its sparsity, from above."""
+    return row.name.startswith("tp_")
+
+
+units_find = units.find_groups
+
+
+@functools.cache
+def _of_test_resnet(*wanted):
+    return units_find(fresh(), *wanted, removable=True)
+
+
+def found(model, *wanted, **_):
+    """`find_groups`, once for test_resnet: the groups of one architecture are always the same."""
+    if model.pretrained_cfg["architecture"] != "test_resnet":
+        return units_find(model, *wanted, removable=True)
+    return copy.deepcopy(_of_test_resnet(*wanted))
 
 
 def ids(row):

@@ -62,3 +62,31 @@ def forget_flat_weights_(module: Any, *_: Any) -> None:
 def inside_lookahead(optimizer: Any) -> Any:
     """The optimizer inside timm's Lookahead, whose own hooks never fire; None for others."""
     return getattr(optimizer, "_base_optimizer", None)
+
+
+# torch-pruning
+
+
+def regulariser(kind: Any, graph: Any, groups: list[Any], importance: Any, **settings: Any) -> Any:
+    """One of torch-pruning's regularising pruners over groups that it has not found itself.
+
+    Its constructor would build its own graph of the model; what its ``regularize`` reads is set instead.
+
+    Args:
+        kind: The class.
+        graph: An empty ``torch_pruning.DependencyGraph``.
+        groups: Groups of torch-pruning's.
+        importance: What it ranks their channels by.
+        **settings: Its own, under the names that it keeps them by.
+    """
+    made = kind.__new__(kind)
+    made.DG, made.importance, made.ignored_layers, made._groups = graph, importance, [], groups
+    made.in_channel_groups, made.out_channel_groups = {}, {}
+    for name, value in settings.items():
+        setattr(made, name, value)
+    return made
+
+
+def graph_of(group: Any) -> Any:
+    """The dependency graph that a group of torch-pruning's is of: what names its layers."""
+    return group._DG

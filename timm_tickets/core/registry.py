@@ -42,8 +42,9 @@ class Registry(Generic[C]):
     def load(self) -> dict[str, type[C]]:
         if not self._loaded:
             self._loaded = True
-            for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
-                importlib.import_module(f"{self.package}.{module.name}")
+            folders = importlib.import_module(self.package).__path__
+            for module in pkgutil.walk_packages(folders, f"{self.package}."):
+                importlib.import_module(module.name)
             for point in strangers(self.kind):
                 try:
                     point.load()
@@ -72,7 +73,7 @@ def read_lines(kind: str, package: str) -> dict[str, str]:
     """
     spec = importlib.util.find_spec(package)
     folders = (spec and spec.submodule_search_locations) or ()
-    paths = (path for folder in folders for path in Path(folder).glob("*.py"))
+    paths = (path for folder in folders for path in Path(folder).rglob("*.py"))
     classes = (node for path in paths for node in ast.parse(path.read_text("utf-8")).body if type(node) is ast.ClassDef)
     return dict(
         sorted(

@@ -183,7 +183,9 @@ class _Timed:
         state = _size(value for one in self.trainer.optimizer.state.values() for value in one.values())
         # Weights and ticket of each; behind gates the weights before them and the scores too, of readings the scores.
         each = 2 + t.model_ema + t.keep_best
-        first = 2 + hasattr(self.pruner.method, "rewind")  # the start, the final ticket, the rewind point
+        first = 2 + (
+            getattr(self.pruner.method, "rewind", None) is not None
+        )  # the start, the final ticket, the rewind point
         count = each * trainings + (2 * gates if trains else 3) * runs + first
         return count * model, 2 * (state + model * (1 + t.model_ema))
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
+from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -137,6 +139,8 @@ def tell_files(folder: Path, recipe: Recipe, rows: Sequence[dict[str, Any]], nam
             f"the best epoch on validation was {epoch} of {row['epochs']} (val {metrics['val_top1_best']:.2f}); "
             "training.keep_best=true keeps its weights",
         )
+    if BEST in found and Version(timm.__version__) < Version("1.0.29"):
+        say(console, f"timm {timm.__version__} loads no folder with two weight files: move {BEST} elsewhere first")
     say(console, "in Python, with plain timm:")
     ours = model_entrypoint(recipe.model.model.partition(".")[0]).__module__.startswith("timm_tickets.")
     ours = "import timm, timm_tickets  # which has the architecture" if ours else "import timm"

@@ -201,7 +201,7 @@ def _clear(folder: Path, recipe: Recipe) -> None:
             remove_temporaries(path)
             with suppress(OSError):  # something of the user's is in it
                 path.rmdir()
-    ours = (RESULT, f"{recipe.name}.ticket", "start.safetensors", "pruner.json", "summary.csv", "accuracy.png", _KIND)
+    ours = (RESULT, f"{recipe.name}.ticket", "start.state", "pruner.json", "summary.csv", "accuracy.png", _KIND)
     for name in (*ours, MODEL, CONFIG, BEST, EPOCHS, IMAGES, _RECIPE):
         _remove(folder / name)
 

@@ -153,7 +153,7 @@ def create_search(recipe: Recipe, data: Data, model: nn.Module, folder: Path | N
             "train the ticket on with `timm-tickets train`"
         )
     check_tweaks(recipe, model)
-    number, unit = rewind_parts(getattr(pruner.method, "rewind", "0ep"))
+    number, unit = rewind_parts(getattr(pruner.method, "rewind", None) or "0ep")
     if unit == "ep" and number >= pruner.method.epochs:
         warn(
             f"pruner.rewind: a run of {pruner.method.epochs} epochs ends without passing its rewind point "

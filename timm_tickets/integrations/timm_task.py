@@ -16,7 +16,7 @@ from ..tickets.ticket import Ticket
 from .ticketed import Ticketed
 from .trained import Start, given
 
-# timm 1.0.29 has no criterion of its own.
+# timm 1.0.27 has no criterion of its own.
 _OWN = inspect.signature(ClassificationTask).parameters
 _WANTS_CRITERION = _OWN["criterion"].default is inspect.Parameter.empty
 T = TypeVar("T", bound=TrainingTask)

@@ -1,4 +1,4 @@
-"""What a search began with: its settings in ``pruner.json``, the model as given in ``start.safetensors``.
+"""What a search began with: its settings in ``pruner.json``, the model as given in ``start.state``.
 
 ``pruner.json`` holds its own checksum, which names the search, and that of the state. Where one of both is damaged, it
 is written again if what is there, or the model as given now, shows that it would be the same.
@@ -29,7 +29,8 @@ from ..storage.files import (
 )
 from .run_files import RECORD, follows_of, read_run_record, search_of
 
-_IDENTITY, _FIRST = "pruner.json", "start.safetensors"
+# timm before 1.0.29 loads no folder that has two .safetensors files, and the trained model is one.
+_IDENTITY, _FIRST = "pruner.json", "start.state"
 _ANEW = (
     "that it began with. Put the file back, or give the model of then (the same seed); else delete the folder "
     "(--restart does) and search anew"

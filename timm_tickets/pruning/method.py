@@ -36,6 +36,14 @@ def _granularity(value: Any) -> Any:
     return value
 
 
+Granularity = Annotated[
+    str,
+    BeforeValidator(_granularity),
+    Field(
+        description="what is cut as one: weight, channel (rows that make one and columns that read it; heads too), "
+        "head, n of m consecutive weights (2:4), blocks ('block 4x4')"
+    ),
+]
 STRUCTURE = {"granularity": "weight", "sparsity_of": "weights", "round_to": 1, "min_channels": 1}
 
 
@@ -68,14 +76,7 @@ class Method(metaclass=Settings):
         Literal["warn", "prevent", "error"],
         Field(description="a layer pruned to nothing: report it, keep its best weight, or refuse it"),
     ] = "warn"
-    granularity: Annotated[
-        str,
-        BeforeValidator(_granularity),
-        Field(
-            description="what is cut as one: weight, channel (rows that make one and columns that read it; heads too), "
-            "head, n of m consecutive weights (2:4), blocks ('block 4x4')"
-        ),
-    ] = "weight"
+    granularity: Granularity = "weight"
     sparsity_of: Annotated[Of, Field(description="of channels and heads: what the sparsity is a fraction of")] = (
         "weights"
     )
@@ -88,7 +89,8 @@ class Method(metaclass=Settings):
         """Channels are compared within their layer where nobody says otherwise: across layers, some would starve."""
         given = (values.kwargs if isinstance(values, ArgsKwargs) else values) or {}
         fields: Any = getattr(cls, "__dataclass_fields__", {})
-        if given.get("granularity") in ("channel", "head") and "scope" in fields and "scope" not in given:
+        of_weights = "scope" in fields and fields["granularity"].default == "weight"
+        if given.get("granularity") in ("channel", "head") and of_weights and "scope" not in given:
             given = {**given, "scope": "layerwise"}
             return ArgsKwargs(values.args, given) if isinstance(values, ArgsKwargs) else given
         return values
@@ -125,7 +127,8 @@ class Method(metaclass=Settings):
         """
         bound = copy.copy(self)
         wanted = (self.include, self.exclude, self.classifier)
-        units = units_of(self.granularity, subnet, wanted, self.sparsity_of, self.round_to, self.min_channels)
+        counted = (self.sparsity_of, self.round_to, self.min_channels)
+        units = units_of(self.granularity, subnet, wanted, counted)
         object.__setattr__(bound, "units", units)
         units.check(subnet.mask, self.sparsity)
         return bound

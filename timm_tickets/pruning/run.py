@@ -59,6 +59,7 @@ class Run:
         setup: Called on the subnet before the run starts: the run's own starting state.
         on_loss: Given the training and its loss, before backward; returns the loss to go backward from (a penalty
             added).
+        before_step: Called before each optimizer step, when the gradients are there, masked, to be added to.
         after_step: Called after each optimizer step.
         settle: Called before the model is scored and at the end: brings the mask up to date with learned scores.
         weight_decay: Of learned scores; the optimizer's own goes on for everything else.
@@ -74,6 +75,7 @@ class Run:
     from_rewind: bool = False
     setup: Callable[[Subnet], None] | None = None
     on_loss: "Callable[[Training, Tensor], Tensor] | None" = None
+    before_step: "Callable[[Training], None] | None" = None
     after_step: "Callable[[Training], None] | None" = None
     settle: Callable[[Subnet], None] | None = None
     weight_decay: float = 0.0

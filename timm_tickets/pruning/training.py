@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,7 +134,8 @@ class Training(Clock):
             separate_(self.optimizer, [gate.score for gate in self.subnet.gates.values()], self.request.weight_decay)
         if reset:
             reset_(self.optimizer)
-        self.subnet.hold_(optimizer, self._stepped)
+        before = self.request.before_step
+        self.subnet.hold_(optimizer, self._stepped, None if before is None else partial(before, self))
         return optimizer
 
     def subset(self, data: Any) -> Any:

@@ -70,6 +70,7 @@ class Holder:
         tap: Given the gradients before they are masked, while it is open.
         optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
         then: Called after each optimizer step, once the masks are applied.
+        before: Called before each, inside any wrapper: what a gradient scaler unscales is unscaled then.
 
     Raises:
         ValueError: The optimizer trains another model.
@@ -82,6 +83,7 @@ class Holder:
         tap: GradientTap,
         optimizer: Any,
         then: Callable[[], None] | None = None,
+        before: Callable[[], None] | None = None,
     ):
         model = weights.model
         weights.check_supported()  # again: it may have been prepared since
@@ -95,7 +97,10 @@ class Holder:
             for name, parameter in now.items()
             if parameter.requires_grad and name not in weights.gates
         ]
-        hooks.append(plain_optimizer(optimizer).register_step_post_hook(self._mask_weights))
+        plain = plain_optimizer(optimizer)
+        if before is not None:
+            hooks.append(plain.register_step_pre_hook(lambda *_: before()))
+        hooks.append(plain.register_step_post_hook(self._mask_weights))
         # Slow weights remember what a mask that has since moved let through.
         hooks += after_slow(optimizer, self._mask_weights)
         if then is not None:

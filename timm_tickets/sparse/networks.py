@@ -85,7 +85,7 @@ class _Network(nn.Module):
         self._tell_width()
 
     def _tell_width(self) -> None:
-        """What goes into the head's linear layer; heads of timm 1.0.29 do not say it, but what goes into them."""
+        """What goes into the head's linear layer; heads of timm 1.0.27 do not say it, but what goes into them."""
         width = getattr(self.head, "num_features", None)
         self.head_hidden_size = width or self.head.in_features * self.head.global_pool.feat_mult()
 

@@ -302,12 +302,12 @@ class Subnet(NamedWeights):
             )
         self.load_(self._start)
 
-    def hold_(self, optimizer: Any, then: Callable[[], None] | None = None) -> None:
+    def hold_(self, optimizer: Any, then: Any = None, before: Any = None) -> None:
         """Keep pruned weights exactly zero from here on, as `holder.Holder` does.
 
         Args:
             optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
-            then: Called after each optimizer step, once the masks are applied.
+            then: Called after each optimizer step, once the masks are applied; ``before`` is called before each.
 
         Raises:
             ValueError: The optimizer trains another model.
@@ -319,7 +319,7 @@ class Subnet(NamedWeights):
                 "again, apply the ticket to it, shard it and train that"
             )
         self.release_()
-        self._holder = Holder(self, self._mask, self.tap, optimizer, then)
+        self._holder = Holder(self, self._mask, self.tap, optimizer, then, before)
 
     def tap_(self, open: bool) -> None:
         """Keep the next step's gradients as they are before the mask, for `dense_gradients`, or keep none.

@@ -189,7 +189,7 @@ class Remover:
         return way
 
     def _set_(self, place: Place, value: Any) -> None:
-        module, known, before = self.model.get_submodule(place[0]), place in self.attributes, None
+        module, known = self.model.get_submodule(place[0]), place in self.attributes
         old, before = getattr(module, place[1]), self.attributes.get(place)
         setattr(module, place[1], value)
         self.attributes[place] = value

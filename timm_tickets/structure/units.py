@@ -1,6 +1,6 @@
 """Units: what is cut as one, and what an asked sparsity is a fraction of."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -217,10 +217,14 @@ class Channels(Weights):
         distribution: Distribution,
         spare: Collection[str],
     ) -> Masks:
+        return self.cut_by(masks, lambda: self.means(masks, scores), keep, scope)
+
+    def cut_by(self, masks: Mapping[str, Tensor], score: Callable[[], Tensor], keep: int, scope: Scope) -> Masks:
+        """As `cut`, by a score of each group; it is asked for only where a group has to go."""
         before = self.gone(masks)
         if self._left(masks, before) <= keep:
             return dict(masks)
-        chunks = self._chunks(self.means(masks, scores), before, scope)
+        chunks = self._chunks(score(), before, scope)
 
         def after(count: int) -> Tensor:
             gone = before.clone()
@@ -289,7 +293,10 @@ class Channels(Weights):
 
 
 def units_of(
-    granularity: str, subnet: Subnet, wanted: tuple[Any, Any, bool], of: Of, round_to: int, least: int
+    granularity: str,
+    subnet: Subnet,
+    wanted: tuple[Any, Any, bool],
+    counted: tuple[Of, int, int] = ("weights", 1, 1),
 ) -> Weights:
     """The units of a model.
 
@@ -297,9 +304,7 @@ def units_of(
         granularity: As it is written.
         subnet: The model with its mask.
         wanted: The pruner's include, exclude and classifier.
-        of: As in `Channels`.
-        round_to: As in `Channels`.
-        least: As in `Channels`.
+        counted: The ``of``, ``round_to`` and ``least`` of `Channels`.
 
     Raises:
         SettingError: The model has none.
@@ -323,7 +328,7 @@ def units_of(
             f"granularity: {type(subnet.model).__name__} has no {found.kind}s that can be removed; `timm-tickets "
             f"inspect ARCH --granularity {found.kind}` says why, granularity=weight prunes single weights"
         )
-    return Channels(groups, of, round_to, least)
+    return Channels(groups, *counted)
 
 
 def _any_along(mask: Tensor, dim: int) -> Tensor:

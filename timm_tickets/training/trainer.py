@@ -153,7 +153,7 @@ class Trainer:
         schedule: Any = scheduler_kwargs(t) | {"num_epochs": run.schedule_epochs, "updates_per_epoch": updates}
         with building("training.sched"):
             scheduler: Any = create_scheduler_v2(self.optimizer, **schedule)[0]
-            if scheduler is None and t.sched != "none":  # timm 1.0.29 says nothing, and would leave the rate as it is
+            if scheduler is None and t.sched != "none":  # timm 1.0.27 says nothing, and would leave the rate as it is
                 raise ValueError(f"timm {timm.__version__} has no schedule {t.sched!r}; use a later timm")
         if accelerator.scaler is not None and self._fresh_scaler is not None:
             accelerator.scaler.load_state_dict(self._fresh_scaler)
