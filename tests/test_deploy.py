@@ -173,6 +173,15 @@ def test_a_compact_model_is_exported_and_exported_again(ticket, tmp_path):
         export(path, "timm", tmp_path / "out", compact=True)
 
 
+def test_the_compact_command_writes_what_export_does(ticket, tmp_path):
+    path, files = ticket(granularity="channel"), [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
+    for command, file in zip((["compact"], ["export", "--to", "compact"]), files, strict=True):
+        done = call(command[0], str(path), *command[1:], "--output", str(file))
+        assert done.exit_code == 0, done.stderr
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert "NOT TRAINED" in done.stderr
+
+
 @pytest.mark.slow  # and with OpenVINO, which the test extra does not bring
 def test_openvino_with_zeros_equals_torch(ticket, tmp_path):
     done = export(ticket("test_vit"), "openvino", tmp_path / "model.xml")

@@ -69,8 +69,8 @@ def forget_biases_(model: nn.Module) -> None:
     them until they are trained, also when other weights are loaded meanwhile.
     """
     for module in model.modules():
-        if getattr(module, "attention_bias_cache", None):
-            module.attention_bias_cache = {}  # pyright: ignore[reportAttributeAccessIssue]
+        if cache := vars(module).get("attention_bias_cache"):
+            cache.clear()
 
 
 # torch-pruning
