@@ -70,7 +70,7 @@ def forget_biases_(model: nn.Module) -> None:
     """
     for module in model.modules():
         if getattr(module, "attention_bias_cache", None):
-            module.attention_bias_cache = {}  # pyright: ignore[reportAttributeAccessIssue]
+            module.attention_bias_cache = {}  # pyright: ignore[reportArgumentType]
 
 
 # torch-pruning
