@@ -10,6 +10,7 @@ from support.every_method import (
     fresh,
     ids,
     loader,
+    marked,
     of_channels,
     pruner_of,
     searched,
@@ -34,7 +35,7 @@ FEW = [row for row in CUTTING if row.name in ("imp", "colt", "gradual", "edge_po
 every_unit = pytest.mark.parametrize("granularity", UNITS)
 every_cutting = pytest.mark.parametrize(
     ("row", "granularity"),
-    [(row, one) for row in CUTTING for one in UNITS if one == "channel" or not of_channels(row)],
+    [marked(row, one) for row in CUTTING for one in UNITS if one == "channel" or not of_channels(row)],
     ids=lambda one: one if isinstance(one, str) else ids(one),
 )
 

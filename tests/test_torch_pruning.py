@@ -459,8 +459,8 @@ PAGE = (Path(__file__).parents[1] / "docs" / "torch_pruning.md").read_text()
 SMALLER = {"resnet18": "test_resnet", "64, 64": "32, 32", "sparsity=0.7": "sparsity=0.5"}
 
 
-def test_the_page_as_written(tmp_path, monkeypatch):
-    """But for a smaller model and shorter trainings."""
+def test_the_code_on_the_page(tmp_path, monkeypatch):
+    """As written, but for a smaller model."""
     monkeypatch.chdir(tmp_path)
     names = {}
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
@@ -468,6 +468,12 @@ def test_the_page_as_written(tmp_path, monkeypatch):
             code = code.replace(text, shorter)
         exec(code, names)
     assert names["model"].layer1[0].conv1.out_channels == fresh().layer1[0].conv1.out_channels // 2
+
+
+@pytest.mark.slow
+def test_the_commands_on_the_page(tmp_path, monkeypatch):
+    """As written, but for shorter trainings."""
+    monkeypatch.chdir(tmp_path)
     (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     Path("lottery.yaml").write_text(recipe)
     less = [

@@ -99,7 +99,7 @@ def importances(
         Of each group the mean over its root's indices, as torch-pruning has it of heads; float64, on the CPU.
     """
     sums, counts = torch.zeros(2, count, dtype=torch.float64)
-    with within, torch.random.fork_rng(devices=[]):
+    with within, _in_float32(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_from(seed, _NOISE))
         for one in items:
             found = importance(one.group).detach().cpu().double()
@@ -120,6 +120,17 @@ def with_gradients(model: nn.Module, gradients: Mapping[str, Tensor]) -> Iterato
     finally:
         for name, one in named.items():
             one.grad = before[name]
+
+
+@contextmanager
+def _in_float32() -> Iterator[None]:
+    """What torch-pruning computes is float32, and its LAMP fails where tensors that it makes are anything else."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _roots(ids: Tensor, root: Tensor) -> Tensor:

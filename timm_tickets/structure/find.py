@@ -107,7 +107,7 @@ def images_for(model: nn.Module) -> Tensor:
     sides = dict.fromkeys([*([tuple(own)] if own else []), *small, tuple(native[1:]), (32, 32)])
     generator, error = torch.Generator().manual_seed(0), None
     for channels, side in itertools.product(dict.fromkeys(filter(None, told)), sides):
-        images = torch.randn(1, channels, *side, generator=generator)
+        images = torch.randn(1, channels, *side, generator=generator, dtype=torch.float32)
         try:
             with plainly():
                 model(images)
