@@ -173,6 +173,15 @@ def test_a_compact_model_is_exported_and_exported_again(ticket, tmp_path):
         export(path, "timm", tmp_path / "out", compact=True)
 
 
+def test_the_compact_command_writes_what_export_does(ticket, tmp_path):
+    path, files = ticket(granularity="channel"), [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
+    for command, file in zip((["compact"], ["export", "--to", "compact"]), files, strict=True):
+        done = call(command[0], str(path), *command[1:], "--output", str(file))
+        assert done.exit_code == 0, done.stderr
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert "NOT TRAINED" in done.stderr
+
+
 @pytest.mark.slow  # and with OpenVINO, which the test extra does not bring
 def test_openvino_with_zeros_equals_torch(ticket, tmp_path):
     done = export(ticket("test_vit"), "openvino", tmp_path / "model.xml")
@@ -364,7 +373,7 @@ def test_a_speed_table_fits_80_columns(source, monkeypatch):
 def test_speed_measures_all_models_in_turn_and_scores_them(searched, monkeypatch):
     order = []
     monkeypatch.setattr(speed, "memory_of", lambda kind, size, batch: 1.0)
-    monkeypatch.setattr(speed, "_sample", lambda run, images: order.append((run, len(images))) or float(len(order)))
+    monkeypatch.setattr(speed, "sample", lambda run, images: order.append((run, len(images))) or float(len(order)))
     done = measure(searched, engines=["torch"], rounds=3, batch=8)
     assert [(one.engine, one.variant) for one in done.rows] == [("torch", "dense"), ("torch", "zeros")]
     (dense, _), (zeroed, _) = order[0], order[4]
@@ -399,7 +408,7 @@ def result_size(folder):
 
 def test_of_an_untrained_ticket_nothing_is_scored(searched, monkeypatch):
     monkeypatch.setattr(speed, "memory_of", lambda *args: None)
-    monkeypatch.setattr(speed, "_sample", lambda *args: 1.0)
+    monkeypatch.setattr(speed, "sample", lambda *args: 1.0)
     done = measure(searched / "digits_magnitude.ticket", engines=["torch"], rounds=2, batch=2)
     assert [one.top1 for one in done.rows] == [None, None]
     assert "NOT TRAINED" in " ".join(conditions(done))
@@ -409,7 +418,7 @@ def test_of_an_untrained_ticket_nothing_is_scored(searched, monkeypatch):
 
 def test_speed_has_a_row_of_the_compacted_model_where_there_is_one(ticket, monkeypatch):
     monkeypatch.setattr(speed, "memory_of", lambda *args: None)
-    monkeypatch.setattr(speed, "_sample", lambda *args: 1.0)
+    monkeypatch.setattr(speed, "sample", lambda *args: 1.0)
     done = measure(ticket(granularity="channel"), engines=["torch"], rounds=2, batch=2)
     dense, zeroed, compacted = done.rows
     assert [one.variant for one in done.rows] == ["dense", "zeros", "compacted"]
@@ -428,3 +437,32 @@ def test_speed_by_the_command_in_every_engine(searched, monkeypatch):
     assert out.exit_code == 0, out.output
     for words in ("torch", "onnxruntime", "openvino", "1 image", "8 images", "test_resnet, images of 3 x 32 x 32"):
         assert words in out.output
+
+
+def test_what_a_measurement_cannot_have_is_said(searched, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "sample", lambda *args: 1.0)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    recipe = (searched / "recipe.yaml").read_text()
+    try:
+        (searched / "recipe.yaml").write_text(
+            recipe.replace("dataset: digits", "dataset: folder").replace("data_dir: null", "data_dir: gone")
+        )
+        done = measure(searched, engines=["torch"], rounds=2, batch=2)
+        with pytest.raises(tt.SettingError, match=r"data\.data_dir: 'gone' is not a folder"):
+            measure(searched, engines=["torch"], data=searched / "recipe.yaml")
+    finally:
+        (searched / "recipe.yaml").write_text(recipe)
+    assert [(one.top1, one.memory) for one in done.rows] == [(None, None), (None, None)]
+    told = " ".join(done.notes)
+    assert "top-1 is left out, for the images of the search cannot be had: data.data_dir: 'gone'" in told
+    assert "the process that measures the memory of torch zeros failed (1)" in told
+
+
+@pytest.mark.slow
+def test_weights_too_large_for_one_onnx_file_lie_beside_it(ticket, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx, "_ONE_FILE", 0)
+    done = export(ticket(), "onnx", tmp_path / "model.onnx")
+    images = torch.randn(2, *done.source.images.input_size)
+    wanted = outputs(done.source.model, images)
+    assert (opened_elsewhere(done.path, images, tmp_path) - wanted).abs().max() < 1e-4
+    assert (tmp_path / "model.onnx.data").stat().st_size > 1_000_000 > done.path.stat().st_size

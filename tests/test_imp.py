@@ -148,6 +148,7 @@ def found(digits, seed, sparsity, prune_rate):
     return pruner.ticket
 
 
+@pytest.mark.filterwarnings("ignore:imp. 2 of 15 layers are pruned to nothing")  # at .99; shortcuts lead past them
 @pytest.mark.parametrize(
     ("sparsities", "seeds"), [((0.99,), 1), pytest.param((0.95, 0.98), 3, marks=pytest.mark.slow)], ids=["one", "six"]
 )

@@ -1,16 +1,21 @@
 """Typical mistakes: what is typed, and what is said. Each answer names the setting, what was found and what to do."""
 
+import inspect
 import warnings
 
 import pytest
 import timm
 import torch
+import typer
 from support.commands import call
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_tickets as tt
 from timm_tickets.training.trainer import Trainer
+
+# Typer's answer to a command that is not there; 0.15.4 only says so.
+SUGGESTS = "suggest_commands" in inspect.signature(typer.Typer).parameters
 
 
 def model(name="test_resnet", **arguments):
@@ -158,7 +163,7 @@ COMMANDS = [
     (f"inspect test_resnet --set a={'[' * 3000}", "they are more than 20 deep"),
     ("inspect test_resnet --include nope*", "include: 'nope*' matches none of the 15 prunable weights"),
     ("recipe nope", "recipe: 'nope' is unknown; give one that `timm-tickets recipe --list` shows"),
-    ("serch digits_imp", "Did you mean 'search'?"),
+    ("serch digits_imp", "Did you mean 'search'?" if SUGGESTS else "No such command 'serch'"),
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState, PartialState
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+import timm_tickets as tt
 from timm_tickets.core import private
 
 
@@ -81,6 +82,23 @@ def test_the_optimizer_inside_timms_lookahead_is_found(name):
         assert inside is None
     else:
         assert isinstance(inside, torch.optim.SGD), "timm's Lookahead no longer has _base_optimizer"
+
+
+def test_a_model_that_was_scored_reads_the_biases_of_a_ticket():
+    models, images = [], torch.randn(2, 3, 64, 64)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(timm.create_model("efficientvit_m0", img_size=64, num_classes=2).eval())
+        for parameter in models[-1].parameters():
+            if parameter.ndim < 4:  # also the norms that let nothing of attention through as they are made
+                nn.init.normal_(parameter)
+    with torch.no_grad():
+        model, scored = models
+        scored(images)
+        kept = [module.attention_bias_cache for module in scored.modules() if hasattr(module, "attention_bias_cache")]
+        assert all(kept), "timm no longer keeps biases in attention_bias_cache"
+        ticket = tt.create_pruner("magnitude", model, sparsity=0.5).ticket
+        assert torch.equal(ticket.apply_(scored)(images), model(images))
 
 
 def test_torch_prunings_groups_know_their_graph():

@@ -286,7 +286,7 @@ def test_a_checkpoint_of_another_training_is_refused(model, tmp_path):
     saved = one.get_checkpoint_state()
     with pytest.raises(tt.SettingError, match=r"ticket: [0-9a-f]+ there"):
         other.load_checkpoint_state(saved["state_dict"], saved["task_state"])
-    dense = ClassificationTask(model, verbose=False).get_checkpoint_state()
+    dense = ClassificationTask(model, criterion=torch.nn.CrossEntropyLoss(), verbose=False).get_checkpoint_state()
     with pytest.raises(tt.SettingError, match="--initial-checkpoint"):
         one.load_checkpoint_state(dense["state_dict"], dense.get("task_state"))
 

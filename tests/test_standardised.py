@@ -293,6 +293,7 @@ def test_a_cut_keeps_two_weights_of_a_channel_or_none(more):
     assert "collapse" not in more or all(row.max() > 1 for row in rows.values())
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators")  # says torch 2.6
 def test_channels_that_are_split_are_refused(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from support import forged_files
 from support.commands import call
-from support.hostile_files import ESC, with_header
+from support.hostile_files import ESC, tensors_of, with_header
 
 import timm_tickets as tt
 from timm_tickets.sparse import pretrained as pretrained_weights
@@ -276,9 +276,11 @@ def test_numbers_of_very_many_digits_are_refused(tmp_path, place):
     with pytest.raises(tt.TicketError) as error:
         tt.load_ticket(path)
     forged_files.check_message(str(error.value))
-    header = json.loads(zlib.decompress(load(data)["header"].numpy().tobytes()))
+    header = json.loads(zlib.decompress(tensors_of(data)["header"].numpy().tobytes()))
     text = json.dumps(header).replace('"metadata": {', '"metadata": {"x": ' + "9" * 5000 + ", ", 1)
-    tensors = load(data) | {"header": torch.frombuffer(bytearray(zlib.compress(text.encode())), dtype=torch.uint8)}
+    tensors = tensors_of(data) | {
+        "header": torch.frombuffer(bytearray(zlib.compress(text.encode())), dtype=torch.uint8)
+    }
     save_file(tensors, path, {"timm_tickets": '{"format": 2}'})
     with pytest.raises(tt.TicketError, match="number out of range"):
         tt.load_ticket(path)

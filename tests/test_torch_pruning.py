@@ -413,7 +413,7 @@ def test_without_the_library_one_sentence_says_what_to_install(monkeypatch):
             make()
     assert "tp_magnitude" in tt.list_pruners()
     monkeypatch.undo()
-    monkeypatch.setattr(tp, "__version__", "1.5.2")
+    monkeypatch.setattr(optional, "version", {"torch-pruning": "1.5.2"}.get)
     with pytest.raises(
         tt.SettingError, match=r"needs torch-pruning 1\.6 or later, and 1\.5\.2 is installed: pip install"
     ):

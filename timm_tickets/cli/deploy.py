@@ -1,7 +1,7 @@
 """Commands that take a ticket elsewhere: other formats, and how fast each is."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -41,33 +41,28 @@ def export(
 ) -> None:
     """Write a sparse model for others: plain timm, compacted, ONNX, OpenVINO, 2:4 or CSR; say whose weights it has."""
     with errors():
-        from ..config.files import read_overrides
         from ..deploy.formats import check_format
 
         check_format(to)
         from ..deploy.export import export as run
 
-        done = run(
-            ticket,
-            to,
-            output,
-            weights=weights,
-            image_size=image_size,
-            batch=batch,
-            arguments=read_overrides(model_kwargs or ()),
-            compact=compact,
-            overwrite=overwrite,
-        )
-        console = Console()
+        _write(run, ticket, to, output, weights, image_size, model_kwargs, overwrite, batch=batch, compact=compact)
 
-        _say(console, f"{done.path}: {done.path.stat().st_size:,} bytes")
-        untrained = done.source.trained is False  # nobody is to find that out from an accuracy
-        _say(Console(stderr=True) if untrained else console, "warning: " * untrained + f"weights: {done.source.told}")
-        for line in done.told:
-            _say(console, line)
-        _say(console, "in Python:")
-        for line in done.code:
-            console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
+
+@app.command()
+def compact(
+    ticket: Deployed,
+    output: Annotated[Path | None, typer.Option(help="the file; here, named after the ticket, if not given")] = None,
+    weights: Weights = None,
+    image_size: ImageSize = None,
+    model_kwargs: Arguments = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file that stands there")] = False,
+) -> None:
+    """Write the smaller model: without the channels and heads that nothing reads; as `export --to compact`."""
+    with errors():
+        from ..deploy.export import export as run
+
+        _write(run, ticket, "compact", output, weights, image_size, model_kwargs, overwrite)
 
 
 @app.command()
@@ -108,6 +103,35 @@ def speed(
         console.print(table(done))
         for text in (*conditions(done), *verdict(done)):
             _say(console, text)
+
+
+def _write(
+    run: Any,
+    ticket: str,
+    to: str,
+    output: Path | None,
+    weights: Path | None,
+    image_size: int | None,
+    model_kwargs: list[str] | None,
+    overwrite: bool,
+    **more: Any,
+) -> None:
+    """Export, and say what was written."""
+    from ..config.files import read_overrides
+
+    arguments = read_overrides(model_kwargs or ())
+    given = {"weights": weights, "image_size": image_size, "arguments": arguments, "overwrite": overwrite}
+    done = run(ticket, to, output, **given, **more)
+    console = Console()
+
+    _say(console, f"{done.path}: {done.path.stat().st_size:,} bytes")
+    untrained = done.source.trained is False  # nobody is to find that out from an accuracy
+    _say(Console(stderr=True) if untrained else console, "warning: " * untrained + f"weights: {done.source.told}")
+    for line in done.told:
+        _say(console, line)
+    _say(console, "in Python:")
+    for line in done.code:
+        console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _say(console: Console, text: str) -> None:

@@ -1,6 +1,7 @@
 """Libraries that only a part of this package needs: asked for by name where they are missing."""
 
 import importlib
+from importlib.metadata import version
 from typing import Any
 
 from .errors import SettingError
@@ -24,8 +25,8 @@ def torch_pruning(what: str) -> Any:
         if error.name != "torch_pruning":  # it is there, and something else is wrong with it
             raise
         raise SettingError(f"{what} needs torch-pruning, which is not installed: {install}") from None
-    old = found.__version__.split(".")
-    if [*map(int, old[:2])] < [*map(int, TORCH_PRUNING.split("."))]:
-        told = f"{what} needs torch-pruning {TORCH_PRUNING} or later, and {found.__version__} is installed"
+    installed = version("torch-pruning")  # 1.6.0 itself does not say
+    if [*map(int, installed.split(".")[:2])] < [*map(int, TORCH_PRUNING.split("."))]:
+        told = f"{what} needs torch-pruning {TORCH_PRUNING} or later, and {installed} is installed"
         raise SettingError(f"{told}: {install}")
     return found

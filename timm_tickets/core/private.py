@@ -64,6 +64,15 @@ def inside_lookahead(optimizer: Any) -> Any:
     return getattr(optimizer, "_base_optimizer", None)
 
 
+def forget_biases_(model: nn.Module) -> None:
+    """Have LeViT, TinyViT and their like read their attention biases again: scored once, they keep what they made of
+    them until they are trained, also when other weights are loaded meanwhile.
+    """
+    for module in model.modules():
+        if cache := vars(module).get("attention_bias_cache"):
+            cache.clear()
+
+
 # torch-pruning
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..core.errors import TrainingError, shown
 from .formats import ONNX, OPENVINO
 
 ENGINES = {"torch": (), "onnxruntime": ONNX, "openvino": OPENVINO}
@@ -122,13 +123,19 @@ def memory_of(kind: Kind, size: Sequence[int], batch: int) -> float | None:
 
     Returns:
         None where the system does not tell: elsewhere than on Linux.
+
+    Raises:
+        TrainingError: The process failed; the message has its last line.
     """
     if not sys.platform.startswith("linux"):
         return None
     order = json.dumps({"kind": kind.model_dump(mode="json"), "shape": [batch, *size]})
     code = "import sys; from timm_tickets.deploy.runners import _tell_memory; _tell_memory(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, order], capture_output=True, text=True)
-    return float(done.stdout) if done.returncode == 0 else None
+    if done.returncode:
+        told = shown((done.stderr.splitlines() or ["killed, as where memory is short"])[-1], 200)
+        raise TrainingError(f"the process that measures the memory of {kind.name} failed ({done.returncode}): {told}")
+    return float(done.stdout)
 
 
 def _tell_memory(order: str) -> None:

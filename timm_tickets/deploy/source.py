@@ -116,7 +116,7 @@ def load_source(
         if weights is not None:
             raise SettingError(f"weights: {path} has its own; name the ticket to export other weights under it")
         source = _of_folder(*found, arguments or {})
-    elif (header := compact_header(path)) is not None:
+    elif path.is_file() and (header := compact_header(path)) is not None:
         if weights is not None:
             raise SettingError(f"weights: {path} has its own; leave it out")
         source = _of_compact(path, header)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config.parts import DataSettings
 from ..config.recipe import load_recipe
-from ..core.errors import SettingError, unknown
+from ..core.errors import SettingError, TrainingError, unknown
 from ..core.masks import sparsity
 from ..data.datasets import Data, loader_of
 from ..storage.files import read_json, read_state, write_state
@@ -122,8 +122,14 @@ def measure(
             raise SettingError(f"engine: {name} needs {', '.join(left)}: pip install 'timm-tickets[export]'")
     source = load_source(address, weights, image_size, arguments)
     threads, before = threads or torch.get_num_threads(), torch.get_num_threads()
-    settings = _data_of(source, data, overrides)
-    images = None if settings is None else _Scored(settings, source)
+    images, left = None, []
+    try:
+        settings = _data_of(source, data, overrides)
+        images = None if settings is None else _Scored(settings, source)
+    except SettingError as error:
+        if data is not None or overrides:
+            raise
+        left = [f"top-1 is left out, for the images of the search cannot be had: {error}"]
     try:
         torch.set_num_threads(threads)
         with tempfile.TemporaryDirectory(prefix="timm-tickets-") as folder:
@@ -132,7 +138,7 @@ def measure(
     finally:
         torch.set_num_threads(before)
     masks = zeros(source.model)
-    return Speed(source, rows, batch, threads, sparsity(masks) if masks else 0.0, models.dense, models.notes)
+    return Speed(source, rows, batch, threads, sparsity(masks) if masks else 0.0, models.dense, [*left, *models.notes])
 
 
 class _Models:
@@ -158,7 +164,7 @@ class _Models:
             else:
                 write_state(file := folder / f"{variant}.safetensors", plain_state(module))
             self.kinds.append(Kind(engine="torch", variant=variant, file=file, threads=threads, **made))
-            self.counts[variant] = _parameters(module), _macs(module, size)
+            self.counts[variant] = _parameters(module), macs_of(module, size)
         linear = [name for name in zeros(source.model) if not source.compact and _is_linear(source.model, name)]
         if linear:
             write_sparse(file := folder / "csr.safetensors", "csr", source.model, linear, source.built, {})
@@ -198,16 +204,21 @@ class _Models:
 def _measured(models: _Models, source: Source, batch: int, rounds: int, images: Any, say: Callable[[str], None]) -> Any:
     size = source.images.input_size
     say(f"memory, in a process each: {len(models.kinds)} models")
-    memory = {kind.name: memory_of(kind, size, batch) for kind in models.kinds}
+    memory: dict[str, float | None] = {}
+    for kind in models.kinds:
+        try:
+            memory[kind.name] = memory_of(kind, size, batch)
+        except TrainingError as error:  # times are worth having without it
+            models.notes.append(str(error))
     runs = {kind.name: run_of(kind) for kind in models.kinds}
     one, many = (np.random.default_rng(0).standard_normal((n, *size), dtype=np.float32) for n in (1, batch))
-    seconds = sum(_sample(run, given) for run in runs.values() for given in (one, many) for _ in range(2)) / 2
+    seconds = sum(sample(run, given) for run in runs.values() for given in (one, many) for _ in range(2)) / 2
     say(f"{rounds} rounds of {len(runs)} models, about {rounds * 1.5 * max(seconds, 2 * _LEAST * len(runs)):.0f} s")
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             for given, taken in zip((one, many), times[name], strict=True):
-                taken.append(_sample(run, given))
+                taken.append(sample(run, given))
     untrained = {"dense"} if not models.trained else set()
     untrained |= (
         {kind.variant for kind in models.kinds if kind.variant != "dense"} if source.trained is False else set()
@@ -220,7 +231,7 @@ def _measured(models: _Models, source: Source, batch: int, rounds: int, images: 
             kind.engine,
             kind.variant,
             *times[kind.name],
-            memory[kind.name],
+            memory.get(kind.name),
             sum(file.stat().st_size for file in kind.files),
             parameters,
             macs,
@@ -228,15 +239,21 @@ def _measured(models: _Models, source: Source, batch: int, rounds: int, images: 
         )
 
 
-def _sample(run: Callable[[Any], Any], images: Any) -> float:
-    """Seconds of one call, the mean of as many as take long enough to be timed; caches are warm."""
-    began = time.perf_counter()
+def sample(run: Callable[[Any], Any], images: Any, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call, the mean of as many as take long enough to be timed; caches are warm.
+
+    Args:
+        run: What is timed.
+        images: What it is given.
+        clock: ``time.process_time`` counts the processor's time, which other programs on the machine change less.
+    """
+    began = clock()
     run(images)
-    first = time.perf_counter() - began
+    first = clock() - began
     if first > _WARM:
         return first
-    began, calls = time.perf_counter(), 0
-    while (taken := time.perf_counter() - began) < _LEAST or not calls:
+    began, calls = clock(), 0
+    while (taken := clock() - began) < _LEAST or not calls:
         run(images)
         calls += 1
     return taken / calls
@@ -263,7 +280,7 @@ def _parameters(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _macs(model: nn.Module, size: Sequence[int]) -> int:
+def macs_of(model: nn.Module, size: Sequence[int]) -> int:
     """Multiply-accumulates of one image: half of what torch counts as floating-point operations."""
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *size))

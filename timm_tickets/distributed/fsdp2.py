@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..core.errors import SettingError
+from ..core.private import forget_biases_
 
 
 def is_split(tensor: Any) -> TypeGuard[DTensor]:
@@ -65,6 +66,7 @@ def load_state_(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     reshard_(model)
     own = model.state_dict()
     model.load_state_dict({n: split_as(v, own[n]) if is_split(own.get(n)) else v for n, v in state.items()})
+    forget_biases_(model)
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:

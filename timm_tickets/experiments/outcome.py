@@ -139,6 +139,8 @@ def tell_files(folder: Path, recipe: Recipe, rows: Sequence[dict[str, Any]], nam
             f"the best epoch on validation was {epoch} of {row['epochs']} (val {metrics['val_top1_best']:.2f}); "
             "training.keep_best=true keeps its weights",
         )
+    if recipe.pruner.get("granularity") in ("channel", "head"):
+        say(console, f"the smaller model, without what was pruned: timm-tickets compact {folder}")
     if BEST in found and Version(timm.__version__) < Version("1.0.29"):
         say(console, f"timm {timm.__version__} loads no folder with two weight files: move {BEST} elsewhere first")
     say(console, "in Python, with plain timm:")

@@ -10,6 +10,7 @@ import torch
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame
 from torch import Tensor, nn
 
+from ..core.private import forget_biases_
 from .groups import Dim, Groups
 
 TRIALS = 32  # sets of numbers that are tried for one family, at most
@@ -41,6 +42,7 @@ class Removals:
             put_(model, name, old.detach().index_select(dim, index.to(old.device)))
         for (path, name), value in self.attributes.items():
             setattr(model.get_submodule(path), name, value)
+        forget_biases_(model)
         return model
 
 

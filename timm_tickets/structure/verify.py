@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..core.private import forget_biases_
 from ..sparse.subnet import Subnet
 from .groups import Groups, halves
 from .removal import Remover
@@ -160,5 +161,6 @@ def randomised(model: nn.Module) -> nn.Module:
 
 def outputs(model: nn.Module, images: Tensor) -> Tensor:
     """All that a model puts out, as one vector."""
+    forget_biases_(model)
     with plainly():
         return torch.cat([one.flatten() for one in tree_leaves(model(images)) if isinstance(one, Tensor)])

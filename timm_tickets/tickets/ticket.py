@@ -181,7 +181,7 @@ class Ticket:
         inner = _plain(model)
         self.check_architecture(inner)
         state, masks = corresponding(self.state(), self.masks, inner)
-        inner.load_state_dict(state)
+        load_state_(inner, state)
         Subnet(inner, tuple(masks)).set_mask_(masks)
         facts: Any = self.metadata.get("model")
         described = (facts if isinstance(facts, dict) else {}) | describe_model(inner)
