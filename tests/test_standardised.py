@@ -407,6 +407,7 @@ def test_timms_loader_and_plain_model_score_the_files_of_a_search_as_it_did(meth
             batch_size=12,
             use_prefetcher=False,
             num_workers=0,
+            persistent_workers=False,  # timm 1.0.27 leaves that to the caller
         )
         with torch.no_grad():
             outputs = [(model(images), target) for images, target in loader]

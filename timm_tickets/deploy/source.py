@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -280,6 +280,7 @@ def _check_zeros(model: nn.Module, ticket: Ticket, path: str | Path) -> None:
 class _Config(BaseModel):
     """The part of a timm config.json that is read here."""
 
+    model_config = ConfigDict(protected_namespaces=())  # pydantic 2.9 warns of fields that begin with "model_"
     architecture: str
     num_classes: int | None = None
     model_args: dict[str, Any] = Field(default_factory=dict)
