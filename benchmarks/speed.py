@@ -57,7 +57,7 @@ def csr(model: torch.nn.Module) -> torch.nn.Module | None:
 
 def torch_run(model: torch.nn.Module) -> Callable[[Any], Any]:
     def run(images: Any) -> Any:
-        with torch.inference_mode():
+        with torch.no_grad():  # torch's CSR products refuse inference_mode
             return model(torch.from_numpy(images)).numpy()
 
     return run
