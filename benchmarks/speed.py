@@ -57,7 +57,7 @@ def csr(model: torch.nn.Module) -> torch.nn.Module | None:
 
 def torch_run(model: torch.nn.Module) -> Callable[[Any], Any]:
     def run(images: Any) -> Any:
-        with torch.inference_mode():
+        with torch.no_grad():  # torch's CSR products refuse inference_mode
             return model(torch.from_numpy(images)).numpy()
 
     return run
@@ -121,7 +121,7 @@ def main() -> None:
             print("|", " | ".join(cells), "|")
         print("\n| model | parameters, M | GMACs | ONNX, MB |\n|---|---|---|---|")
         for name, (parameters, macs, size_of) in facts.items():
-            print(f"| {name} | {parameters / 1e6:.2f} | {macs / 1e9:.2f} | {size_of / 1e6:.1f} |")
+            print(f"| {name} | {parameters / 1e6:.2f} | {macs / 1e9:.3g} | {size_of / 1e6:.1f} |")
         print(flush=True)
 
 

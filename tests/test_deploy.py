@@ -15,7 +15,7 @@ from support.commands import call
 import timm_tickets as tt
 from timm_tickets import export, load_2_4, load_csr
 from timm_tickets.deploy import onnx, speed
-from timm_tickets.deploy.runners import openvino_run
+from timm_tickets.deploy.runners import Kind, openvino_run, run_of
 from timm_tickets.deploy.source import load_source, zeros
 from timm_tickets.deploy.sparse_file import fits_2_4
 from timm_tickets.deploy.speed import Row, Speed, measure
@@ -199,6 +199,8 @@ def test_csr_computes_the_same_with_its_linear_layers_as_csr(arch, ticket, tmp_p
     torch.testing.assert_close(outputs(model, images), outputs(done.source.model, images), rtol=1e-4, atol=1e-5)
     linear = {name for name, one in model.named_parameters() if one.layout == torch.sparse_csr}
     assert linear == ({*tt.load_ticket(path).masks} - {"patch_embed.proj.weight"} if arch == "test_vit" else set())
+    ran = run_of(Kind(engine="torch", variant="csr", file=done.path))(images.numpy())
+    torch.testing.assert_close(torch.from_numpy(ran), outputs(model, images))
     dense = sum(value.nbytes for value in done.source.model.state_dict().values())
     assert done.path.stat().st_size < 0.4 * dense
 

@@ -85,7 +85,7 @@ def _torch(kind: Kind) -> Callable[[Any], Any]:
     model = torch_model(kind)
 
     def run(images: Any) -> Any:
-        with torch.inference_mode():
+        with torch.no_grad():  # torch's CSR products refuse inference_mode
             output = model(torch.from_numpy(images))
         return (output[0] if isinstance(output, tuple | list) else output).numpy()
 

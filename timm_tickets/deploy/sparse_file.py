@@ -71,7 +71,8 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 def load_csr(path: str | Path) -> nn.Module:
     """The model of a ``csr`` file, in evaluation mode on the CPU: its linear layers multiply by torch's CSR tensors.
 
-    Convolutions, for which torch has none, are filled in as dense weights.
+    Convolutions, for which torch has none, are filled in as dense weights. Run it under ``torch.no_grad()``: torch's
+    CSR products refuse ``torch.inference_mode()``.
 
     Raises:
         FileNotFoundError: There is no such file.

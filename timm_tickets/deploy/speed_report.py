@@ -113,10 +113,10 @@ def table(speed: Speed) -> Table:
 def conditions(speed: Speed) -> list[str]:
     """What was measured, and how."""
     size = " x ".join(map(str, speed.source.images.input_size))
-    rounds = len(speed.rows[0].latency)
+    rounds, threads = len(speed.rows[0].latency), f"{speed.threads} thread" + "s" * (speed.threads > 1)
     others = dict.fromkeys(row.variant for row in speed.rows if row.variant != "dense")
     return [
-        f"{speed.source.built.architecture}, images of {size}, float32, {speed.threads} threads; {speed.sparsity:.1%} "
+        f"{speed.source.built.architecture}, images of {size}, float32, {threads}; {speed.sparsity:.1%} "
         "of the weights in layers with zeros are zero.",
         f"{', '.join(others)}: {speed.source.told}. dense: {speed.dense}.",
         f"Medians of {rounds} rounds, all models in turn in each, and half the distance of the quartiles. Memory: of a "
