@@ -312,7 +312,13 @@ def script():
     return runpy.run_path(str(SCRIPT))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        *("convnext_atto", "vit_tiny_patch16_224"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "swin_tiny_patch4_window7_224")),
+    ],
+)
 def test_a_script_of_its_users_with_our_importance_and_pruner(arch, script, tmp_path, monkeypatch, capsys):
     assert not re.search(r"tp\.[\w.]*\b_", SCRIPT.read_text())  # nothing private
     monkeypatch.setattr(ticket_pruner, "find_groups", units.find_groups)
