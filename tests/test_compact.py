@@ -234,6 +234,7 @@ FORGED = {
     "too many heads": (lambda h: h | {"attributes": [["blocks.0.attn", "num_heads", 10**9]]}, "num_heads"),
     "more": (lambda h: h | {"code": "x"}, "damaged, or is no such file"),
     "format": (lambda h: h | {"format": 2}, "damaged, or is no such file"),
+    "nothing is smaller": (lambda h: h | {"shrunk": []}, "blocks.0"),
     "an index": (lambda h: h | {"kept": [["pos_embed", 1, [0]]]}, "pos_embed"),
 }
 
@@ -277,7 +278,14 @@ def test_what_is_no_compact_file(saved, tmp_path):
         with pytest.raises(tt.TicketError, match="is damaged"):
             tt.load_compact(tmp_path / "short")
     # A file of a few bytes that names a large model is refused before that is built.
-    header = {"format": 1, "architecture": "vit_giant_patch14_224", "arguments": {}, "attributes": [], "kept": []}
+    header = {
+        "format": 1,
+        "architecture": "vit_giant_patch14_224",
+        "arguments": {},
+        "attributes": [],
+        "shrunk": [],
+        "kept": [],
+    }
     save_file({"a": torch.zeros(1)}, tmp_path / "tiny", {"timm_tickets_compact": json.dumps(header)})
     with pytest.raises(tt.TicketError, match="does not fit"):
         tt.load_compact(tmp_path / "tiny")

@@ -39,6 +39,7 @@ class _Header(BaseModel):
     architecture: str
     arguments: dict[str, Any]
     attributes: Annotated[list[tuple[str, str, _Value]], Field(max_length=100_000)]
+    shrunk: Annotated[list[tuple[str, int]], Field(max_length=100_000)]
     kept: Annotated[list[tuple[str, int, list[int]]], Field(max_length=10_000)]
     told: dict[str, str] = {}
 
@@ -80,6 +81,7 @@ def save_compact(
         architecture=str(facts["architecture"]),
         arguments=given,
         attributes=[(*place, value) for place, value in removals.attributes.items()],
+        shrunk=sorted(removals.shrunk),
         kept=[(*dim, index) for dim, index in hidden],
         told=dict(told or {}),
     )
@@ -145,7 +147,8 @@ def _rebuilt(header: _Header, state: Mapping[str, Tensor], most: float, told: st
     arguments = harmless(header.arguments)
     with torch.random.fork_rng(devices=[]):  # building draws weights; the caller's random numbers are not to change
         outline = build_to_inspect(header.architecture, arguments)
-        removals = Removals(_kept(header, outline, state, told), _attributes(header, outline, told))
+        kept, shrunk = _kept(header, outline, state, told), frozenset(header.shrunk)
+        removals = Removals(kept, _attributes(header, outline, told), shrunk)
         if sum(one.numel() * one.element_size() for one in outline.state_dict().values()) > max(most, 2**20):
             raise TicketError(f"{told} names a model that is more than {_LARGER} times as large as the file; refused")
         model: Any = build_to_inspect(header.architecture, arguments, "cpu").eval()
@@ -182,11 +185,14 @@ def _several(value: Any) -> list[Any]:
 def _kept(header: _Header, outline: nn.Module, state: Mapping[str, Tensor], told: str) -> dict[tuple[str, int], Tensor]:
     """The indices that stay of buffers that are in no state dict; the tensors that are have to be no larger."""
     own, every = outline.state_dict(), {**dict(outline.named_parameters()), **dict(outline.named_buffers())}
-    wrong = sorted(own.keys() ^ state.keys())
+    wrong, shrunk = sorted(own.keys() ^ state.keys()), set(header.shrunk)
     for name in own.keys() & state.keys():
         new, old = state[name], own[name]
-        smaller = new.ndim == old.ndim and all(0 < a <= b for a, b in zip(new.shape, old.shape, strict=True))
-        if not smaller or new.dtype.is_floating_point != old.dtype.is_floating_point:
+        fits = new.ndim == old.ndim and all(
+            0 < a <= b if (name, dim) in shrunk else a == b
+            for dim, (a, b) in enumerate(zip(new.shape, old.shape, strict=True))
+        )
+        if not fits or new.dtype.is_floating_point != old.dtype.is_floating_point:
             wrong.append(name)
     found = {}
     for name, dim, index in header.kept:

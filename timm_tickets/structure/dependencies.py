@@ -3,6 +3,7 @@
 torch-pruning's own graph follows a part of timm's models; its importances ask only for layers, indices and roots.
 """
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -99,13 +100,25 @@ def importances(
         Of each group the mean over its root's indices, as torch-pruning has it of heads; float64, on the CPU.
     """
     sums, counts = torch.zeros(2, count, dtype=torch.float64)
-    with within, _in_float32(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_from(seed, _NOISE))
+    with within, _in_float32(), _drawn_from(seed_from(seed, _NOISE)):
         for one in items:
             found = importance(one.group).detach().cpu().double()
             sums.index_add_(0, one.of, found[: len(one.of)])
             counts.index_add_(0, one.of, torch.ones(len(one.of), dtype=torch.float64))
     return sums / counts.clamp(min=1)
+
+
+@contextmanager
+def _drawn_from(seed: int) -> Iterator[None]:
+    """Within the block what torch-pruning draws comes from a seed: from torch, or in 1.6.0 from Python's ``random``."""
+    before = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before)
 
 
 @contextmanager

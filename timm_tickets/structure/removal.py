@@ -30,10 +30,12 @@ class Removals:
     Attributes:
         kept: The indices that stay, by (parameter or buffer, dimension); int64.
         attributes: What attributes become, by (module, attribute): numbers, or tuples or lists of them.
+        shrunk: The dimensions that are shorter; a model from a file no longer knows which of their indices stayed.
     """
 
     kept: dict[Dim, Tensor] = field(default_factory=dict)
     attributes: dict[Place, Any] = field(default_factory=dict)
+    shrunk: frozenset[Dim] = frozenset()
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Make a model of the whole architecture the smaller one, in place."""
@@ -83,7 +85,7 @@ class Remover:
     def removals(self) -> Removals:
         """All that was removed so far."""
         kept = {dim: place for dim, place in self.places.items() if len(place) < self._whole[dim]}
-        return Removals(kept, dict(self.attributes))
+        return Removals(kept, dict(self.attributes), frozenset(kept))
 
     def remove_(self, number: int, gone: Tensor, wrong: Callable[[], str]) -> str:
         """Remove groups of a family, if that can be done.
