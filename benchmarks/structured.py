@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from timm_tickets.data.datasets import Data
 from timm_tickets.training.build import build_model
 
 RECIPE, IMAGES = "digits_imp_channels", torch.zeros(1, 3, 32, 32)
+UNITS = ("macs", "weights")
 STEPS = 3  # cuts of the iterative rows
 MACS = {"granularity": "channel", "sparsity_of": "macs"}
 
@@ -298,30 +300,34 @@ def narrowest(cells: list[dict[str, Any]], whole: dict[str, int]) -> str:
 
 
 def table(cells: dict[tuple[str, float, int], dict[str, Any]], rows: list[str], seeds: int) -> None:
-    whole = next(cell for (row, _, _), cell in cells.items() if row == "dense")
+    """Print accuracies, then what is left; a place is empty until all its seeds are there."""
+    whole = cells["dense", 0.0, 0]
     sparsities = sorted({sparsity for row, sparsity, _ in cells if row != "dense"})
-    print("| | trainings |" + "".join(f" {one} |" for one in sparsities) + " all three |")
+
+    def found(row: str, sparsity: float) -> list[dict[str, Any]]:
+        keys = [(row, 0.0 if row == "dense" else sparsity, seed) for seed in range(seeds)]
+        return [cells[key] for key in keys] if all(key in cells for key in keys) else []
+
+    print("| | trainings |" + "".join(f" {one} |" for one in sparsities) + " mean of these |")
     print("|---|---|" + "---|" * (len(sparsities) + 1))
     for row in rows:
-        found = {s: [cells[row, s, seed] for seed in range(seeds) if (row, s, seed) in cells] for s in sparsities}
-        if row == "dense":
-            found = {s: [cells[row, 0.0, seed] for seed in range(seeds)] for s in sparsities}
-        if all(len(one) == seeds for one in found.values()):
-            seen = sorted({cell["trainings"] for one in found.values() for cell in one})
-            top1 = {s: [cell["top1"] for cell in one] for s, one in found.items()}
-            means = [statistics.mean(one) for one in zip(*top1.values(), strict=True)]
-            shown = " | ".join(interval(top1[s]) for s in sparsities)
-            print(f"| {row} | {' to '.join(map(str, seen[:: max(1, len(seen) - 1)]))} | {shown} | {interval(means)} |")
-    print()
-    print("| |" + "".join(f" MACs left at {s} | weights | narrowest |" for s in sparsities))
+        by = [found(row, s) for s in sparsities]
+        if any(by):
+            seen = sorted({cell["trainings"] for one in by for cell in one})
+            top1 = [[cell["top1"] for cell in one] for one in by]
+            shown = [interval(one) if one else "" for one in top1]
+            shown.append(interval([statistics.mean(one) for one in zip(*top1, strict=True)]) if all(by) else "")
+            print(f"| {row} | {' to '.join(map(str, dict.fromkeys((seen[0], seen[-1]))))} | {' | '.join(shown)} |")
+    print("\n| |" + "".join(f" MACs left at {s} | weights | narrowest |" for s in sparsities))
     print("|---|" + "---|---|---|" * len(sparsities))
     for row in rows[1:]:
-        line = f"| {row} |"
-        for s in sparsities:
-            if mine := [cells[row, s, seed] for seed in range(seeds) if (row, s, seed) in cells]:
-                left = [statistics.mean(cell[key] / whole[key] for cell in mine) for key in ("macs", "weights")]
-                line += f" {left[0]:.3f} | {left[1]:.3f} | {narrowest(mine, whole['channels'])} |"
-        print(line)
+        by = [found(row, s) for s in sparsities]
+        if any(by):
+            line = ""
+            for one in by:
+                left = [statistics.mean(cell[key] / whole[key] for cell in one) if one else 0 for key in UNITS]
+                line += f" {left[0]:.3f} | {left[1]:.3f} | {narrowest(one, whole['channels'])} |" if one else " | | |"
+            print(f"| {row} |{line}")
 
 
 def main() -> None:
@@ -350,7 +356,7 @@ def main() -> None:
                     file.write(json.dumps(one) + "\n")
                     file.flush()
                     print(f"{row}, {sparsity}, seed {seed}: {one['top1']:.2f}, {one['seconds']:.0f} s", file=sys.stderr)
-    versions = f"torch {torch.__version__}, timm {timm.__version__}, torch-pruning {tp.__version__}"
+    versions = f"torch {torch.__version__}, timm {timm.__version__}, torch-pruning {version('torch-pruning')}"
     print(f"{date.today()}, {versions}, Python {platform.python_version()}; {args.epochs} epochs a row, ", end="")
     print(f"{args.seeds} seeds, test top-1 (360 images), mean and 95 % t-interval\n")
     table(cells, rows, args.seeds)
