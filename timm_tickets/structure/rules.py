@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .labels import NONE, Atoms, Tags
 
+# Names of torch's operations, without the "_" of those in place.
 # These move numbers and compute nothing: labels and tags move alike.
 MOVES = {
     *("view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "slice", "select", "split"),
@@ -26,10 +27,12 @@ SPATIAL = {
     *("upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d"),
     *("upsample_nearest1d", "upsample_linear1d", "grid_sampler_2d", "mkldnn_max_pool2d"),
 }
+# Many numbers become one, along some dimensions or all.
 REDUCTIONS = {
     *("mean", "sum", "amax", "amin", "max", "min", "var", "var_mean", "std", "std_mean", "prod", "logsumexp", "norm"),
     *("linalg_vector_norm", "argmax", "argmin", "any", "all", "nansum"),
 }
+# Each result depends on all numbers along one dimension, whose length may stay.
 ALONG = {"_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "sort", "topk", "argsort", "logcumsumexp"}
 # Pointwise in what they compute, though torch does not say so.
 POINTWISE = {
@@ -46,7 +49,9 @@ POINTWISE = {
     ),
     *("softplus", "hardswish", "hardsigmoid", "mish", "silu", "gelu", "relu6", "threshold", "nan_to_num", "clamp"),
 }
+# Batch normalisation: every channel by itself.
 NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"}
+# They fill, draw or read numbers: none of a channel comes out.
 NOTHING = {
     "fill_",
     "zero_",
@@ -58,6 +63,7 @@ NOTHING = {
     "random_",
     "as_strided_",
 }
+# They make a new tensor, and none of a channel is in it.
 UNLABELLED = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones"}
 UNLABELLED |= {"new_empty", "new_full", "bernoulli", "argmax", "argmin", "_assert_async", "_assert_tensor_metadata"}
 
@@ -75,7 +81,7 @@ def argument(func: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str, 
 
 
 def join(atoms: Atoms, labels: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """Of numbers that depend on several others, element by element."""
+    """Labels of what is computed element by element from several tensors, such as a sum of two."""
     out = None
     for label in labels:
         label = label.expand(tuple(shape))
@@ -84,7 +90,7 @@ def join(atoms: Atoms, labels: Sequence[Tensor], shape: Sequence[int]) -> Tensor
 
 
 def reduced(atoms: Atoms, label: Tensor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    """Of numbers that depend on all those along some dimensions."""
+    """Labels of a mean, a maximum and the like over some dimensions."""
     name = func.overloadpacket.__name__
     dims = argument(func, args, kwargs, "dim", list(range(label.ndim)))
     dims = [dims] if isinstance(dims, int) else list(dims) or list(range(label.ndim))
@@ -96,7 +102,7 @@ def reduced(atoms: Atoms, label: Tensor, func: Any, args: Sequence[Any], kwargs:
 
 
 def normalised(atoms: Atoms, label: Tensor, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    """Of a layer or group normalisation."""
+    """Labels of a layer or group normalisation: those that are normalised together unite, and stay where they are."""
     if "group_norm" in func.overloadpacket.__name__:
         parts = label.reshape(label.shape[0], argument(func, args, kwargs, "group"), -1)
         atoms.mix(parts, [2], "GroupNorm")
@@ -107,21 +113,21 @@ def normalised(atoms: Atoms, label: Tensor, func: Any, args: Sequence[Any], kwar
 
 
 def spatial(atoms: Atoms, label: Tensor, shape: Sequence[int], why: str) -> Tensor:
-    """Of what computes every channel by itself: (batch, channels, ...) or (channels, ...)."""
+    """Labels of a pooling, padding or resizing: (batch, channels, ...) or (channels, ...)."""
     dims = {"1d": 1, "2d": 2, "3d": 3}
     count = next((size for ending, size in dims.items() if ending in why), label.ndim - 2)
     return atoms.mix(label, range(label.ndim - count, label.ndim), why).expand(tuple(shape))
 
 
 def multiplied(atoms: Atoms, label: Tensor, tags: Tags, reads: int, makes: int) -> Tensor:
-    """Of rows times a matrix.
+    """Labels of rows of activations times a matrix: its columns read their channels, its rows make new ones.
 
     Args:
         atoms: The atoms.
-        label: (rows, K).
+        label: Of the activations, (rows, K).
         tags: Of the matrix.
-        reads: Its axis that is summed over.
-        makes: Its axis that makes the result.
+        reads: The matrix's axis that is summed over.
+        makes: The matrix's axis that makes the result.
 
     Returns:
         Labels (rows, N).
@@ -131,6 +137,7 @@ def multiplied(atoms: Atoms, label: Tensor, tags: Tags, reads: int, makes: int) 
     name, out = tags.name, (label.shape[0], sizes[makes])
     atoms.positions[name] = atoms.positions.get(name, 0) + label.shape[0]
     first = label[:, :1]
+    # Every row is of one channel: the matrix sums over positions, and the channels come through as they were.
     through = label.shape[1] > 1 and torch.equal(first.expand_as(label), label)
     if through and first[first > 0].unique().numel() > 1:
         for dim, size in enumerate(atoms.shapes[name]):
@@ -153,7 +160,7 @@ def multiplied(atoms: Atoms, label: Tensor, tags: Tags, reads: int, makes: int) 
 
 
 def convolved(atoms: Atoms, label: Tensor, tags: Tags, groups: int, transposed: bool, shape: Sequence[int]) -> Tensor:
-    """Of a convolution: ``label`` (batch, in, ...), the result's shape (batch, out, ...)."""
+    """Labels of a convolution: ``label`` (batch, in, ...), the result's shape (batch, out, ...)."""
     name = tags.name
     count = 1
     for size in shape[2:]:
@@ -196,7 +203,7 @@ def convolved(atoms: Atoms, label: Tensor, tags: Tags, groups: int, transposed: 
 
 
 def producted(atoms: Atoms, one: Tensor, other: Tensor) -> Tensor:
-    """Of (batch, M, K) times (batch, K, N), both activations."""
+    """Labels of (batch, M, K) times (batch, K, N), both activations: what depends on both is a head."""
     left, right = atoms.mix(one, [2], "a product of activations"), atoms.mix(other, [1], "a product of activations")
     shape = (one.shape[0], one.shape[1], other.shape[2])
     both = (left > 0).expand(shape) & (right > 0).expand(shape)
@@ -213,7 +220,7 @@ def moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], replace: Calla
         func: The operation.
         args: Its arguments.
         kwargs: Its other arguments.
-        replace: Gives what stands for a tensor.
+        replace: Gives what stands for a tensor: its label, or an index of its tags.
     """
     name = func.overloadpacket.__name__
     first, *rest = args

@@ -21,10 +21,10 @@ class OutOfTime(Exception):
 
 
 class Trace(TorchDispatchMode):
-    """Labels every tensor that is computed within it.
+    """Labels every tensor that is computed within it, and tags every one that is a matrix, or is made of one alone.
 
     Args:
-        atoms: Where what is found goes.
+        atoms: Where what is found goes: which channels belong together, and which have to stay.
         matrices: The parameters whose rows and columns are followed, by name.
         deadline: `time.thread_time` at which it gives up.
     """
@@ -64,6 +64,7 @@ class Trace(TorchDispatchMode):
     def _on_labels(
         self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], outs: list[Tensor]
     ) -> None:
+        """Label what is computed from activations, and from parameters that are no matrices."""
         atoms, base = self.atoms, name.removesuffix("_") if not name.startswith("_") else name
         if base in rules.MOVES:
             found = rules.moved(func, args, kwargs, self.label)
@@ -115,6 +116,7 @@ class Trace(TorchDispatchMode):
     def _on_matrix(
         self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], outs: list[Tensor]
     ) -> None:
+        """Tag what is made of one matrix alone; label what a matrix makes of activations."""
         atoms, tagged = self.atoms, [one for one in tensors if one in self.tags]
         first = tensors[0]
         if name in rules.MOVES and len(tagged) == 1 and first in self.tags and name not in ("cat", "stack"):
@@ -127,6 +129,7 @@ class Trace(TorchDispatchMode):
             weight = tagged[0]
             tags, others = self.tags[weight], [one for one in tensors if one is not weight]
             if name == "convolution" and args[1] is weight:
+                # args[8]: groups; args[6]: whether it is transposed
                 found = rules.convolved(atoms, self.label(args[0]), tags, args[8], args[6], outs[0].shape)
                 self._give(outs[0], found)
                 return
@@ -145,6 +148,7 @@ class Trace(TorchDispatchMode):
         self._refuse(name, [one for one in tensors if one not in self.tags])
 
     def _product(self, x: Tensor, w: Tensor, tags: Tags, right: bool, shape: Any) -> Tensor:
+        """Labels of a product with a matrix, which stands on the right of the activations or on the left."""
         label = self.label(x if right else w)
         axes = len(shape)
         if right:
@@ -165,6 +169,7 @@ class Trace(TorchDispatchMode):
             self.labels[tensor] = label.clone(memory_format=torch.contiguous_format)
 
     def _refuse(self, name: str, tensors: list[Tensor]) -> None:
+        """Channels that go through an operation that is not known here have to stay."""
         for one in tensors:
             if self._labelled(one):
                 self.atoms.keep(self.label(one), f"goes through {name}")
