@@ -269,6 +269,7 @@ def test_damaged_sparse_files_are_refused(ticket, tmp_path):
 def test_what_cannot_be_exported_is_said(searched, ticket, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.ticket").write_text("no ticket")
+    save_file({"weight": torch.ones(2)}, tmp_path / "plain.safetensors")
     (there := tmp_path / "there.onnx").write_text("something")
     resnet, vit = ticket(), ticket("test_vit")
     monkeypatch.setitem(sys.modules, "openvino", None)
@@ -281,7 +282,7 @@ def test_what_cannot_be_exported_is_said(searched, ticket, tmp_path, monkeypatch
         ([tmp_path / "text.ticket", "--to", "timm"], "text.ticket is not a ticket, or is damaged"),
         ([tmp_path / "none.ticket", "--to", "timm"], "there is no ticket at"),
         ([tmp_path / "empty", "--to", "timm"], "is a folder and no ticket"),
-        ([searched / "start.safetensors", "--to", "timm"], "is a safetensors file but not a ticket"),
+        ([tmp_path / "plain.safetensors", "--to", "timm"], "is a safetensors file but not a ticket"),
         ([searched, "--to", "timm", "--weights", resnet], "has its own; name the ticket"),
         ([resnet, "--to", "csr", "--output", there], "there.onnx exists; give another --output, or --overwrite"),
         ([resnet, "--to", "csr", "--output", tmp_path / "empty"], "empty is a folder; name a file in it"),
