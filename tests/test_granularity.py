@@ -139,6 +139,18 @@ def test_layer_by_layer_every_family_loses_its_share_of_channels():
     assert across.ticket.fingerprint != pruner.ticket.fingerprint
 
 
+def test_many_small_cuts_take_the_same_share_of_every_layer():
+    pruner = tt.create_pruner("magnitude", model := fresh(), granularity="channel", sparsity=0.1)
+    of, masks = pruner.method.units, dict(pruner.ticket.masks)
+    scores = {name: model.get_parameter(name).detach().abs() for name in masks}
+    for _ in range(40):
+        masks = of.cut(masks, scores, round(0.97 * of.kept(masks)), "layerwise", "uniform", ())
+    shares = torch.zeros(len(of.groups.families)).index_add_(0, of.groups.family, of.gone(masks).float())
+    counts = torch.tensor([family.count for family in of.groups.families])
+    assert ((shares / counts).max() - (shares / counts).min()) <= 1 / counts.min()
+    assert shares.min() > 0
+
+
 def test_the_channels_of_the_smallest_mean_go():
     model = fresh()
     with torch.no_grad():

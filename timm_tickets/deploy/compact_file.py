@@ -186,7 +186,7 @@ def _kept(header: _Header, outline: nn.Module, state: Mapping[str, Tensor], told
     """The indices that stay of buffers that are in no state dict; the tensors that are have to be no larger."""
     own, every = outline.state_dict(), {**dict(outline.named_parameters()), **dict(outline.named_buffers())}
     wrong, shrunk = sorted(own.keys() ^ state.keys()), set(header.shrunk)
-    for name in own.keys() & state.keys():
+    for name in (name for name in own if name in state):
         new, old = state[name], own[name]
         fits = new.ndim == old.ndim and all(
             0 < a <= b if (name, dim) in shrunk else a == b

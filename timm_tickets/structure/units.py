@@ -272,8 +272,8 @@ class Channels(Weights):
             while (after := (left - 1) // step * step) >= least:
                 members = order[at : at + left - after]
                 at, left = at + len(members), after
-                worst = float(score[members[-1]])
-                key = (at / len(order), worst) if scope == "layerwise" else (worst, at / len(order))
+                worst, share = float(score[members[-1]]), 1 - left / family.count
+                key = (share, worst) if scope == "layerwise" else (worst, share)
                 found.append((key, members))
         return sorted(found, key=lambda one: one[0])
 
