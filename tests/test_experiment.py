@@ -425,7 +425,10 @@ def test_a_disk_that_fills_loses_nothing(whole, tmp_path, monkeypatch):
             "training.sched=step",
         ],
         ["training.torchcompile=eager", "training.smoothing=0.1", "training.sched=none", "data.workers=2"],
-        ["training.opt=adahessian", "training.lr=0.05", "training.epochs=1", "data.val_fraction=0.3"],
+        pytest.param(
+            ["training.opt=adahessian", "training.lr=0.05", "training.epochs=1", "data.val_fraction=0.3"],
+            marks=pytest.mark.slow,
+        ),
         ["training.bce_loss=true", "training.smoothing=0.1", "pruner.scope=layerwise", "pruner.rewind=3it"],
         ["model.model=test_vit", "model.drop_path=0.1", "training.layer_decay=0.8", "training.batch_size=512"],
     ],
@@ -634,7 +637,11 @@ def test_an_image_that_cannot_be_scored_is_found_before_anything_is_trained(tmp_
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("settings", [[], ["pruner.name=colt", "data.workers=1"]], ids=["imp", "colt"])
+@pytest.mark.parametrize(
+    "settings",
+    [[], pytest.param(["pruner.name=colt", "data.workers=1"], marks=pytest.mark.slow)],
+    ids=["imp", "colt"],
+)
 def test_with_unreadable_images_a_search_still_goes_on_to_the_same_ticket(tmp_path, pictures, monkeypatch, settings):
     """timm puts the next image in their place, of another class at a class's end; COLT died of that."""
     for name in ("ant/5", "bee/5", "cat/2"):

@@ -78,6 +78,7 @@ def together(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_groups_of_two_find_what_two_processes_find(together, tmp_path):
     """Not only the masks: every weight and number in the folder, because each training is that of two processes."""
     told = [json.loads(line) for line in searched(tmp_path, GROUPS, 4).stdout.splitlines()]

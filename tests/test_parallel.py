@@ -34,7 +34,8 @@ def one(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])  # the next test ends with two
+@pytest.mark.slow  # that the next but one ends with two processes is in the continuous run
+@pytest.mark.parametrize("processes", [2, 3])
 def test_colt_by_runs_finds_the_same_ticket_on_any_number_of_processes(one, tmp_path, processes):
     """Not only the masks: every weight and number in the folder, because each training is one process's."""
     searched(tmp_path, [*COLT, "parallel=runs"], processes)
@@ -50,7 +51,8 @@ def test_colt_of_whole_channels_by_runs(tmp_path):
     same(tmp_path / "2", tmp_path / "1")
 
 
-@pytest.mark.parametrize("how", ["runs", pytest.param("data", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["runs", "data"])
 def test_a_damaged_run_is_done_again_by_whoever_trains_it_and_all_agree(one, tmp_path, how):
     """One that the others have to wait for; and as it becomes what it was, no run after it is done again."""
     folder, settings = tmp_path / "damaged", [*COLT, f"parallel={how}"]

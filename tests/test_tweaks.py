@@ -346,7 +346,8 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("epochs", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow  # test_faults has one within an epoch
+@pytest.mark.parametrize("epochs", [0, 1])
 def test_a_retraining_that_is_stopped_continues_to_the_same_weights(retrained, tmp_path, monkeypatch, epochs):
     original = trainer_module.Trainer.evaluate
     seen = 0
