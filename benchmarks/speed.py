@@ -25,8 +25,8 @@ import timm
 import torch
 
 import timm_tickets as tt
-from timm_tickets.deploy.onnx import write_onnx
-from timm_tickets.deploy.openvino import convert
+from timm_tickets.deploy.onnx_file import write_onnx
+from timm_tickets.deploy.openvino_file import convert
 from timm_tickets.deploy.runners import onnxruntime_run, openvino_run
 from timm_tickets.deploy.speed import macs_of, sample
 from timm_tickets.deploy.speed_report import Ratio

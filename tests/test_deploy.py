@@ -14,7 +14,7 @@ from support.commands import call
 
 import timm_tickets as tt
 from timm_tickets import export, load_2_4, load_csr
-from timm_tickets.deploy import onnx, speed
+from timm_tickets.deploy import onnx_file, speed
 from timm_tickets.deploy.runners import Kind, openvino_run, run_of
 from timm_tickets.deploy.source import load_source, zeros
 from timm_tickets.deploy.sparse_file import fits_2_4
@@ -146,8 +146,10 @@ def test_onnx_equals_torch_in_another_process(arch, compact, ticket, tmp_path):
 def test_an_onnx_file_that_computes_otherwise_is_not_put_in_place(ticket, tmp_path, monkeypatch):
     (file := tmp_path / "model.onnx").write_text("before")
     program = SimpleNamespace(model=SimpleNamespace(metadata_props={}), save=lambda path, **_: open(path, "w").close())
-    monkeypatch.setattr(onnx, "exported", lambda *args: program)
-    monkeypatch.setattr(onnx, "onnxruntime_run", lambda path: lambda images: np.zeros((len(images), 10), np.float32))
+    monkeypatch.setattr(onnx_file, "exported", lambda *args: program)
+    monkeypatch.setattr(
+        onnx_file, "onnxruntime_run", lambda path: lambda images: np.zeros((len(images), 10), np.float32)
+    )
     with pytest.raises(tt.TicketError, match="computes otherwise than torch"):
         export(ticket(), "onnx", file, overwrite=True)
     assert file.read_text() == "before"
@@ -463,7 +465,7 @@ def test_what_a_measurement_cannot_have_is_said(searched, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_weights_too_large_for_one_onnx_file_lie_beside_it(ticket, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx, "_ONE_FILE", 0)
+    monkeypatch.setattr(onnx_file, "_ONE_FILE", 0)
     done = export(ticket(), "onnx", tmp_path / "model.onnx")
     images = torch.randn(2, *done.source.images.input_size)
     wanted = outputs(done.source.model, images)

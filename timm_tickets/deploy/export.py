@@ -126,7 +126,7 @@ def removed(found: Compact) -> list[str]:
 
 
 def _onnx(source: Source, path: Path, batch: int | None) -> _Told:
-    from .onnx import write_onnx
+    from .onnx_file import write_onnx
 
     differs = write_onnx(source.model, source.images.input_size, path, batch, source.facts)
     return (_same("onnxruntime", differs, batch), f"images: {source.images.told}"), (
@@ -136,7 +136,7 @@ def _onnx(source: Source, path: Path, batch: int | None) -> _Told:
 
 
 def _openvino(source: Source, path: Path, batch: int | None) -> _Told:
-    from .openvino import write_openvino
+    from .openvino_file import write_openvino
 
     differs = write_openvino(source.model, source.images.input_size, path, batch, source.facts)
     return (_same("OpenVINO", differs, batch), f"images: {source.images.told}"), (

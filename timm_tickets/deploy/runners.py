@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def onnxruntime_run(path: Path, threads: int | None = None) -> Callable[[Any], A
 
 def openvino_run(path: Path, threads: int | None = None) -> Callable[[Any], Any]:
     """An OpenVINO ``.xml``, run by it in float32 with so many threads; its own choice where None."""
-    import openvino
+    openvino: Any = import_module("openvino")  # may be missing
 
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads:

@@ -22,8 +22,8 @@ from ..structure.compact import compacted
 from .compact_file import save_compact
 from .export import removed
 from .formats import missing
-from .onnx import write_onnx
-from .openvino import convert
+from .onnx_file import write_onnx
+from .openvino_file import convert
 from .runners import ENGINES, Kind, memory_of, run_of, torch_model
 from .source import MODEL, Source, load_source, rebuilt, zeros
 from .sparse_file import plain_state, write_sparse

@@ -1,14 +1,16 @@
 """OpenVINO: its two files, converted from the ONNX program, and run by it."""
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from ..core.errors import TicketError
 from ..storage.files import replacing
 from .formats import OPENVINO, require
-from .onnx import TOLERANCE, difference, write_onnx
+from .onnx_file import TOLERANCE, difference, write_onnx
 from .runners import openvino_run
 
 
@@ -42,7 +44,7 @@ def write_openvino(
 
 def convert(onnx: Path, path: Path, told: Mapping[str, str]) -> None:
     """Convert an ONNX file to an ``.xml`` and its ``.bin``, without rounding."""
-    import openvino
+    openvino: Any = import_module("openvino")  # may be missing
 
     model = openvino.convert_model(str(onnx))
     for key, value in told.items():
