@@ -56,6 +56,7 @@ def outputs_of(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def macs(model: torch.nn.Module, images: torch.Tensor) -> int:
     """Multiplications of a forward pass, as torch counts them."""
+    model = copy.deepcopy(model).requires_grad_(False)  # what counts hooks into everything that requires a gradient
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     return counter.get_total_flops() // 2
