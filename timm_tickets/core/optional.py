@@ -4,6 +4,8 @@ import importlib
 from importlib.metadata import version
 from typing import Any
 
+from packaging.version import Version
+
 from .errors import SettingError
 
 TORCH_PRUNING = "1.6"  # the first whose groups, importances and regularisers are as they are used here
@@ -26,7 +28,7 @@ def torch_pruning(what: str) -> Any:
             raise
         raise SettingError(f"{what} needs torch-pruning, which is not installed: {install}") from None
     installed = version("torch-pruning")  # 1.6.0 itself does not say
-    if [*map(int, installed.split(".")[:2])] < [*map(int, TORCH_PRUNING.split("."))]:
+    if Version(installed) < Version(TORCH_PRUNING):
         told = f"{what} needs torch-pruning {TORCH_PRUNING} or later, and {installed} is installed"
         raise SettingError(f"{told}: {install}")
     return found

@@ -26,6 +26,7 @@ from ..structure.find import images_for
 from ..structure.removal import Place, Removals, put_, tensor_of
 from ..structure.verify import outputs
 from ..tickets.publish import harmless
+from .stored import read_stored
 
 _KEY = "timm_tickets_compact"
 _LARGER = 1_000  # times: how much larger than its file the model may be that timm builds first
@@ -121,19 +122,8 @@ def load_compact(path: str | Path) -> nn.Module:
         TicketError: It is no such file, is damaged, or does not fit the architecture that it names.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            if text is None:
-                raise TicketError(f"{path} is no compact model: it does not say so; `timm-tickets compact` writes one")
-            header = _Header.model_validate_json(text)
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (TicketError, OSError):
-        raise
-    except Exception as error:  # safetensors' and pydantic's own
-        raise TicketError(f"{path} is damaged, or is no such file: {shown(str(error), 300)}") from None
+    unlike = "is no compact model: it does not say so; `timm-tickets compact` writes one"
+    header, state = read_stored(path, _KEY, _Header, unlike)
     return _rebuilt(header, state, path.stat().st_size * _LARGER, str(path))
 
 

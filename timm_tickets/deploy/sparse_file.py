@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.errors import SettingError, TicketError, shown
 from ..sparse.prunable import build_to_inspect
 from ..storage.files import write_state
 from .source import Built, rebuilt
+from .stored import read_stored
 
 _KEY, _FORMAT = "timm_tickets_sparse", 1
 # Of torch's 2:4 tensors: rows and columns have to be a multiple of these, in half precision, with CUTLASS.
@@ -172,19 +172,8 @@ def _two_of_four(matrix: Tensor) -> dict[str, Tensor]:
 
 def _read(path: Path, layout: str) -> tuple[nn.Module, dict[str, Tensor], _Header]:
     """A model with all that is stored plainly, and its sparse weights: CSR tensors, or dense 2:4 matrices."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            if text is None:
-                raise TicketError(f"{path} is no file of `timm-tickets export --to {layout}`: it does not say so")
-            header = _Header.model_validate_json(text)
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (TicketError, OSError):
-        raise
-    except Exception as error:  # safetensors' and pydantic's own
-        raise TicketError(f"{path} is damaged, or is no such file: {shown(str(error), 300)}") from None
+    unlike = f"is no file of `timm-tickets export --to {layout}`: it does not say so"
+    header, state = read_stored(path, _KEY, _Header, unlike)
     if header.layout != layout:
         raise TicketError(f"{path} was exported --to {header.layout}; load it with the function for that")
     sparse: dict[str, Tensor] = {}

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from ..core.optional import torch_pruning
 from ..core.seeds import seed_from
-from .groups import Dim, Groups
+from .groups import TRANSPOSED, Dim, Groups
 
 _NOISE = 0x7070  # the stream of random importances, told from others of the same seed
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass

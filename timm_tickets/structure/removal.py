@@ -11,13 +11,12 @@ from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame
 from torch import Tensor, nn
 
 from ..core.private import forget_biases_
-from .groups import Dim, Groups
+from .groups import TRANSPOSED, Dim, Groups
 
 TRIALS = 32  # sets of numbers that are tried for one family, at most
 Place = tuple[str, str]  # a module and one of its attributes
 Number = tuple[str, str, int, int]  # a class, an attribute, which of its integers, and its value
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SCALED = (ScaledStdConv2d, ScaledStdConv2dSame)
 _LAYERS = (*_CONVOLUTIONS, nn.Linear, *_BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
@@ -222,7 +221,7 @@ def _told(layer: nn.Module, rows: Tensor | None) -> dict[str, Any]:
             if torch.equal(each.any(1), each.all(1)):  # whole groups of it
                 groups = int(each.any(1).sum())
         ins, outs = (weight.shape[0], weight.shape[1] * groups), (weight.shape[1] * groups, weight.shape[0])
-        ins, outs = ins if isinstance(layer, _TRANSPOSED) else outs
+        ins, outs = ins if isinstance(layer, TRANSPOSED) else outs
         told = {"groups": groups, "in_channels": ins, "out_channels": outs}
         if isinstance(layer, _SCALED):  # by the variance over a channel's entries, of which zeros count as well
             rest = weight.shape[1] * layer.groups / layer.in_channels

@@ -14,11 +14,10 @@ from ..distributed.fsdp2 import reshard_
 from ..sparse.subnet import Subnet
 from ..sparse.wrappers import plain_model
 from .find import find_groups
-from .groups import Groups
+from .groups import TRANSPOSED, Groups
 
 Of = Literal["weights", "channels", "macs"]
 PATIENCE = 600.0  # seconds for the groups of a search, which takes far longer itself
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class Weights:
@@ -99,7 +98,7 @@ class Pattern(Weights):
         plain = {
             name: shape
             for name, shape in shapes.items()
-            if not isinstance(modules.get(name.rpartition(".")[0]), _TRANSPOSED) and len(shape) > 1
+            if not isinstance(modules.get(name.rpartition(".")[0]), TRANSPOSED) and len(shape) > 1
         }
         self.names = fitting(plain, granularity)
         if not self.names:
