@@ -88,8 +88,8 @@ class Row:
         return work / (f"{name}_train_dense" if self.words[0] == "train" else name)
 
 
-def rows_of(settings: list[str], data_dir: Path | None) -> list[Row]:
-    """All CIFAR recipes, in their order."""
+def rows_of(settings: list[str], only: list[str] | None, data_dir: Path | None) -> list[Row]:
+    """All CIFAR recipes, in their order; with these settings all those, or only some."""
     names = [*ORDER, *(name for name in tt.list_recipes() if "cifar" in name and name not in ORDER)]
     rows = []
     for name in names:
@@ -97,7 +97,7 @@ def rows_of(settings: list[str], data_dir: Path | None) -> list[Row]:
         if data_dir is not None:
             place = data_dir.absolute() / tt.load_recipe(name).data.dataset.removeprefix("torch/")
             data = ("data.dataset=folder", f"data.data_dir={place}", "data.dataset_download=false")
-        rows.append(Row(name, tuple(settings), data))
+        rows.append(Row(name, tuple(settings) if only is None or name in only else (), data))
     return rows
 
 
@@ -190,14 +190,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True, help="stop after so many; 0 only writes the table")
     parser.add_argument("--data-dir", type=Path, help="folder with cifar10 and cifar100 as image folders")
     parser.add_argument("--only", nargs="+", metavar="RECIPE", help="only these")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of those recipes")
     parser.add_argument("--processes", type=int, default=1, help="that torchrun starts for each")
     parser.add_argument("--work", type=Path, default=Path(), help="where the folder `output` is")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="where the table goes")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     deadline = time.monotonic() + 60 * args.minutes
-    rows, kept = rows_of(args.set, args.data_dir), args.results / "papers.json"
+    rows, kept = rows_of(args.set, args.only, args.data_dir), args.results / "papers.json"
     if unknown := {*(args.only or ())} - {row.recipe for row in rows}:
         parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(row.recipe for row in rows)}")
     done: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
