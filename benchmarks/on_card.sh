@@ -216,7 +216,7 @@ if [ -n "$rehearse" ]; then
   paper+=(--set data.img_size=32)
   cs=("${paper[@]}" --set pruner.rewind=2it) colt=("${paper[@]}" --set pruner.sparsity=0.4)
 else
-  cases=(--size small medium) large=(--size large) share=(--card --epochs 30 --pairs 2)
+  cases=(--size small medium) large=(--size large) share=(--card --epochs 30 --pairs 1)
   paper=(--set training.amp=true --set training.amp_dtype=bfloat16 --set training.channels_last=true)
   cs=("${paper[@]}") colt=("${paper[@]}" --set pruner.sparsity=0.9)
 fi
@@ -235,8 +235,8 @@ for turn in own rest; do
     paper paper_cs 4 continuous_sparsification_cifar10_resnet20 "${cs[@]}"
     paper paper_colt 7 colt_cifar10_resnet18 "${colt[@]}"
   fi
-  speed search_speed_large 3 "${large[@]}"
-  part shared_card 1 bash -o pipefail -c '"$0" benchmarks/parallel_runs.py "${@:2}" | tee "$1/shared_card.md"' \
+  speed search_speed_large 2 "${large[@]}"
+  part shared_card 2 bash -o pipefail -c '"$0" benchmarks/parallel_runs.py "${@:2}" | tee "$1/shared_card.md"' \
     "$python" "$work" "${share[@]}"
 done
 report
