@@ -12,6 +12,7 @@ from ..core.errors import SettingError
 from ..core.warn import warn
 from ..data.contents import differences
 from ..data.datasets import Data
+from ..distributed.cards import sharing, told
 from ..distributed.processes import any_of
 from ..sparse.describe import describe_model
 from ..storage.files import DamagedError, is_writer, read_record, write_record
@@ -28,6 +29,8 @@ def built(recipe: Recipe, console: Console) -> tuple[Data, nn.Module]:
     data = Data(recipe.data)
     if is_writer():
         say(console, data.told)
+        if (shared := sharing()) is not None:
+            say(console, f"{told(shared)}: each trains runs of its own, and one all those that come alone")
     model = build_model(recipe, data.num_classes)
     channels = channels_of(recipe, model)
     data.check_channels(model, channels)
