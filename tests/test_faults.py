@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import started
 from support.run_folders import leftovers, same
 
 import timm_tickets as tt
@@ -40,7 +41,7 @@ SMALL = [
 def lives(folder, moments, *more, number=signal.SIGKILL):
     """Search in a folder, killed at these moments of each life; how each ended, and what those that lived printed."""
     order = {"overrides": [*SMALL, f"output={folder}", *more], "lives": moments, "signal": int(number)}
-    done = subprocess.run([sys.executable, DRIVER, json.dumps(order)], env=ENV, capture_output=True, text=True)
+    done = started.run(DRIVER, json.dumps(order), env=ENV)
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines()]
     ended = [one["ended"] for one in told if "ended" in one]

@@ -30,7 +30,7 @@ def built(recipe: Recipe, console: Console) -> tuple[Data, nn.Module]:
     if is_writer():
         say(console, data.told)
         if (shared := sharing()) is not None:
-            say(console, f"{told(shared)}: each trains runs of its own, and one all those that come alone")
+            say(console, f"{told(shared)}: each trains runs of its own; one trains what cannot be shared out")
     model = build_model(recipe, data.num_classes)
     channels = channels_of(recipe, model)
     data.check_channels(model, channels)
