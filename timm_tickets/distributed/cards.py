@@ -4,6 +4,9 @@ A small network leaves a card idle most of the time, so that several trainings o
 partitions, the starting values of continuous sparsification, seeds, a ticket and its controls. Accelerate gives a
 process the card of its number on the machine, modulo the cards there are. NCCL refuses two processes on one card, so
 what they gather goes over gloo; each training is one process's own, and what they gather is small.
+
+One process that stacks the parameters of several runs (`torch.func`'s vmap) is no way to have this: on CPUs a stacked
+step takes more than the steps one after the other (benchmarks/results/parallel_runs.md).
 """
 
 import os
