@@ -180,7 +180,7 @@ part() {
   echo "== $name: at most $left s"
   began=$SECONDS
   echo running >"$state.is"
-  timeout --kill-after=40 "$left" "${@/#MINUTES/$(awk "BEGIN {print ($left - 15) / 60}")}" >>"$state.log" 2>&1 || code=$?
+  timeout --kill-after=40 "$left" "${@/#MINUTES/$(awk "BEGIN {print ($left - 30) / 60}")}" >>"$state.log" 2>&1 || code=$?
   echo $(($(used "$name") + SECONDS - began)) >"$state.used"
   case $code in
     0) echo done | tee "$state.done" >"$state.is" ;;
