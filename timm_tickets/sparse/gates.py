@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..core.counting import wide
 from ..core.private import changes_of, forget_flat_weights_
 from ..distributed.fsdp2 import gathered, is_split
 from .standardised import centred, deviations, prune_
@@ -104,6 +105,12 @@ def ranked_gate(weight: Tensor, pattern: tuple[Tensor, Tensor] | None = None) ->
     pruned, locked = pattern
     free = ~(pruned | locked)
     return Gate(new_scores(weight, int(free.sum())), ~pruned, by_magnitude=True, free=free)
+
+
+def scale_of(mask: Tensor) -> Tensor:
+    """The factor that makes up for what a mask prunes, 1 / sqrt(density), where it is; 1 where it keeps nothing."""
+    density = mask.sum().to(wide(mask.device)) / mask.numel()
+    return torch.where(density > 0, 1 / density.sqrt(), 1.0)
 
 
 class _Product(torch.autograd.Function):
