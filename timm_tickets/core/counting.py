@@ -119,14 +119,13 @@ def swapped(masks: Sequence[Tensor], scores: Sequence[Tensor], rate: float | Ten
     ones of the inverted pairs.
     """
     sizes = [mask.numel() for mask in masks]
-    wide = torch.float32 if scores[0].device.type == "mps" else torch.float64
     values, now = row([score.detach() for score in scores]), row(masks)
     segment = segments(sizes, values.device)
     thresholds, ties = lowest_kept(lambda: [Piece(values, segment)], sums(now, sizes), values.dtype)
     threshold = thresholds[0] if segment is None else thresholds[segment]
     inverted = sums((values > threshold) & ~now, sizes)
     inverted += (ties - sums((values == threshold) & now, sizes)).clamp(min=0)
-    count = (inverted.to(wide) * rate).ceil().long()
+    count = (inverted.to(wide(inverted.device)) * rate).ceil().long()
     grown = selected(Piece(values.masked_fill(now, -torch.inf), segment), sizes, count)
     dropped = selected(Piece((-values).masked_fill(~now, -torch.inf), segment), sizes, count)
     found = ((now | grown) & ~dropped).split(sizes)
@@ -183,6 +182,11 @@ def ordered(values: Tensor) -> Tensor:
 def flipped(bits: Tensor) -> Tensor:
     """The bits of floats as integers of their order, and back: below zero, a larger magnitude is less."""
     return bits ^ ((bits >> (8 * bits.dtype.itemsize - 1)) & torch.iinfo(bits.dtype).max)
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """Double precision, where a device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _integer(dtype: torch.dtype) -> torch.dtype:

@@ -90,7 +90,7 @@ def joint(read: Callable[[], Iterable[Tensor]], count: Count) -> list[Tensor]:
     return _counted(read, count, first) if found is None else found
 
 
-def exchange(mask: Tensor, drop: Tensor, grow: Tensor, count: Count) -> Tensor:
+def exchange(mask: Tensor, drop: Tensor, grow: Tensor, count: int, kept: int | None = None) -> Tensor:
     """Drop ``count`` kept weights and grow as many of those then pruned: the step of sparse training that moves masks.
 
     Args:
@@ -98,14 +98,15 @@ def exchange(mask: Tensor, drop: Tensor, grow: Tensor, count: Count) -> Tensor:
         drop: Same shape; of the kept the lowest are dropped.
         grow: Same shape; of the pruned, the just dropped among them, the highest grow.
         count: How many; fewer where not so many are kept.
+        kept: How many are kept, where that is known: not asked for then.
 
     >>> mask = torch.tensor([True, True, False, False])
     >>> exchange(mask, torch.tensor([1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 9.0, 3.0, 4.0]), 1).tolist()
     [False, True, False, True]
     """
-    size = int(mask.count_nonzero()) if on_host(mask) else mask.sum()
-    moved = min(int(count), size) if isinstance(size, int) else size.clamp(max=count)
-    left = top(drop.float().masked_fill(~mask, -torch.inf), size - moved)
+    kept = int(mask.count_nonzero()) if kept is None else kept
+    moved = min(count, kept)
+    left = top(drop.float().masked_fill(~mask, -torch.inf), kept - moved)
     return left | top(grow.float().masked_fill(left, -torch.inf), moved)
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..core.lazy import Lazy
-from ..core.masks import all_kept, full_masks, revived
+from ..core.masks import all_kept, revived
 from ..core.scores import above_zero
 from ..core.warn import warn
 from ..pruning.method import Method
@@ -78,7 +78,7 @@ class ContinuousSparsification(Method):
 
     def tell(self, subnet: Subnet) -> None:
         """Note what the scores alone would keep, beside what the ticket keeps, and warn where it keeps more."""
-        found = above_zero(subnet.live_scores())
+        found = above_zero(subnet.device_scores())
         subnet.notes.append({"density_of_scores_above_zero": found, "density": 1 - subnet.sparsity})
         if 1 - subnet.sparsity > found:
             warn(
@@ -101,7 +101,7 @@ class ContinuousSparsification(Method):
 
     def set_(self, subnet: Subnet, s0: float) -> None:
         """Every score at s0, and c = 1 / sigmoid(s0), so that weights pass unchanged at the start, where beta is 1."""
-        subnet.load_scores_(Lazy(subnet.names, lambda name: torch.full(subnet.mask[name].shape, s0)))
+        subnet.load_scores_(Lazy(subnet.names, lambda name: torch.full(subnet.gates[name].mask.shape, s0)))
         subnet.scale_gates_(dict.fromkeys(subnet.names, 1 + math.exp(-s0)))
         harden_(subnet.gates, 1)
 
@@ -112,9 +112,9 @@ class ContinuousSparsification(Method):
 
     def settle_(self, subnet: Subnet) -> None:
         """The hard mask of the scores as they are now."""
-        scores = subnet.live_scores()
-        masks = self.cut(all_kept(subnet.mask), scores) if self.meet == "top" else {n: s > 0 for n, s in scores.items()}
-        subnet.set_mask_(revived(masks, full_masks(scores), scores) if self.collapse == "prevent" else masks)
+        scores = subnet.device_scores()
+        masks = self.cut(all_kept(scores), scores) if self.meet == "top" else {n: s > 0 for n, s in scores.items()}
+        subnet.set_mask_(revived(masks, all_kept(scores), scores) if self.collapse == "prevent" else masks)
 
     def runs(self, subnet: Subnet) -> int:
         return len(self.parallel) or self.rounds

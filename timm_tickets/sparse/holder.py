@@ -108,18 +108,16 @@ class Holder:
         _hooks[model] = hooks
 
     def take_(self, masks: Mapping[str, Tensor]) -> None:
-        """Hold these masks from here on. A layer that keeps everything needs none."""
+        """Hold these masks from here on, beside those held already: themselves, or this process's parts."""
         gated = self._weights.gates
-        moved = {n: mask for n, mask in masks.items() if n not in gated and (n in self._held or not bool(mask.all()))}
-        if not moved:  # as after every step behind gates
-            return
-        parameters = self._weights.parameters()
-        for name, mask in moved.items():
-            now = shard_of(mask, parameters[name])
-            if name in self._held:
-                self._held[name].copy_(now)
-            else:
-                self._held[name] = now.clone()
+        parameters = self._weights.parameters() if masks else {}
+        for name, mask in masks.items():
+            if name not in gated:
+                part = shard_of(mask, parameters[name])
+                if name in self._held and is_split(parameters[name]):
+                    self._held[name].copy_(part)
+                else:
+                    self._held[name] = part
 
     def _mask_gradient(self, name: str, parameter: Tensor) -> None:
         # This hook must return None.
