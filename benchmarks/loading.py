@@ -99,7 +99,7 @@ def loaders(case: Case, images: Any) -> tuple[Any, Any]:
     single = Transformed(images, train_transform(settings, config))
     kept = Caches(settings, {"train": (images, None)}).of(config, torch.device("cpu"))["train"]
     kept.fill()
-    return tuple(loader_of(one, case.batch, 0, shuffle=True) for one in (single, kept))
+    return loader_of(single, case.batch, 0, shuffle=True), loader_of(kept, case.batch, 0, shuffle=True)
 
 
 def step_of(case: Case) -> Callable[[], None]:
