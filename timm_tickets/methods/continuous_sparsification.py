@@ -29,13 +29,13 @@ class ContinuousSparsification(Method):
     """Train weights and a soft mask c * sigmoid(beta * s) together, beta growing to 200; keep s > 0; rewind once.
 
     Suggested (the paper's): 3 rounds, penalty 1e-8, s0 0 (0.1 denser, below 0 sparser), 85 epochs, rewind to 2ep.
-    Cost: one training a round. With `parallel` one run for each s0 instead, all in one round; the one whose s > 0 is
-    nearest to the asked sparsity is taken. Evaluated within the search, the model is the soft network, as released.
-    `meet`: ``top`` keeps the largest s, exactly as many as asked; ``penalty`` keeps s > 0, whatever sparsity that is.
-    `bake_scale`: tickets with c in their values were as good on digits at .95 (99.07 % with, 98.80 without, three
-    seeds) and better after an epoch of CIFAR-10 at .6 (67.7 with, 64.4 without).
-    Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says: what was suppressed
-    stays so; the released code resets beta first, and so revives it. Momentum starts anew each round; in the paper not.
+    Cost: one training a round. With `parallel` one run for each s0, in one round; the one whose s > 0 is nearest to the
+    asked sparsity is taken. Evaluated within the search, the model is the soft network, as released.
+    `meet`: ``top`` keeps the largest s, as many as asked; ``penalty`` keeps s > 0, whatever sparsity that is. With c in
+    their values (`bake_scale`) tickets were as good on digits at .95 (99.07 % with, 98.80 without, three seeds) and
+    better after an epoch of CIFAR-10 at .6 (67.7 with, 64.4 without).
+    Departures: beta grows by the step; between rounds s becomes min(beta s, s0), as the paper says (the released code
+    resets beta first, and so revives what was suppressed); momentum starts anew each round, in the paper not.
     """
 
     s0: Annotated[float, Field(ge=-1, le=1, description="first score of every weight")] = 0.0
@@ -90,12 +90,13 @@ class ContinuousSparsification(Method):
         """min(beta s, s0) with the final beta: the suppressed stay suppressed, the others return to s0."""
         return Lazy(scores, lambda name: (self.final_beta * scores[name]).clamp(max=self.s0))
 
-    def run(self, first: bool, setup: Callable[[Subnet], None] | None = None) -> Run:
+    def run(self, first: bool, setup: Callable[[Subnet], None] = lambda subnet: harden_(subnet.gates, 1)) -> Run:
         return Run(
             rewind=self.rewind if first else None,
-            setup=setup or (lambda subnet: harden_(subnet.gates, 1)),
+            setup=setup,
             on_loss=self.penalised,
-            after_step=lambda run: harden_(run.subnet.gates, self.final_beta**run.progress),  # exponential, from 1
+            schedule=lambda progress: {"beta": self.final_beta**progress},  # exponential, from 1
+            each_step=lambda run: harden_(run.subnet.gates, run.subnet.now["beta"]),
             settle=self.settle_,
         )
 

@@ -80,12 +80,15 @@ class Jackpot(Method):
         # A claim only: a model knows its tag whether or not it was built with pretrained=True. The ticket checks it.
         tag = pretrained_tag(subnet.model)
         subnet.origin = {"start": "pretrained", "tag": tag} if tag else {}
-        yield [Run(after_step=self.step_, weight_decay=self.weight_decay)]
+        yield [Run(schedule=self.numbers, each_step=self.step_, weight_decay=self.weight_decay)]
         subnet.restart_()
         subnet.bake_()
 
+    def numbers(self, progress: float) -> dict[str, float]:
+        return {"rate": self.scheduled(progress)}
+
     def step_(self, run: Training) -> None:
-        rate = self.scheduled(run.progress)
+        rate = float(run.subnet.now["rate"])
         scores, masks = run.subnet.live_scores(), run.subnet.mask
         run.subnet.set_mask_({name: swap(mask, scores[name], rate) for name, mask in masks.items()})
 

@@ -120,15 +120,9 @@ class Subnet(NamedWeights):
 
     def live_state(self) -> Lazy:
         """As `state`, but a tensor at a time: each is copied when it is read, as it then is."""
-        reshard_(self.model)
-        state = self.model.state_dict()
-        for name in self.gates:
-            for one in self._all_names(name):
-                state[one] = state.pop(self._behind_gate(one))
-        names = [name for name in state if not name.endswith(".score") or ".parametrizations." not in f".{name}"]
+        state = self.state_there()
         return self._present(
-            names,
-            lambda name: gathered(state[name].detach()).to("cpu", copy=True, memory_format=torch.contiguous_format),
+            state, lambda name: gathered(state[name]).to("cpu", copy=True, memory_format=torch.contiguous_format)
         )
 
     @torch.no_grad()
@@ -302,12 +296,15 @@ class Subnet(NamedWeights):
             )
         self.load_(self._start)
 
-    def hold_(self, optimizer: Any, then: Any = None, before: Any = None) -> None:
+    def hold_(
+        self, optimizer: Any, then: Any = None, before: Any = None, held: dict[str, Tensor] | None = None
+    ) -> Holder:
         """Keep pruned weights exactly zero from here on, as `holder.Holder` does.
 
         Args:
             optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
             then: Called after each optimizer step, once the masks are applied; ``before`` is called before each.
+            held: Where masks are held for somebody who applies them without hooks.
 
         Raises:
             ValueError: The optimizer trains another model.
@@ -319,7 +316,8 @@ class Subnet(NamedWeights):
                 "again, apply the ticket to it, shard it and train that"
             )
         self.release_()
-        self._holder = Holder(self, self._mask, self.tap, optimizer, then, before)
+        self._holder = Holder(self, self._mask, self.tap, optimizer, then, before, held)
+        return self._holder
 
     def tap_(self, open: bool) -> None:
         """Keep the next step's gradients as they are before the mask, for `dense_gradients`, or keep none.
