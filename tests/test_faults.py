@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import started
 from support.run_folders import leftovers, same
 
 import timm_tickets as tt
@@ -40,7 +41,7 @@ SMALL = [
 def lives(folder, moments, *more, number=signal.SIGKILL):
     """Search in a folder, killed at these moments of each life; how each ended, and what those that lived printed."""
     order = {"overrides": [*SMALL, f"output={folder}", *more], "lives": moments, "signal": int(number)}
-    done = subprocess.run([sys.executable, DRIVER, json.dumps(order)], env=ENV, capture_output=True, text=True)
+    done = started.run(DRIVER, json.dumps(order), env=ENV)
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines()]
     ended = [one["ended"] for one in told if "ended" in one]
@@ -85,7 +86,7 @@ def test_killed_25_times_it_continues_to_the_same_ticket(whole, tmp_path, seed):
 @pytest.mark.slow
 def test_killed_with_workers_it_continues_and_leaves_no_lock(tmp_path):
     """Each image draws its own augmentation there; a worker that outlives its parent holds no lock."""
-    more = ["data.workers=1", "training.epochs=1", "training.checkpoint_interval=0"]
+    more = ["data.cache=none", "data.workers=1", "training.epochs=1", "training.checkpoint_interval=0"]
     _, (told,) = lives(tmp_path / "whole", [0], *more)
     ended, _ = lives(tmp_path / "killed", [told["moments"] // 2, 0], *more)
     assert ended == [-signal.SIGKILL, 0]

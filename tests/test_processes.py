@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pytest
 import timm
 import torch
+from support import started
 from support.every_method import METHODS
 from timm.layers import convert_sync_batchnorm
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -174,22 +173,14 @@ def ranks(folder, rows, count, check=True, **more):
     script.write_text(SCRIPT)
     order = {"rows": [row.order() for row in rows], **more}
     order["output"] = str(folder / "found.pt")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    launch += ["--log-dir", str(folder / "logs"), "--redirects", "3"]
-    done = subprocess.run(
-        [sys.executable, *(launch if count > 1 else []), str(script), json.dumps(order)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    logs = {path: path.read_text() for path in sorted((folder / "logs").rglob("std*.log"))}
-    printed = [text for path, text in logs.items() if path.name == "stdout.log"] or [done.stdout]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = started.run_together([script, json.dumps(order)], count, env=env)
     if check:
-        assert done.returncode == 0, "\n".join([done.stderr[-2000:], *logs.values()])
+        assert done.returncode == 0, done.stderr[-4000:]
+    printed = done.outs
     said = [[line.split(" ", 2)[1:] for line in text.splitlines() if line.startswith("ticket ")] for text in printed]
     found = torch.load(order["output"]) if check else {}
-    return done.returncode, [{key: one for one, key in lines} for lines in said], found, "\n".join(logs.values())
+    return done.returncode, [{key: one for one, key in lines} for lines in said], found, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

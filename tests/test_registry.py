@@ -1,12 +1,12 @@
 import pydoc
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Annotated
 
 import pytest
 from pydantic import Field
+from support import started
 
 import timm_tickets as tt
 from timm_tickets.core.masks import cut, keep_count, total
@@ -17,9 +17,9 @@ from timm_tickets.pruning import registry
 
 @pytest.mark.parametrize("module", ["masks", "networks", "processes", "scores"])
 def test_the_modules_that_the_readme_names_are_there_without_being_imported(module):
-    code = f"import timm_tickets; print(timm_tickets.{module}.__name__)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == f"timm_tickets.{module}"
+    forget = "import sys\nfor name in [*sys.modules]:\n    if name.startswith('timm_tickets'): del sys.modules[name]\n"
+    found = started.run("-c", f"{forget}import timm_tickets; print(timm_tickets.{module}.__name__)")
+    assert found.stdout.strip() == f"timm_tickets.{module}", found.stderr
 
 
 def test_names_are_sorted_and_filtered():

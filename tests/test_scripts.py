@@ -3,14 +3,13 @@
 In a script, ``# +`` ends a line that was added and ``# was:`` a line that was changed, followed by what it was.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from outline import SCRIPTS, TRAIN, checkpoint_of, rows, run_script, save_ticket, unmodified
+from support import started
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, ModelEmaV3
 
@@ -92,7 +91,7 @@ def test_a_search_stopped_within_a_run_goes_on_in_another_process(tmp_path, monk
     resumed = script.replace("model = timm", "torch.manual_seed(1)\nmodel = timm")
     resumed = resumed.replace("losses = []", "torch.manual_seed(0)\nlosses = []")
     for code in (stopped, resumed + "torch.save(losses, 'losses.pt')"):
-        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+        done = started.run("-c", code, cwd=folder)
         assert done.returncode == 0, done.stderr
     saved = torch.load(folder / "state" / "round_01" / "custom_checkpoint_0.pkl", weights_only=True)
     assert saved["run"] == "round_01"

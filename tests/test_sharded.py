@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from support import started
 from support.run_folders import leftovers, same
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -43,13 +44,10 @@ def searched(folder, processes, orders):
         for name, with_, *mores in orders
         for more in (mores or [{}])
     ]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    launch += ["--log-dir", str(folder / "logs"), "--redirects", "3"]
-    line = [sys.executable, *(launch if processes > 1 else []), str(DRIVER), json.dumps(told)]
-    done = subprocess.run(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280)
-    logs = [path.read_text() for path in sorted(folder.rglob("std*.log"))]
-    assert done.returncode == 0, "\n".join([done.stderr[-2000:], *logs])
-    lines = [line for text in (done.stdout, *logs) for line in text.splitlines() if line.startswith("{")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = started.run_together([DRIVER, json.dumps(told)], processes, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     found = {}
     for one in map(json.loads, lines):
         found.setdefault(one["pruner"], []).append(one)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn import functional
 
 import timm_tickets as tt
-from timm_tickets.pruning.checks import EmptyLayers, warn_of_lone_weights
+from timm_tickets.pruning.checks import EmptyLayers, warn_of_thin_layers
 from timm_tickets.sparse.gates import _Product
 from timm_tickets.sparse.standardised import centred, check_channels, prune_
 
@@ -267,7 +267,7 @@ def lonely(*layers):
 def test_channels_that_keep_a_single_weight_are_counted():
     told = r"imp: 4 of 32 output .* single weight \(2\.0\.weight 2, 4\.0\.weight 2\), which standardising makes zero"
     with pytest.warns(UserWarning, match=told):
-        warn_of_lone_weights("imp", lonely(2, 4))
+        warn_of_thin_layers(SimpleNamespace(name="imp"), lonely(2, 4))
 
 
 @pytest.mark.parametrize("collapse", ["warn", "error"])

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save_file
-from support import hostile_files
+from support import hostile_files, started
 
 import timm_tickets as tt
 from timm_tickets.tickets.mask_coding import bound
@@ -363,7 +363,7 @@ try:
 except OSError as error:
     print("refused:", error)
 """
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    out = started.run("-c", script)
     assert out.stdout.startswith("refused: "), out.stderr
     assert "cannot write" in out.stdout
     assert file.read_bytes() == before
@@ -424,7 +424,8 @@ for kind in ("values", "seed", "pretrained"):
     tt.load_ticket(folder / f"{kind}.ticket", pretrained=state).apply_(model)
     save_file(model.state_dict(), folder / f"{kind}.safetensors")
 """
-    subprocess.run([sys.executable, "-c", script, tmp_path], check=True)
+    done = started.run("-c", script, tmp_path)
+    assert done.returncode == 0, done.stderr
     for kind, ticket in three_starts.items():
         assert tt.weigh(tmp_path / f"{kind}.ticket").origin.startswith(
             {"values": "values of", "seed": "signed_constant weights drawn from", "pretrained": "pretrained weights"}[

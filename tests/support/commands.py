@@ -13,6 +13,8 @@ from unittest.mock import patch
 
 from timm_tickets.cli import app
 
+from . import started
+
 DRIVER = Path(__file__).parent / "killed_search.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 COLT = [
@@ -40,8 +42,13 @@ def command(folder, overrides, processes, moment=0, number=signal.SIGKILL, of=No
     return [sys.executable, *(launch if processes > 1 else []), str(DRIVER), json.dumps(order)]
 
 
-def searched(*args, check=True, **kwargs):
-    done = subprocess.run(command(*args, **kwargs), env=ENV, capture_output=True, text=True, timeout=280)
+def searched(folder, overrides, processes, check=True, moment=0, **more):
+    """A search that is carried through; one that is killed at a moment is torchrun's own, which reports that."""
+    line = command(folder, overrides, processes, moment, **more)
+    if moment:
+        done = subprocess.run(line, env=ENV, capture_output=True, text=True, timeout=280)
+    else:
+        done = started.run_together(line[-2:], processes, env=ENV)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -124,6 +124,9 @@ class DataSettings(Part):
     random resized crop; then hflip and rotation, and none of timm's other augmentations"""
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
     """degrees; turns by a uniform angle of at most so many either way; with crop_padding"""
+    cache: Literal["auto", "device", "host", "none"] = "auto"
+    """keep the decoded images, as bytes, in the device's memory or the host's, and augment them in batches; auto does
+    where they take a quarter of what is free at most, and says so; none loads and augments them one by one, as timm"""
     workers: Natural = 4
     """processes that load images, for each process that trains; 0 loads them in that one"""
 

@@ -17,7 +17,7 @@ from ..pruning.registry import register_pruner
 from ..pruning.run import Run
 from ..pruning.run_end import End
 from ..pruning.training import Training
-from ..sparse.gates import ranked_gate
+from ..sparse.gates import ranked_gate, scale_of
 from ..sparse.prunable import norms
 from ..sparse.random_start import FirstScores, draw_scores_, draw_weights_, frozen_patterns, reset_norms_
 from ..sparse.subnet import Subnet
@@ -101,15 +101,13 @@ class EdgePopup(Method):
         subnet.set_mask_(masks)
         if self.scale == "none":
             return
-        whole = kept(masks) / total(masks) if self.scale == "static" else None
-        density = {name: whole or int(mask.sum()) / mask.numel() for name, mask in masks.items()}
-        subnet.scale_gates_({n: 1 / math.sqrt(d) if d else 1.0 for n, d in density.items()})
+        whole = 1 / math.sqrt(kept(masks) / total(masks)) if self.scale == "static" else None
+        subnet.scale_gates_({name: whole or scale_of(mask) for name, mask in masks.items()})
 
     def mask_of_scores(self, subnet: Subnet) -> Masks:
         """Keep the largest |scores|: exactly the asked number, ties to the first."""
-        scores = subnet.live_scores()  # read several times where all layers' are compared: not from the device then
-        scores = magnitude(dict(scores) if self.scope == "global" else scores)
-        return self.cut(all_kept(subnet.mask), scores)
+        scores = subnet.device_scores()
+        return self.cut(all_kept(scores), magnitude(scores))
 
     def frozen_counts(self, subnet: Subnet) -> dict[str, tuple[int, int]] | None:
         """How many weights of each layer leave the search as pruned and as kept; nothing does where None."""

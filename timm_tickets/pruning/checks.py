@@ -89,18 +89,29 @@ def check_same_masks(name: str, masks: Mapping[str, Tensor]) -> None:
         check_same_everywhere(f"the mask of {name}", digest(masks))
 
 
-def warn_of_lone_weights(name: str, subnet: Subnet) -> None:
-    """Say, at the end of a search, which standardised layers have output channels that keep a single weight."""
+def warn_of_thin_layers(method: Method, subnet: Subnet) -> None:
+    """Say, at the end of a search, through which layers next to nothing passes any more.
+
+    Those of which scope=global has left the least of channels, and standardised ones whose output channels keep a
+    single weight.
+    """
+    if getattr(method, "scope", "layerwise") == "global" and (thin := method.units.starved(subnet.mask)):
+        warn(
+            f"{method.name}: scope=global has left the fewest channels that it may in {_few(thin)}, and all images "
+            "pass through those; set scope=layerwise, or min_channels higher"
+        )
     masks = {layer: subnet.mask[layer] for layer in subnet.names if layer in subnet.standardised}
     if alone := lone_weights(masks):
         channels = sum(len(mask) for mask in masks.values())
-        told = ", ".join(f"{layer} {count}" for layer, count in [*alone.items()][:5])
-        told += f" and {len(alone) - 5} more layers" if len(alone) > 5 else ""
         warn(
-            f"{name}: {sum(alone.values())} of {channels} output channels of weight-standardised layers keep a single "
-            f"weight ({told}), which standardising makes zero: nothing passes through them. Lower the sparsity, or "
-            "leave these layers out with exclude"
+            f"{method.name}: {sum(alone.values())} of {channels} output channels of weight-standardised layers keep a "
+            f"single weight ({_few([f'{layer} {count}' for layer, count in alone.items()])}), which standardising "
+            "makes zero: nothing passes through them. Lower the sparsity, or leave these layers out with exclude"
         )
+
+
+def _few(layers: Sequence[str]) -> str:
+    return ", ".join(layers[:5]) + (f" and {len(layers) - 5} more layers" if len(layers) > 5 else "")
 
 
 def check_round(name: str, requests: Any) -> None:

@@ -26,7 +26,7 @@ from ..sparse.subnet import Subnet
 from ..storage.files import is_writer
 from ..tickets.ticket import Ticket
 from .beginning import is_begun
-from .checks import EmptyLayers, check_same_masks, refuse_gated, refuse_split, tell_used, warn_of_lone_weights
+from .checks import EmptyLayers, check_same_masks, refuse_gated, refuse_split, tell_used, warn_of_thin_layers
 from .draft import Draft
 from .history import History
 from .method import Method
@@ -280,7 +280,7 @@ class Pruner(Iterator[Training]):
             name = "the ticket" if requests is None else f"round {self.rounds_done}"
             check_same_masks(name, subnet.mask)
             if requests is None:
-                warn_of_lone_weights(self.method.name, subnet)
+                warn_of_thin_layers(self.method, subnet)
                 subnet.notes += self.method.told(subnet.mask)
                 self._ended = True
                 return

@@ -119,7 +119,7 @@ class Training(Clock):
         """Sparsity of the mask now being trained, in [0, 1)."""
         return self.subnet.sparsity
 
-    def attach(self, optimizer: Any, reset: bool = True, held: dict[str, Tensor] | None = None) -> Any:
+    def attach(self, optimizer: Any, reset: bool = True, hooks: bool = True, whole: bool = False) -> Any:
         """Start the run on an optimizer: its state cleared, earlier hooks gone, pruned weights held at exactly zero.
 
         Its hyper-parameters stay as they are, but for a learning rate that a schedule has moved: it returns to where
@@ -129,7 +129,7 @@ class Training(Clock):
             optimizer: A torch optimizer over the model's parameters, or Accelerate's wrapper of one.
             reset: Whether to clear its state and put the learning rate back; False for one that is fresh, or holds
                 the state of this very run from a checkpoint.
-            held: Puts no hooks on anything; whoever steps applies `holder`, and calls `follow_step_`. See `Holder`.
+            hooks: False for a trainer that applies `holder` itself and calls `follow_step_`; ``whole`` is the holder's.
 
         Returns:
             The same optimizer.
@@ -141,7 +141,7 @@ class Training(Clock):
         if reset:
             reset_(self.optimizer)
         before = self.request.before_step and partial(self.request.before_step, self)
-        self.holder = self.subnet.hold_(optimizer, self._stepped, before, held)
+        self.holder = self.subnet.hold_(optimizer, self._stepped, before, hooks, whole)
         return optimizer
 
     def subset(self, data: Any) -> Any:

@@ -71,9 +71,8 @@ class Holder:
         optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
         then: Called after each optimizer step, once the masks are applied.
         before: Called before each, inside any wrapper: what a gradient scaler unscales is unscaled then.
-        held: Puts no hooks on anything: whoever steps calls `mask_gradients_` and `mask_weights_`, and ``then`` and
-            ``before`` too. The masks are held in this dictionary, those that are in it already in place, so that a
-            later holder that is given it has the same tensors. In hooks' own where None.
+        hooks: Whether hooks do this; else whoever steps calls `mask_gradients_` and `mask_weights_`, and ``then`` and
+            ``before`` too.
 
     Raises:
         ValueError: The optimizer trains another model.
@@ -87,18 +86,18 @@ class Holder:
         optimizer: Any,
         then: Callable[[], None] | None = None,
         before: Callable[[], None] | None = None,
-        held: dict[str, Tensor] | None = None,
+        hooks: bool = True,
     ):
         model = weights.model
         weights.check_supported()  # again: it may have been prepared since
         self._weights, self._tap = weights, tap
         now = weights.parameters()  # FSDP2 replaces the objects
         _check_optimizer(model, optimizer)
-        self._held: dict[str, Tensor] = {} if held is None else held  # on the weights' devices
+        self._held: dict[str, Tensor] = {}  # on the weights' devices
         self.take_(masks)
         self._trained = {n: p for n, p in now.items() if p.requires_grad and n not in weights.gates}
-        self._all = None if held is None else now
-        _hooks[model] = self._hooks(optimizer, then, before) if held is None else []
+        self._all = None if hooks else now
+        _hooks[model] = self._hooks(optimizer, then, before) if hooks else []
 
     def _hooks(self, optimizer: Any, then: Callable[[], None] | None, before: Callable[[], None] | None) -> list[Any]:
         hooks: list[Any] = [
@@ -116,18 +115,16 @@ class Holder:
         return hooks
 
     def take_(self, masks: Mapping[str, Tensor]) -> None:
-        """Hold these masks from here on. A layer that keeps everything needs none."""
+        """Hold these masks from here on, beside those held already: themselves, or this process's parts."""
         gated = self._weights.gates
-        moved = {n: mask for n, mask in masks.items() if n not in gated and (n in self._held or not bool(mask.all()))}
-        if not moved:  # as after every step behind gates
-            return
-        parameters = self._weights.parameters()
-        for name, mask in moved.items():
-            now = shard_of(mask, parameters[name])
-            if name in self._held:
-                self._held[name].copy_(now)
-            else:
-                self._held[name] = now.clone()
+        parameters = self._weights.parameters() if masks else {}
+        for name, mask in masks.items():
+            if name not in gated:
+                part = shard_of(mask, parameters[name])
+                if name in self._held and is_split(parameters[name]):
+                    self._held[name].copy_(part)
+                else:
+                    self._held[name] = part
 
     @torch.no_grad()
     def mask_gradients_(self) -> None:

@@ -74,6 +74,10 @@ class Weights:
         """What a ticket says of the units besides their number."""
         return {}
 
+    def starved(self, masks: Mapping[str, Tensor]) -> list[str]:
+        """Layers left with no more than the least that a cut leaves, each with how many that is; of channels alone."""
+        return []
+
 
 class Pattern(Weights):
     """n of every m entries of a row, or blocks, in the layers whose matrix they fit; the others stay whole.
@@ -256,6 +260,12 @@ class Channels(Weights):
     def told(self, masks: Mapping[str, Tensor]) -> dict[str, Any]:
         gone = int(self.gone(masks).sum())
         return {"groups": len(self.groups), "groups_removed": gone, "families": len(self.groups.families)}
+
+    def starved(self, masks: Mapping[str, Tensor]) -> list[str]:
+        alive = self.groups.family[~self.gone(masks)].bincount(minlength=len(self.groups.families)).tolist()
+        least = max(self.least, self.round_to)
+        pairs = zip(self.groups.families, alive, strict=True)
+        return [f"{one.makes[0][0]} {left} of {one.count}" for one, left in pairs if left <= least < one.count // 4]
 
     def _chunks(
         self, score: Tensor, gone: Tensor | None = None, scope: Scope = "layerwise"

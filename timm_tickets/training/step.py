@@ -65,7 +65,6 @@ class Step:
         self._told = ""
         self._choose()
         self._rates, self._states = Rates(self._plain), States(self._plain, fused=self.way == "captured")
-        self._held: dict[str, Tensor] = {}
         self._slices: dict[int, Slice] = {}
         self._taken: dict[Any, int] = {}
         self.made: dict[Any, Any] = {}
@@ -107,12 +106,7 @@ class Step:
         if self._told:
             say(self._told)
             self._told = ""
-        held = {} if self.now == "eager" else self._held
-        if self.now != "eager":
-            for name, weight in run.subnet.weights().items():
-                if name not in held and name not in run.subnet.gates:  # also of what keeps everything
-                    held[name] = torch.ones_like(weight, dtype=torch.bool)
-        run.attach(self.optimizer, held=None if self._hooked else held)
+        run.attach(self.optimizer, hooks=self._hooked, whole=self.now != "eager")
         for gate in run.subnet.gates.values():
             gate.early = self.now == "eager"  # pyright: ignore[reportArgumentType]
         if run.classes is not None:
@@ -200,6 +194,8 @@ class Step:
         if last:
             if batches > 1:
                 self.made[key].move()
+            if run.request.each_step is not None:
+                run.subnet.note_moved_()
             run.follow_step_()
 
     def _key(self, images: Tensor, target: Tensor) -> Any:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from ..config.recipe import Recipe
 from ..core.errors import SettingError
 from ..core.warn import warn
+from ..distributed.cards import refuse_sharing
 from ..distributed.processes import world_size
 
 
@@ -20,14 +21,15 @@ def check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
     """Refuse, before anything is trained, what `accelerate launch` was told and cannot be done.
 
     Raises:
-        SettingError: DeepSpeed, Megatron or FSDP1; a batch that the processes cannot share; or a part of the recipe
-            that FSDP2 cannot do.
+        SettingError: DeepSpeed, Megatron or FSDP1; a batch that the processes cannot share; cards that they share; or a
+            part of the recipe that FSDP2 cannot do.
     """
     if accelerator.num_processes != world_size():
         raise SettingError(
             f"accelerate: it counts {accelerator.num_processes} processes where {world_size()} work together, so each "
             "would train on everything; let `timm_tickets.processes.join_processes()` be the first to ask Accelerate"
         )
+    refuse_sharing(accelerator.num_processes)
     size, count = recipe.training.batch_size, accelerator.num_processes
     if size % count:
         raise SettingError(

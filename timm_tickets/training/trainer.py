@@ -76,7 +76,7 @@ class Trainer:
                 )
             model = convert_sync_batchnorm(model)
         with building("data"):
-            train_set, val_set, test_set = data.train_set(model), data.val_set(model), data.test_set(model)
+            train_set, val_set, test_set = data.sets(model, self.accelerator.device)
         prepare = self.accelerator.prepare_data_loader
         self.unreadable = data.unreadable
         self.input_size = (channels_of(recipe, model), *data.input_size(model))
