@@ -133,7 +133,7 @@ class _Timed:
         searched = recipe.pruner["epochs"]
         trains = first is not None and not first.reads_only
         # Whether the search itself trains the dense network on everything, as imp's first run does.
-        moves = first is not None and (first.request.after_step is not None or len(pruner.subnet.gates) > 0)
+        moves = first is not None and (first.request.moves or len(pruner.subnet.gates) > 0)
         dense_first = first is not None and first.all_images and not (moves or first.sparsity)
         dense = recipe.dense and not (dense_first and searched == epochs)
         whole = len(self.trainer.train_loader)

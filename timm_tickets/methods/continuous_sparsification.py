@@ -34,8 +34,8 @@ class ContinuousSparsification(Method):
     `meet`: ``top`` keeps the largest s, exactly as many as asked; ``penalty`` keeps s > 0, whatever sparsity that is.
     `bake_scale`: tickets with c in their values were as good on digits at .95 (99.07 % with, 98.80 without, three
     seeds) and better after an epoch of CIFAR-10 at .6 (67.7 with, 64.4 without).
-    Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says: what was suppressed
-    stays so; the released code resets beta first, and so revives it. Momentum starts anew each round; in the paper not.
+    Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says; the released code
+    resets beta first, and so revives what was suppressed. Momentum starts anew each round, in the paper not.
     """
 
     s0: Annotated[float, Field(ge=-1, le=1, description="first score of every weight")] = 0.0
@@ -59,8 +59,7 @@ class ContinuousSparsification(Method):
         if self.parallel:
             ends = yield [self.run(True, lambda subnet, s0=s0: self.set_(subnet, s0)) for s0 in self.parallel]
             nearest = min(ends, key=lambda end: abs(above_zero(end.scores) - (1 - self.sparsity)))
-            assert nearest.rewind is not None  # each of these runs takes one
-            subnet.set_start_(nearest.rewind, nearest.rewind_epoch)
+            subnet.set_start_(nearest.rewind or {}, nearest.rewind_epoch)  # each of these runs takes one
             self.set_(subnet, self.parallel[ends.index(nearest)])
             subnet.load_scores_(nearest.scores)
         else:
@@ -95,7 +94,8 @@ class ContinuousSparsification(Method):
             rewind=self.rewind if first else None,
             setup=setup or (lambda subnet: harden_(subnet.gates, 1)),
             on_loss=self.penalised,
-            after_step=lambda run: harden_(run.subnet.gates, self.final_beta**run.progress),  # exponential, from 1
+            schedule=lambda progress: {"beta": self.final_beta**progress},  # exponential, from 1
+            each_step=lambda run: harden_(run.subnet.gates, run.subnet.now["beta"]),
             settle=self.settle_,
         )
 

@@ -16,6 +16,7 @@ from ..pruning.method import Method
 from ..pruning.registry import register_pruner
 from ..pruning.run import Run
 from ..pruning.run_end import End
+from ..pruning.training import Training
 from ..sparse.gates import ranked_gate, scale_of
 from ..sparse.prunable import norms
 from ..sparse.random_start import FirstScores, draw_scores_, draw_weights_, frozen_patterns, reset_norms_
@@ -69,7 +70,7 @@ class EdgePopup(Method):
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         self.begin_(subnet)
-        yield [Run(after_step=lambda run: self.settle_(run.subnet), weight_decay=self.weight_decay)]
+        yield [Run(each_step=self.step_, weight_decay=self.weight_decay)]
         self.settle_(subnet)
         subnet.restart_()
         subnet.bake_()
@@ -90,6 +91,9 @@ class EdgePopup(Method):
         draw_scores_(subnet, self.first_scores, self.seed)
         reset_norms_(subnet, affine=self.norm_affine, trained=self.train_rest)
         self.settle_(subnet)
+
+    def step_(self, run: Training) -> None:
+        self.settle_(run.subnet)
 
     def settle_(self, subnet: Subnet) -> None:
         """Cut the mask from the scores as they are now, and scale what it keeps."""

@@ -82,13 +82,16 @@ class Jackpot(Method):
         # A claim only: a model knows its tag whether or not it was built with pretrained=True. The ticket checks it.
         tag = pretrained_tag(subnet.model)
         subnet.origin = {"start": "pretrained", "tag": tag} if tag else {}
-        yield [Run(after_step=self.step_, weight_decay=self.weight_decay)]
+        yield [Run(schedule=self.numbers, each_step=self.step_, weight_decay=self.weight_decay)]
         subnet.restart_()
         subnet.bake_()
 
+    def numbers(self, progress: float) -> dict[str, float]:
+        return {"rate": self.scheduled(progress)}
+
     def step_(self, run: Training) -> None:
         masks, scores = run.subnet.device_mask(), run.subnet.device_scores()
-        found = swaps(list(masks.values()), list(scores.values()), self.scheduled(run.progress))
+        found = swaps(list(masks.values()), list(scores.values()), run.subnet.now["rate"])
         run.subnet.set_mask_(dict(zip(masks, found, strict=True)))
 
     def scheduled(self, progress: float) -> float:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..core import topk
 from ..core.counting import wide
 from ..core.private import changes_of, forget_flat_weights_
-from ..core.topk import on_host
 from ..distributed.fsdp2 import gathered, is_split
 from .standardised import centred, deviations, prune_
 
@@ -149,7 +149,7 @@ def times(made: Tensor, other: Tensor) -> Tensor:
 
 def only(values: Tensor, where: Tensor, count: int) -> Tensor:
     """The values where a mask is True, in memory order; it is known how many, so that no device is asked."""
-    if on_host(values):
+    if topk.on_host(values):
         return values[where]
     place = torch.where(where, where.flatten().cumsum(0).view_as(where) - 1, count)
     return values.new_zeros(count + 1).scatter(0, place.flatten(), values.flatten())[:count]
@@ -207,9 +207,14 @@ class SigmoidGate(Gate):
     """``weight * scale * sigmoid(beta * score)`` in training and evaluation; ``weight * scale * mask`` if not soft.
 
     Source: Savarese et al. 2019, 1912.04427, section 3.
+
+    Attributes:
+        early: Whether the sum is made before the forward pass, which takes less memory; a captured step has to make it
+            within.
     """
 
     beta: Tensor
+    early: bool = True
 
     def __init__(self, score: Tensor, mask: Tensor):
         super().__init__(score, mask, by_magnitude=False)
@@ -217,11 +222,11 @@ class SigmoidGate(Gate):
         self.soft = True
         self._sum: tuple[Tensor, Any] | None = None
 
-    def harden_(self, beta: float) -> None:
-        """Set beta for the next step."""
+    def harden_(self, beta: float | Tensor) -> None:
+        """Set beta for the next step; to what a tensor holds without reading it."""
         self.beta.fill_(beta)
         self._sum = None
-        if is_split(self.score):
+        if is_split(self.score) or not self.early or torch.compiler.is_compiling():
             return
         # Backward goes by age. From a sum that is older than the forward pass it reaches the scores last, when the
         # layers have let go of what they held; otherwise all their gradients come first and wait beside that. So it is
@@ -231,6 +236,8 @@ class SigmoidGate(Gate):
 
     def sum(self) -> Tensor:
         """The sum of ``sigmoid(beta * score)``, a scalar to go backward from."""
+        if torch.compiler.is_compiling():
+            return SigmoidSum.apply(self.beta, self.score)
         (early, then), self._sum = self._sum or (None, None), None
         if early is not None and then == self._now():
             return early
@@ -248,8 +255,8 @@ class SigmoidGate(Gate):
         return _Product.apply(weight, self.scale, value.to(weight.dtype), self.standardised)
 
 
-def harden_(gates: Mapping[str, Any], beta: float) -> None:
-    """Set beta of soft gates."""
+def harden_(gates: Mapping[str, Any], beta: float | Tensor) -> None:
+    """Set beta of soft gates; a tensor's is not read."""
     for gate in gates.values():
         gate.harden_(beta)
 

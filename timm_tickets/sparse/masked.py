@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..core import topk
 from ..core.lazy import Lazy
 from ..core.masks import AllKept, Counted, Masks, all_kept, full_masks, kept, layer_counts
-from ..core.topk import on_host
 from ..distributed.fsdp2 import local, reshard_, shard_of
 from .named_weights import NamedWeights
 from .standardised import prune_
@@ -95,6 +95,10 @@ class MaskedWeights(NamedWeights):
 
         Masks that say how much they keep (`Counted`, as a cut gives them) are believed.
         """
+        if torch.compiler.is_compiling():  # a step behind gates; `note_moved_` follows it
+            for name, gate in self.gates.items():
+                gate.mask.copy_(masks[name])
+            return
         self._known = Counted({}, getattr(masks, "counts", None), getattr(masks, "kept", None))
         split, weights = reshard_(self.model), {} if self._all_gated() else self.weights()
         for name in self.names:
@@ -110,6 +114,11 @@ class MaskedWeights(NamedWeights):
         self.changes += 1
         self.apply_()
 
+    def note_moved_(self) -> None:
+        """A compiled or captured step has set the gates' masks, so that nothing is known of them any more."""
+        self._known = Counted({})
+        self.changes += 1
+
     def hand_over_mask_(self) -> Masks:
         """The mask for good, on the CPU: what is set later is written elsewhere."""
         self._lent = True
@@ -118,15 +127,15 @@ class MaskedWeights(NamedWeights):
     def _all_gated(self) -> bool:
         return len(self.gates) == len(self.names)
 
-    def _to_hold(self, ask: bool) -> Masks:
+    def _to_hold(self, ask: bool, whole: bool = False) -> Masks:
         """The masks that prune something, and all that did; where a card would be asked for that, all masks."""
         names = [name for name in self.names if name not in self.gates]
         weights = self.weights() if names else {}
         split = reshard_(self.model)
         found = {name: self._mask[name] if split else self._there(name, weights[name]) for name in names}
-        if self._known.counts is None and names and (ask or on_host(found[names[0]])):
+        if self._known.counts is None and names and (ask or topk.on_host(found[names[0]])):
             self.counts()
-        self._held |= {name for name in names if not self._whole(name)}
+        self._held |= {name for name in names if whole or not self._whole(name)}
         return {name: mask for name, mask in found.items() if name in self._held}
 
     @torch.no_grad()

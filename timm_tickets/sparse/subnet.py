@@ -90,15 +90,9 @@ class Subnet(MaskedWeights):
 
     def live_state(self) -> Lazy:
         """As `state`, but a tensor at a time: each is copied when it is read, as it then is."""
-        reshard_(self.model)
-        state = self.model.state_dict()
-        for name in self.gates:
-            for one in self._all_names(name):
-                state[one] = state.pop(self._behind_gate(one))
-        names = [name for name in state if not name.endswith(".score") or ".parametrizations." not in f".{name}"]
+        state = self.state_there()
         return self._present(
-            names,
-            lambda name: gathered(state[name].detach()).to("cpu", copy=True, memory_format=torch.contiguous_format),
+            state, lambda name: gathered(state[name]).to("cpu", copy=True, memory_format=torch.contiguous_format)
         )
 
     @torch.no_grad()
@@ -284,12 +278,16 @@ class Subnet(MaskedWeights):
             )
         self.load_(self._start)
 
-    def hold_(self, optimizer: Any, then: Any = None, before: Any = None) -> None:
+    def hold_(
+        self, optimizer: Any, then: Any = None, before: Any = None, hooks: bool = True, whole: bool = False
+    ) -> Holder:
         """Keep pruned weights exactly zero from here on, as `holder.Holder` does.
 
         Args:
             optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
             then: Called after each optimizer step, once the masks are applied; ``before`` is called before each.
+            hooks: Whether hooks apply the masks; else whoever steps does, and calls ``then`` and ``before`` too.
+            whole: Whether to hold masks that keep everything, too, so that later ones are held in the same memory.
 
         Raises:
             ValueError: The optimizer trains another model.
@@ -301,7 +299,9 @@ class Subnet(MaskedWeights):
                 "again, apply the ticket to it, shard it and train that"
             )
         self.release_()
-        self._holder = Holder(self, self._to_hold(ask=True), self.tap, optimizer, then, before)
+        masks = self._to_hold(ask=True, whole=whole)
+        self._holder = Holder(self, masks, self.tap, optimizer, then, before, hooks)
+        return self._holder
 
     def tap_(self, open: bool) -> None:
         """Keep the next step's gradients as they are before the mask, for `dense_gradients`, or keep none.

@@ -1,6 +1,8 @@
 """What Accelerate trains with: refused at the start where masks cannot be kept in it, and made deterministic."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,9 +63,27 @@ def check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
     plugin.cpu_ram_efficient_loading = False
 
 
-def be_deterministic() -> None:
-    """Ask cuDNN and cuBLAS for algorithms that give the same bits each time."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+@contextmanager
+def deterministic(asked: bool | None, device: torch.device) -> Iterator[None]:
+    """Within the block, algorithms that give the same bits each time, or the fastest; afterwards as it was before.
+
+    Args:
+        asked: The setting; None is True for CPUs, False for others.
+        device: What is trained on.
+    """
+    on = device.type == "cpu" if asked is None else asked
+    backend: Any = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic  # pyright: ignore[reportAttributeAccessIssue]
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, fills = backend.benchmark, memory.fill_uninitialized_memory
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # stays: cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        backend.benchmark = memory.fill_uninitialized_memory = False
+    elif device.type == "cuda" and not before[0]:  # whoever has asked torch for them gets them
+        backend.benchmark = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        backend.benchmark, memory.fill_uninitialized_memory = benchmark, fills
