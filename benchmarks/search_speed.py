@@ -245,7 +245,7 @@ class Bench:
         self.subnet.release_()
         return clock.epochs[0]
 
-    def beside(self, train: Callable[[Clock], None]) -> list[tuple[Epoch, Epoch]]:
+    def beside(self, train: Callable[[Clock], Any]) -> list[tuple[Epoch, Epoch]]:
         """Pairs of an epoch of something and of the dense network; the first, which warms up, is left out."""
         pairs: list[tuple[Epoch, Epoch]] = []
 
