@@ -9,6 +9,8 @@ method and epochs of the dense network by the same trainer and settings alternat
 hits both; the ratio is the median over these pairs. So do epochs of a plain PyTorch loop, without this package, with
 the same network, optimizer, precision, images and torchvision's own augmentation, in eager mode: the control.
 
+- `next to no network` is the same trainer with a network of two small layers: what loading and the trainer itself take.
+  Its epoch over the dense one is their share of it, where nothing of it is hidden behind the network.
 - A method's epochs are those of a run with its masks: of imp and colt the one after the first cut; of those that only
   read gradients or weights, the ticket's training.
 - `s / 50,000 images`: training an epoch, loading included, as if it had so many images.
@@ -45,6 +47,7 @@ import timm
 import torch
 from PIL import Image
 from rich.console import Console
+from timm.models import register_model
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from torch import nn
 from torch.utils.data import DataLoader
@@ -63,6 +66,9 @@ MOVING = ["gradual", "set", "rigl"]
 ONCE = ["magnitude", "random", "snip", "grasp", "synflow"]
 # Beside what a method is by default; the search has to get to its masks in a few steps.
 SETTINGS = {"imp": ["rewind=0ep"], "synflow": ["iterations=2"]}
+
+
+PLAIN, ALONE = "plain PyTorch loop", "next to no network"
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,27 @@ class Few(Silent):
             raise Enough
 
 
+class Nothing(nn.Module):
+    """Next to no network: two layers on the mean pixel."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.body, self.fc = nn.Linear(3, 8), nn.Linear(8, num_classes)
+        self.num_classes = num_classes
+        self.pretrained_cfg = {"architecture": "bench_nothing", "input_size": (3, 32, 32), "classifier": "fc"}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(x.mean((2, 3))))
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+
+@register_model
+def bench_nothing(pretrained: bool = False, num_classes: int = 10, **kwargs: Any) -> nn.Module:
+    return Nothing(num_classes)
+
+
 class Bench:
     """One case: its images, the dense network that all are compared with, and what is measured beside it."""
 
@@ -248,6 +275,13 @@ class Bench:
             trainer.fit(tt.Training(tt.Run(self.repeats + 1), pruner.subnet), None, clock)
 
         return self.beside(train)
+
+    def alone(self) -> list[tuple[Epoch, Epoch]]:
+        """Of loading and the trainer, with next to no network."""
+        recipe = tt.load_recipe(self.base, [*self.overrides, "model.model=bench_nothing"])
+        data, model = built(recipe, Console(quiet=True))
+        trainer, subnet = Trainer(recipe, model, data), tt.Subnet(model, ("body.weight",))
+        return self.beside(lambda clock: trainer.fit(tt.Training(tt.Run(self.repeats + 1), subnet), None, clock))
 
     def plain(self) -> list[tuple[Epoch, Epoch]]:
         """Of a plain PyTorch loop."""
@@ -328,7 +362,7 @@ def summed(pairs: list[tuple[Epoch, Epoch]]) -> dict[str, Any]:
         return statistics.median(value(pair[which]) for pair in pairs)
 
     def step(epoch: Epoch) -> float:
-        return statistics.median(epoch.steps[min(2, len(epoch.steps) - 1) :])
+        return statistics.median(epoch.steps[min(2, len(epoch.steps) // 3) :])  # the first waits for its images
 
     def scaled(epoch: Epoch) -> float:
         return epoch.training / epoch.images * 50_000
@@ -412,7 +446,7 @@ def done_rows(path: Path, where: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=list(SIZES), default=["cpu"])
-    parser.add_argument("--methods", nargs="+", choices=EVERY, help="only these; the plain loop is always measured")
+    parser.add_argument("--methods", nargs="+", choices=EVERY, help="only these, and what is no method")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of epochs that count")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the recipe")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "search_speed.md")
@@ -424,7 +458,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for case in (case for size in args.size for case in SIZES[size]):
-            missing = [name for name in ("plain PyTorch loop", *case.methods) if wanted(args, name)]
+            missing = [name for name in (PLAIN, ALONE, *case.methods) if wanted(args, name)]
             missing = [name for name in missing if (case.name, name) not in {(r["case"], r["what"]) for r in rows}]
             bench = Bench(case, Path(folder), args.repeats, args.set) if missing else None
             for name in missing:
@@ -441,14 +475,15 @@ def main() -> None:
 
 
 def wanted(args: argparse.Namespace, name: str) -> bool:
-    return args.methods is None or name in args.methods or " " in name
+    return args.methods is None or name in (*args.methods, PLAIN, ALONE)
 
 
 def measured(bench: Bench | None, name: str) -> dict[str, Any]:
     """The row of a method or of the plain loop; an error is a row too, so that it takes no other with it."""
     assert bench is not None
     try:
-        return summed(bench.plain() if " " in name else bench.method(name))
+        ours = {PLAIN: bench.plain, ALONE: bench.alone}
+        return summed(ours[name]() if name in ours else bench.method(name))
     except Exception as error:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     finally:

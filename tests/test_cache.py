@@ -1,7 +1,11 @@
 """Images decoded once and augmented in batches, beside timm's and torchvision's transforms of one PIL image."""
 
+import json
 import math
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -341,6 +345,52 @@ def test_processes_share_the_batches_of_one(model, processes):
         assert len(whole) == len(expected)
 
 
+SCRIPT = """
+import hashlib, json
+
+from accelerate.utils import gather_object
+
+import timm_tickets as tt
+from timm_tickets.data.datasets import Data
+from timm_tickets.processes import join_processes, place
+from timm_tickets.training.build import build_model
+from timm_tickets.training.randomness import Epoch
+from timm_tickets.training.trainer import Trainer
+
+settings = ["data.vflip=0.3", "data.color_jitter=0.4", "data.reprob=0.5", "data.remode=pixel", "data.val_fraction=0.7"]
+recipe = tt.load_recipe("digits_imp", settings)
+join_processes()
+rank, count = place()
+data = Data(recipe.data)
+trainer = Trainer(recipe, build_model(recipe, data.num_classes), data)
+base = trainer.train_loader
+epochs = Epoch(trainer.accelerator.prepare_data_loader(base), base.sampler, base.batch_size, base.num_workers)
+found = []
+for seed, skip in ((3, 0), (4, 2)):
+    for number, (images, _) in enumerate(epochs.batches(seed, skip)):
+        assert len(images) == 64 // count
+        found += [(seed, number, hashlib.sha256(image.numpy().tobytes()).hexdigest()) for image in images]
+if count > 1:
+    found = gather_object(found)
+if rank == 0:
+    print(json.dumps(sorted(found)))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_images_of_one(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    found = []
+    for count in ("1", "2"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
+        done = subprocess.run([*command, str(tmp_path / "script.py")], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert len(found[0]) == 64 * (6 + 4)
+    assert found[0] == found[1]
+
+
 def test_a_part_of_the_images_is_augmented_as_in_the_whole(model):
     _, (train, *_) = cached(model, **EVERYTHING)
     loader = loader_of(train, 64, 0, shuffle=True)
@@ -401,6 +451,14 @@ def test_a_quarter_of_what_is_free_is_taken_by_the_processes_together(model, mon
     free = placing._free_here()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert placing._free_here() == pytest.approx(free / 4, rel=0.2)
+
+
+def test_a_search_may_go_on_with_its_images_kept_elsewhere():
+    hashes = [
+        tt.load_recipe("digits_imp", [f"data.cache={where}"]).hash for where in ("auto", "host", "device", "none")
+    ]
+    assert len(set(hashes[:3])) == 1
+    assert hashes[3] != hashes[0] == tt.load_recipe("digits_imp").hash
 
 
 @pytest.fixture

@@ -12,11 +12,10 @@ import pytest
 import timm
 import torch
 from support.commands import COLT
-from support.every_method import METHODS, OPTIMIZERS, SPARSITY, found, fresh, ids, loader, of_channels, pruner_of
+from support.every_method import METHODS, OPTIMIZERS, SPARSITY, fresh, ids, loader, of_channels, pruner_of
 
 import timm_tickets as tt
 from timm_tickets.config.parts import TrainingSettings
-from timm_tickets.structure import units
 
 # As in test_contract.py; and torch tells of each operation that has no deterministic algorithm.
 pytestmark = [
@@ -36,12 +35,6 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHORT = ["training.epochs=2", "pruner.prune_rate=0.6", "pruner.sparsity=0.8", "data.val_fraction=0.7", "dense=false"]
 # Bits are promised by this setting alone, where there is one.
 SAME_BITS = ["training.deterministic=true"] if "deterministic" in TrainingSettings.model_fields else []
-
-
-@pytest.fixture(autouse=True)
-def _found_once(monkeypatch):
-    """Finding groups is not what is tested here."""
-    monkeypatch.setattr(units, "find_groups", found)
 
 
 def train(run, model, dtype, check):
@@ -119,6 +112,7 @@ def command(folder, settings, processes=1):
     for one in (*settings, *SAME_BITS, f"output={folder}"):
         words += ["--set", one]
     env = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    env["OMP_NUM_THREADS"] = "1"  # as torchrun sets it: what the CPU adds up is the same only with as many threads
     env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]

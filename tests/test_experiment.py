@@ -645,8 +645,12 @@ def test_an_image_that_cannot_be_scored_is_found_before_anything_is_trained(tmp_
 
 @pytest.mark.parametrize(
     "settings",
-    [[], pytest.param(["pruner.name=colt", "data.workers=1", "data.cache=none"], marks=pytest.mark.slow)],
-    ids=["imp", "colt"],
+    [
+        [],
+        ["data.cache=none"],
+        pytest.param(["pruner.name=colt", "data.workers=1", "data.cache=none"], marks=pytest.mark.slow),
+    ],
+    ids=["imp", "one by one", "colt"],
 )
 def test_with_unreadable_images_a_search_still_goes_on_to_the_same_ticket(tmp_path, pictures, monkeypatch, settings):
     """timm puts the next image in their place, of another class at a class's end; COLT died of that."""

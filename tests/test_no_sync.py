@@ -1,9 +1,15 @@
 """No step asks the device: by `asks_nothing` and `Card` of tests/support/no_sync.py."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
-from no_sync import Card, OnCard, asks_nothing
+from no_sync import CARD, Card, OnCard, asks_nothing, on_card_
+from support.every_method import METHODS, OPTIMIZERS, fresh, ids, marked, pruner_of
 from torch import nn
+
+from timm_tickets.sparse.blind import Reached
 
 VALUES = torch.tensor([1.0, -2.0, 3.0])
 ASKING = {
@@ -48,3 +54,56 @@ def test_a_plain_step_is_let_through_and_tensors_of_two_devices_are_not():
         with pytest.raises(AssertionError, match="two devices"):
             OnCard(VALUES) + VALUES
     assert doubled.content.tolist() == [2, -4, 6]
+
+
+# What asks now and then, each third step here: RigL keeps a dense gradient on the host, where its memory is promised to
+# be.
+SELDOM = {"rigl": {"interval": 3}}
+# These train nothing, or read gradients and step back; torch-pruning's regularisers ask at every step, in its own code.
+STEPLESS = {"magnitude", "random", "synflow", "snip", "grasp", "tp_lamp", "tp_random", "tp_taylor"}
+TRAINING = [marked(row) for row in METHODS if row.name not in STEPLESS and "reg" not in row.name]
+
+
+def in_steps(row, watched, images, labels):
+    """Train a first run, within `watched` once it has looked whether gradients reach its layers."""
+    torch.manual_seed(0)
+    model = fresh()
+    pruner = pruner_of(row, model, **SELDOM.get(row.name, {}))
+    if type(images) is OnCard:
+        on_card_(model)
+    run, criterion = next(pruner), nn.CrossEntropyLoss()
+    optimizer = run.attach(OPTIMIZERS["sgd"](model.parameters()))
+    run.batches_per_epoch = 8
+    model.train()
+    if run.classes:  # whether labels are of them is looked at as the loss is taken
+        run.request = replace(run.request, classes=None)
+    for step in range(1, 6):
+        with nullcontext() if step <= Reached.STEPS or (row.name in SELDOM and step % 3 != 2) else watched():
+            run.loss(criterion, model(images), labels).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    return run
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", TRAINING, ids=ids)
+def test_no_step_of_any_method_asks(row):
+    run = in_steps(row, asks_nothing, torch.randn(4, 3, 32, 32), torch.arange(4))
+    assert run.step == 5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["imp", "gradual", "edge_popup", "frozen_slt", "jackpot", "continuous_sparsification"])
+def test_masks_scores_and_counts_stay_on_the_card(name, monkeypatch):
+    monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+    row = next(row for row in METHODS if row.name == name)
+    images, labels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    with monkeypatch.context() as way:  # the same masks as by the CPU
+        way.setattr("timm_tickets.core.topk.on_host", lambda _: False)
+        plain = in_steps(row, nullcontext, images, labels)
+    with Card() as card:
+        run = in_steps(row, card.step, OnCard(images), OnCard(labels))
+        assert all(mask.device == CARD for mask in run.subnet.device_mask().values())
+        masks = run.subnet.mask
+    assert all(type(mask) is torch.Tensor and torch.equal(mask, plain.subnet.mask[n]) for n, mask in masks.items())

@@ -215,10 +215,10 @@ def jittered(images: Tensor, draws: ImageDraws, strength: float) -> Tensor:
         grey = out
         if out.shape[1] == 3:
             red, green, blue = out.split(1, 1)
-            grey = ((red * 19595 + green * 38470 + blue * 7471 + 32768) / 65536).floor_()  # exact in float32
+            grey = (red * 19595).add_(green * 38470).add_(blue * 7471).add_(32768).div_(65536).floor_()  # all exact
         mean = (grey.mean((1, 2, 3), keepdim=True, dtype=torch.float64) + 0.5).floor().float()
         plain = contrast * mean + saturation * grey
-        out = (plain + factor * (out - plain)).clamp_(0, 255).floor_()
+        out.sub_(plain).mul_(factor).add_(plain).clamp_(0, 255).floor_()
     return out
 
 

@@ -4,8 +4,9 @@ Every process keeps all images for itself, and counts on its part of the machine
 segment that outlives a process that is killed, and decoding is the smaller cost.
 """
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,34 +149,35 @@ class Caches:
     def _needs(self, role: str, config: dict[str, Any]) -> tuple[str, int]:
         """What stands in the way of keeping the images of a split, and how many bytes they take."""
         s, images, train = self.settings, self.splits[role][0], role == "train"
-        sizes, modes = _sampled(images)
-        data, _ = original(images, 0)
-        if modes - set(MODES) or (isinstance(data, Images) and data.mode not in MODES):
-            mode = "null" if s.input_img_mode is None else s.input_img_mode
-            return f"data.input_img_mode={mode}", 0
+        if any(mode not in MODES for mode in _modes(images)):
+            return f"data.input_img_mode={s.input_img_mode or 'null'}", 0
         if train and (why := not_in_batches(s, config)):
             return why, 0
         channels, height, width = config["input_size"]
-        drawn_from_whole = train and s.crop_padding is None and not s.no_aug
-        area = sum(sizes) / max(len(sizes), 1) if drawn_from_whole else height * width
-        return "", round(len(images) * channels * area)
+        whole = train and s.crop_padding is None and not s.no_aug  # crops are drawn from it as it lies there
+        return "", round(len(images) * channels * (_area(images) if whole else height * width))
 
 
-def _sampled(images: Any) -> tuple[list[int], set[str]]:
-    """Pixels of some of the images, and the modes that they are in."""
-    sizes, modes = [], set()
-    for index in range(0, len(images), len(images) // _SAMPLE + 1):
-        data, place = original(images, index)
-        if isinstance(data, Images):
-            with suppress(ImageError):  # another stands for it
-                width, height = data.size(place)
-                sizes.append(width * height)
-            continue
-        image = data[place][0]
-        modes.add(getattr(image, "mode", "no image of PIL's"))
-        width, height = getattr(image, "size", (0, 0)) if modes <= set(MODES) else (0, 0)
-        sizes.append(width * height)
-    return sizes, modes
+def _some(images: Any) -> Iterator[tuple[Any, int]]:
+    """Some of the images: their data set, and the place of each there."""
+    return (original(images, index) for index in range(0, len(images), len(images) // _SAMPLE + 1))
+
+
+def _modes(images: Any) -> set[Any]:
+    """The modes of PIL's that images are in."""
+    data, _ = original(images, 0)
+    if isinstance(data, Images):
+        return {data.mode}
+    return {getattr(data[place][0], "mode", None) for data, place in _some(images)}
+
+
+def _area(images: Any) -> float:
+    """Pixels of an image, on average over some of them."""
+    areas = []
+    for data, place in _some(images):
+        with suppress(ImageError):  # another stands for it
+            areas.append(math.prod(data.size(place) if isinstance(data, Images) else data[place][0].size))
+    return sum(areas) / max(len(areas), 1)
 
 
 def _free_on(device: torch.device) -> int:

@@ -31,7 +31,7 @@ def built(recipe: Recipe, console: Console) -> tuple[Data, nn.Module]:
     data = Data(recipe.data)
     if is_writer():
         say(console, data.told)
-        if (shared := sharing()) is not None:
+        if (shared := sharing()) is not None and recipe.parallel != "data":
             say(console, f"{told(shared)}: each trains runs of its own; one trains what cannot be shared out")
     model = build_model(recipe, data.num_classes)
     channels = channels_of(recipe, model)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..core import topk
 from ..core.counting import wide
 from ..core.private import changes_of, forget_flat_weights_
-from ..core.topk import on_host
 from ..distributed.fsdp2 import gathered, is_split
 from .standardised import centred, deviations, prune_
 
@@ -149,7 +149,7 @@ def times(made: Tensor, other: Tensor) -> Tensor:
 
 def only(values: Tensor, where: Tensor, count: int) -> Tensor:
     """The values where a mask is True, in memory order; it is known how many, so that no device is asked."""
-    if on_host(values):
+    if topk.on_host(values):
         return values[where]
     place = torch.where(where, where.flatten().cumsum(0).view_as(where) - 1, count)
     return values.new_zeros(count + 1).scatter(0, place.flatten(), values.flatten())[:count]

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..core import topk
 from ..core.lazy import Lazy
 from ..core.masks import AllKept, Counted, Masks, all_kept, full_masks, kept, layer_counts
-from ..core.topk import on_host
 from ..distributed.fsdp2 import local, reshard_, shard_of
 from .named_weights import NamedWeights
 from .standardised import prune_
@@ -133,7 +133,7 @@ class MaskedWeights(NamedWeights):
         weights = self.weights() if names else {}
         split = reshard_(self.model)
         found = {name: self._mask[name] if split else self._there(name, weights[name]) for name in names}
-        if self._known.counts is None and names and (ask or on_host(found[names[0]])):
+        if self._known.counts is None and names and (ask or topk.on_host(found[names[0]])):
             self.counts()
         self._held |= {name for name in names if whole or not self._whole(name)}
         return {name: mask for name, mask in found.items() if name in self._held}
