@@ -68,10 +68,14 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-mkdir -p "$work/state"
-work=$(cd "$work" && pwd)
+for folder in "$data" "$wheels"; do
+  [ -z "$folder" ] || [ -d "$folder" ] || { echo "error: '$folder' is no folder" >&2; exit 2; }
+done
+[ -n "$data$rehearse" ] || { echo "error: --data is not given; see the top of $0" >&2; exit 2; }
 out=${out:-$work/tables}
-mkdir -p "$out"
+mkdir -p "$work/state" "$work/results" "$out"
+absolute() { [ -z "$1" ] || (cd "$1" && pwd); }
+data=$(absolute "$data") wheels=$(absolute "$wheels") work=$(absolute "$work") out=$(absolute "$out")
 deadline=$((SECONDS + minutes * 60 - 50)) # what is stopped has this long to save
 export PYTHONPATH="$work/site:$repository" OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} PYTHONUNBUFFERED=1
 cd "$repository"
