@@ -245,7 +245,7 @@ class Bench:
         self.subnet.release_()
         return clock.epochs[0]
 
-    def beside(self, train: Callable[[Clock], None]) -> list[tuple[Epoch, Epoch]]:
+    def beside(self, train: Callable[[Clock], Any]) -> list[tuple[Epoch, Epoch]]:
         """Pairs of an epoch of something and of the dense network; the first, which warms up, is left out."""
         pairs: list[tuple[Epoch, Epoch]] = []
 
@@ -268,7 +268,7 @@ class Bench:
 
         def train(clock: Clock) -> None:
             for run in pruner:
-                if run.sparsity or run.request.after_step or pruner.subnet.gates:
+                if run.sparsity or run.request.moves or pruner.subnet.gates:
                     trainer.fit(run, None, clock)
                 with suppress(Enough):
                     trainer.fit(run, None, Few())
