@@ -26,6 +26,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image
+from timm.data import create_dataset
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -83,7 +84,7 @@ def photos(folder: Path, count: int) -> Images:
         held = io.BytesIO()
         coarse.resize((500, 375), Image.Resampling.BICUBIC).save(held, "JPEG", quality=90)
         (folder / "one" / f"{number:04d}.jpg").write_bytes(held.getvalue())
-    return Images(timm.data.create_dataset("", root=str(folder), search_split=False), "RGB")
+    return Images(create_dataset("", root=str(folder), search_split=False), "RGB")
 
 
 def taken(work: Callable[[], Any]) -> float:

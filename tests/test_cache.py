@@ -419,7 +419,9 @@ def test_what_cannot_be_done_in_batches_says_so_and_goes_through_timms_loader(mo
     found = {"aa": "rand-m9-mstd0.5", "train_crop_mode": "rkrc", "train_interpolation": "random"}
     for key, value in {**found, "interpolation": "lanczos"}.items():
         more = {key: value}
-        text = f"data: training images pass one by one through timm's loader (data.{key}={value})"
+        text = (
+            f"data: training images pass one by one through timm's loader (data.{key}={value} is not done in batches)"
+        )
         assert told(model, **more) == text + rest
         for cache_ in ("device", "host"):
             with pytest.raises(tt.SettingError, match=f"data.cache: {cache_} cannot be had with data.{key}={value}"):
@@ -473,7 +475,8 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_files_of_different_sizes_are_each_cropped_in_their_own(model, folder, workers):
+def test_files_of_different_sizes_are_each_cropped_in_their_own(model, folder, monkeypatch, workers):
+    monkeypatch.setattr(placing, "_FOR_A_WORKER", 1)
     data = Data(DataSettings(**{**folder[1], "workers": workers}))  # pyright: ignore
     assert "all images are decoded once into memory (216 kB)" in data.caches.told(data.preprocessing(model), CPU)
     train, *_ = data.sets(model, CPU)
@@ -530,7 +533,8 @@ def test_filling_shows_how_far_it_is_and_ends_where_a_stop_is_asked(model, folde
 
 def test_images_of_other_kinds_than_bytes_are_left_to_timm(model, folder):
     text = told(model, **{**folder[1], "input_img_mode": None})
-    assert text == "data: all images pass one by one through timm's loader (data.input_img_mode=null)"
+    why = "data.input_img_mode=null is not done in batches"
+    assert text == f"data: all images pass one by one through timm's loader ({why})"
 
 
 @pytest.mark.cuda

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from no_sync import CARD, Card, OnCard, asks_nothing, on_card_
-from support.every_method import METHODS, OPTIMIZERS, fresh, ids, marked, pruner_of
+from support.every_method import METHODS, OPTIMIZERS, Row, fresh, ids, marked, pruner_of
 from torch import nn
 
+import timm_tickets as tt
 from timm_tickets.sparse.blind import Reached
 
 VALUES = torch.tensor([1.0, -2.0, 3.0])
@@ -107,3 +108,24 @@ def test_masks_scores_and_counts_stay_on_the_card(name, monkeypatch):
         assert all(mask.device == CARD for mask in run.subnet.device_mask().values())
         masks = run.subnet.mask
     assert all(type(mask) is torch.Tensor and torch.equal(mask, plain.subnet.mask[n]) for n, mask in masks.items())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["edge_popup", "frozen_slt", "jackpot", "continuous_sparsification"])
+@pytest.mark.filterwarnings("ignore")
+def test_scores_that_are_not_finite_are_told_when_a_run_ends(name, bad, monkeypatch):
+    """On the CPU the next cut refuses NaN; a card is not asked by it."""
+    monkeypatch.setattr("timm_tickets.core.topk.on_host", lambda _: False)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    pruner = pruner_of(Row(name, {"classifier": True}), model, sparsity=0.5)
+    run = next(pruner)
+    run.batches_per_epoch = 2
+    optimizer = run.attach(torch.optim.SGD(model.parameters(), 0.1))
+    gate = pruner.subnet.gates["1.weight"]
+    with torch.no_grad():
+        gate.score.view(-1)[0] = bad
+    for _ in range(2):
+        run.loss(lambda output, _: output.square().sum(), model(torch.ones(2, 4)), None)
+        optimizer.step()
+    with pytest.raises(tt.TrainingError, match=r"round_00: the learned scores of 1\.weight are not finite.*lower the"):
+        next(pruner)

@@ -1,19 +1,24 @@
 """A trainer's step: what it computes, that it asks the device nothing, and that nothing of it is made anew."""
 
 import copy
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from no_sync import asks_nothing
+from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch._dynamo.utils import counters
 
 import timm_tickets as tt
 from timm_tickets.config.parts import TrainingSettings
+from timm_tickets.training.finite_check import Watch
 from timm_tickets.training.graphs import Parts
 from timm_tickets.training.step import Step
+from timm_tickets.training.supported import deterministic
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's own tracer
@@ -161,11 +166,8 @@ def graphs():
 
 
 @pytest.mark.parametrize("way", ["compiled", CARD])
-@pytest.mark.parametrize("opt", ["sgd", "adamw"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "opt"), [*((method, "sgd") for method in METHODS), ("imp", "adamw")])
 def test_one_graph_for_all_runs_and_everything_stays_where_it_is(method, opt, way):
-    if opt == "adamw" and method != "imp":
-        pytest.skip("one method will do")
     torch._dynamo.reset()
     counters.clear()
     device = "cuda" if way == "captured" else "cpu"
@@ -243,3 +245,111 @@ def test_a_checkpoint_is_loaded_into_the_tensors_that_are_there():
     assert search.places() == before
     momentum = [state["momentum_buffer"] for state in search.optimizer.optimizer.state.values()]
     assert all((value > 20).any() for value in momentum)  # of what was loaded, a step later
+
+
+def test_a_step_that_asks_the_host_before_masks_goes_through_python():
+    """A method's tap wants gradients from before they are masked: that step no graph takes."""
+    search = Search("imp", "compiled")
+    run = next(search.pruner)
+    run.batches_per_epoch = STEPS
+    search.step.begin_(run, print)
+    search.take(run, 0)
+    run.subnet.tap_(True)
+    search.take(run, 1)
+    assert search.step.made == {}
+    assert set(run.subnet.dense_gradients()) == set(run.subnet.names)
+
+
+@pytest.mark.parametrize(
+    ("settings", "opt", "told"),
+    [
+        ({"step": "captured"}, "sgd", "captured cannot be had here, as it records a CUDA graph; set .* or compiled"),
+        ({"step": "compiled"}, "lion", "compiled cannot be had here, as Lion's state cannot be kept in place"),
+        ({"step": "compiled"}, "lookahead_adamw", "as several processes, .* Lookahead"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(settings, opt, told):
+    accelerator, model = Accelerator(cpu=True), network()
+    optimizer = accelerator.prepare(create_optimizer_v2(model, opt, lr=0.1))
+    with pytest.raises(tt.SettingError, match=told):
+        Step(TrainingSettings(**settings), accelerator, model, optimizer, CLASSES)
+
+
+def test_on_a_cpu_auto_is_eager_and_on_a_card_it_says_why_it_is():
+    accelerator, model, said = SimpleNamespace(scaler=None, distributed_type=None, num_processes=1), network(), []
+    for opt, device, way in (("sgd", "cpu", "eager"), ("sgd", "cuda", "captured"), ("lion", "cuda", "eager")):
+        optimizer = SimpleNamespace(optimizer=(plain := create_optimizer_v2(model, opt, lr=0.1)))
+        optimizer.param_groups, accelerator.device = plain.param_groups, torch.device(device)
+        step = Step(TrainingSettings(), accelerator, model, optimizer, CLASSES)
+        assert step.way == way
+        run = next(tt.create_pruner("imp", model, sparsity=0.5, epochs=1))
+        if way == "eager":
+            step.begin_(run, said.append)
+    assert said == [
+        "training.step: eager, as Lion's state cannot be kept in place over runs; that of sgd without dampening, adam "
+        "and adamw can"
+    ]
+
+
+def switches():
+    memory = torch.utils.deterministic.fill_uninitialized_memory
+    return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, memory
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "within"),
+    [
+        (None, "cpu", (True, False, False)),
+        (None, "cuda", (False, True, True)),
+        (True, "cuda", (True, False, False)),
+        (False, "cuda", (False, True, True)),
+        (False, "cpu", (False, False, True)),
+    ],
+)
+def test_deterministic_is_what_was_asked_and_set_back(asked, device, within, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = switches()
+    with suppress(KeyError), deterministic(asked, torch.device(device)):  # an error sets it back, too
+        assert switches() == within
+        raise KeyError
+    assert switches() == before == (False, False, True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with deterministic(False, torch.device("cuda")):  # whoever asked torch itself has them
+            assert switches() == (True, False, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def watched(model, every, folder=None, good=None):
+    run = tt.Training(tt.Run(1), tt.Subnet(model, ["0.weight"]))
+    watch = Watch(run, torch.device("cpu"), folder, good)
+    watch.every, watch.losses = every, torch.zeros(every)
+    return run, watch
+
+
+def test_losses_are_looked_at_every_so_many_steps_and_the_first_bad_one_is_named():
+    run, watch = watched(network(), every=4)
+    losses = [torch.tensor(value) for value in (1.0, float("nan"), 2.0, float("inf"))]
+    for loss in losses[:3]:
+        with asks_nothing():
+            watch.see(loss)
+        run.step += 1
+    with pytest.raises(tt.TrainingError, match="not finite at step 1 of the run"):
+        watch.see(losses[3])
+
+
+def test_the_last_good_state_is_copied_where_the_model_is_into_the_same_memory(tmp_path):
+    model = network()
+    model[0].weight.data = model[0].weight.data.contiguous(memory_format=torch.channels_last)
+    _, watch = watched(model, 1, tmp_path)
+    before = {name: value.data_ptr() for name, value in watch.good.items()}
+    kept = model[0].weight.detach().clone()
+    _, watch = watched(model, 1, tmp_path, watch.good)  # of the next run
+    watch.keep()
+    assert {name: value.data_ptr() for name, value in watch.good.items()} == before
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = torch.inf
+    with pytest.raises(tt.TrainingError, match=r"0.weight is not finite after step 0 .*last_good"):
+        watch.keep()
+    assert torch.equal(load_file(tmp_path / "last_good.safetensors")["0.weight"], kept)

@@ -138,6 +138,21 @@ def test_counts_that_are_known_are_not_asked_for():
     assert masks.layer_counts(again) == {name: int(mask.sum()) for name, mask in again.items()}
 
 
+@pytest.mark.parametrize("scope", ["global", "layerwise"])
+@pytest.mark.parametrize("change", ["in place", "replaced", "removed"])
+def test_counts_are_forgotten_where_a_mask_was_changed(scope, change):
+    weights = {"a": torch.randn(4, 5), "b": torch.randn(6)}
+    found = masks.cut(masks.all_kept(weights), weights, 20, scope)
+    if change == "in place":  # as COLT has it
+        found["a"] &= torch.zeros(4, 5, dtype=torch.bool)
+    elif change == "replaced":
+        found["a"] = torch.zeros(4, 5, dtype=torch.bool)
+    else:
+        del found["a"]
+    assert masks.kept(found) == int(found["b"].sum())
+    assert masks.layer_counts(found)["b"] == int(found["b"].sum())
+
+
 @ways
 def test_denormal_and_half_precision_scores_are_told_apart(way):
     values = torch.tensor([-(2.0**-149), -0.0, 2.0**-149, 0.0, 2.0**-148])

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from timm_tickets.cli import app
+from support import started
 
-from . import started
+from timm_tickets.cli import app
 
 DRIVER = Path(__file__).parent / "killed_search.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import SettingError, shown
 from .lazy import Lazy
+from .private import changes_of
 from .seeds import seed_from
 from .topk import exchange, joint, swap, swaps, together, top, tops  # noqa: F401 - documented as `masks.exchange`, `masks.swap`
 
@@ -26,7 +27,7 @@ _SHUFFLE = 0x5F1E  # a stream of its own: a model may have been initialised unde
 
 
 class Counted(dict[str, Tensor]):
-    """Masks that say how much they keep, so that their device need not be asked.
+    """Masks that say how much they keep, so that their device need not be asked; until one of them is changed.
 
     Args:
         masks: They.
@@ -36,8 +37,30 @@ class Counted(dict[str, Tensor]):
 
     def __init__(self, masks: Mapping[str, Tensor], counts: Mapping[str, int] | None = None, kept: int | None = None):
         super().__init__(masks)
-        self.counts = None if counts is None else dict(counts)
-        self.kept = sum(counts.values()) if counts is not None else kept
+        self._counts = None if counts is None else dict(counts)
+        self._kept = sum(counts.values()) if counts is not None else kept
+        self._then = self._now()
+
+    @property
+    def counts(self) -> dict[str, int] | None:
+        """How many weights each layer keeps; None where nobody knows."""
+        return self._counts if self._same() else None
+
+    @property
+    def kept(self) -> int | None:
+        """How many all of them keep; None where nobody knows."""
+        return self._kept if self._same() else None
+
+    def _same(self) -> bool:
+        now = self._now()
+        return len(now) == len(self._then) and all(
+            a is b and one == other for (a, one), (b, other) in zip(now, self._then, strict=True)
+        )
+
+    def _now(self) -> list[tuple[Tensor, int]]:
+        if torch.compiler.is_compiling():  # within a step nobody changes what was just cut
+            return []
+        return [(mask, 0 if mask.is_inference() else changes_of(mask)) for mask in self.values()]
 
 
 class AllKept(Lazy):
@@ -239,12 +262,12 @@ def keep_best(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], keeps: 
                 f"budget of {name}: {keeps[name]} weights cannot be kept where {left} of {masks[name].numel()} are "
                 f"left; give it 0 to {left}, or leave the layer out with exclude"
             )
-    names, out = list(masks), Counted({}, keeps)
+    names, out = list(masks), dict[str, Tensor]()
     sizes = masks.counts if isinstance(masks, AllKept) else {name: mask.numel() for name, mask in masks.items()}
     for part in together([sizes[name] for name in names], scores[names[0]]) if names else ():
         ranked = [_alive(masks, scores[name], name) for name in names[part]]
         out.update(zip(names[part], tops(ranked, [keeps[name] for name in names[part]]), strict=True))
-    return out
+    return Counted(out, keeps)
 
 
 def _alive(masks: Mapping[str, Tensor], score: Tensor, name: str) -> Tensor:

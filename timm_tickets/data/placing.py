@@ -24,6 +24,7 @@ from .transforms import Transformed, beginning
 
 MODES = ("RGB", "L")
 _SHARE = 4  # of the free memory, a quarter at most
+_FOR_A_WORKER = 512  # files; fewer are decoded before one has started
 _SAMPLE = 128  # images, whose sizes stand for all
 
 
@@ -75,7 +76,8 @@ class Caches:
                 train = role == "train"
                 source = Transformed(images, beginning(self.settings, config, train), unreadable)
                 kept_on = device if place.where == "device" else torch.device("cpu")
-                workers = self.settings.workers if isinstance(original(images, 0)[0], Images) else 0
+                workers = len(images) // _FOR_A_WORKER if isinstance(original(images, 0)[0], Images) else 0
+                workers = min(workers, self.settings.workers)
                 self._made[key][role] = Cached(source, steps_of(self.settings, config, train), kept_on, device, workers)
         return self._made[key]
 
@@ -140,6 +142,7 @@ class Caches:
             where = "none" if why or elsewhere[1] else "host" if elsewhere[0] else "device"
             if where == "none":
                 most = bytes_in_words(max(room.values()))
+                why = why and f"{why} is not done in batches"
                 found[role] = Place("none", why=why or f"decoded they take {bytes_in_words(size)}, of {most} allowed")
                 continue
             room[where] -= size

@@ -269,7 +269,16 @@ class Training(Clock):
             self._take_rewind_point_(sharing(subnet.live_state(), subnet.start or {}), 0.0)
 
     def settle_(self) -> None:
-        """Bring the mask up to date with learned scores; before scoring a model in the middle of a run."""
+        """Bring the mask up to date with learned scores; before scoring a model in the middle of a run.
+
+        Raises:
+            TrainingError: A score is not finite: no step on a card asks, so that it is said here. It stays so.
+        """
+        if (name := not_finite(self.subnet.device_scores(free=True), {})) is not None:
+            raise TrainingError(
+                f"{self.name}: the learned scores of {name} are not finite, NaN or infinite, after step {self.step}; "
+                "lower the learning rate or clip gradients, and train it again"
+            )
         if self.request.settle is not None:
             self.request.settle(self.subnet)
 
