@@ -268,7 +268,7 @@ class Bench:
 
         def train(clock: Clock) -> None:
             for run in pruner:
-                if run.sparsity or run.request.after_step or pruner.subnet.gates:
+                if run.sparsity or run.request.moves or pruner.subnet.gates:
                     trainer.fit(run, None, clock)
                 with suppress(Enough):
                     trainer.fit(run, None, Few())
