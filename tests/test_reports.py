@@ -21,7 +21,8 @@ from timm_tickets.experiments.search import search as searched
 from timm_tickets.reports.page import markdown, report
 from timm_tickets.reports.read import read_all
 from timm_tickets.reports.statistics import difference, holm, interval, paired, percent
-from timm_tickets.reports.verdicts import sentence, tasks, verdicts
+from timm_tickets.reports.tasks import tasks
+from timm_tickets.reports.verdicts import sentence, verdicts
 from timm_tickets.storage.files import write_record
 from timm_tickets.storage.lock import held
 
@@ -102,7 +103,7 @@ def told(values, control="random mask", tests=1):
             12,
             "(95 % interval 1.0 to 3.0, 5 seeds), once corrected for the 12 tickets",
         ),
-        ([1.0], "dense", 1, "one seed, 1.0 points above it (the dense network): gives no interval"),
+        ([1.0], "dense", 1, "1.0 points above the dense network with one seed, which gives no interval"),
         ([0.0, 0.0], "dense", 1, "with each of 2 seeds, which gives no interval"),
     ],
 )
@@ -193,7 +194,7 @@ def test_several_seeds_are_compared_pair_by_pair_and_a_missing_one_is_named(tmp_
 def test_one_seed_gives_no_interval_and_an_absent_control_is_said_with_its_command(tmp_path):
     folder = search(tmp_path / "one", 0, 91.0, 90.0)
     found = said(folder)
-    assert "one seed, 1.0 points above it" in found["imp", "dense"]
+    assert "1.0 points above the dense network with one seed" in found["imp", "dense"]
     assert "no random mask was trained" in found["imp", "random mask"]
     assert f"timm-tickets transfer {folder}/digits_imp.ticket {folder}/recipe.yaml" in found["imp", "random mask"]
 
@@ -202,7 +203,7 @@ def test_the_same_seed_twice_is_one_seed(tmp_path):
     for name, top1 in (("a", 91.0), ("b", 93.0)):
         search(tmp_path / name, 0, top1, 90.0)
     text = said(tmp_path)["imp", "dense"]
-    assert text.startswith("one seed, 2.0 points above it")
+    assert text.startswith("2.0 points above the dense network with one seed")
     assert "seed 0 stands in several folders and counts once" in text
 
 
@@ -216,7 +217,7 @@ def test_a_random_mask_is_paired_within_its_transfer(tmp_path, seeds):
         write(tmp_path / f"transfer_{seed}", runs, seed, kind=kind, ticket=ticket)
     text = said(tmp_path)["imp", "random mask"]
     if seeds == 1:
-        assert text.startswith("one seed, 2.0 points above it (a random mask with the same layer counts)")
+        assert text.startswith("2.0 points above a random mask with the same layer counts with one seed")
     else:  # differences 2, 2.5 and 3
         assert text.startswith("better than a random mask with the same layer counts by 2.5 points (95 % interval 1.3")
 
@@ -226,7 +227,7 @@ def test_a_ticket_of_the_pruner_random_counts_as_the_same_layer_counts_only_if_t
     switched = ["pruner.name=random"]
     write(tmp_path / "same", [Run("dense", 90.0), Run("round_00", 91.0, 0.5)], ticket=ticket_of(1), overrides=switched)
     found = said(tmp_path)
-    assert found["imp", "random mask"].startswith("one seed, 4.0 points above it")
+    assert found["imp", "random mask"].startswith("4.0 points above a random mask")
     assert ("imp", "random") not in found
     (tmp_path / "same" / "digits_imp.ticket").unlink()
     other = ticket_of(1)
@@ -256,6 +257,19 @@ def test_weights_that_rounds_go_on_from_are_trained_as_long_as_all_of_them(tmp_p
     assert "trained 7 times as long (7 and 1 epochs)" in said(tmp_path)["tp_magnitude", "dense"]
 
 
+def test_a_ticket_trained_again_under_other_settings_is_a_line_of_its_own(tmp_path):
+    ticket = ticket_of(0)
+    search(tmp_path / "search", 0, 95.0, 90.0, ticket=ticket)
+    runs = [Run("random", 90.0, 0.5), Run("ticket", 92.0, 0.5), Run("dense", 93.0)]
+    kind = f"transfer of ticket {ticket.fingerprint}"
+    for name, more in (("same", []), ("other", ["training.lr=0.5"])):
+        write(tmp_path / name, runs, kind=kind, ticket=ticket, overrides=more)
+    found = said(tmp_path)
+    assert {label for label, _ in found} == {"imp", "ticket, transfer"}
+    assert found["imp", "random mask"].startswith("2.0 points above")
+    assert found["ticket, transfer", "dense"].startswith("1.0 points below the dense network")
+
+
 @pytest.mark.parametrize(
     ("more", "why"),
     [
@@ -268,7 +282,7 @@ def test_a_control_of_another_folder_is_compared_only_if_all_but_the_mask_is_the
     write(tmp_path / "imp", [Run("round_01", 95.0, 0.5, round=1)])
     dense = {"kind": "training of dense"}
     write(tmp_path / "same", [Run("round_00", 94.0)], **dense)
-    assert said(tmp_path)["imp", "dense"].startswith("one seed, 1.0 points above it")
+    assert said(tmp_path)["imp", "dense"].startswith("1.0 points above the dense network")
     (tmp_path / "same").rename(tmp_path.with_name(f"{tmp_path.name}_aside"))
     write(tmp_path / "other", [Run("round_00", 94.0)], **dense, **more)
     assert f"not a fair comparison with the dense network: {why}" in said(tmp_path)["imp", "dense"]

@@ -10,7 +10,7 @@ from typing import Any
 from ..core.errors import shown
 from .masks import Overlap, TicketFile
 from .statistics import Interval, interval, percent
-from .verdicts import Series, Task
+from .tasks import Series, Task
 
 # Okabe and Ito's, without yellow, which white swallows; each with a marker and a line style of its own.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -59,11 +59,14 @@ def accuracy(task: Task, name: str) -> Figure | None:
     by_label: dict[str, dict[float, dict[int, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
+    epochs, dense = task.dense
     for series in task.series:
         for one in series.experiments:
+            other = one.weights_trained or one.epochs
+            label = f"{series.label}, {other} epochs" if dense and other != epochs else series.label
             for run in one.points:
                 place = series.target if run is one.final else round(run.sparsity, 4)
-                by_label[series.label][place][one.seed].append(run.top1 or 0.0)
+                by_label[label][place][one.seed].append(run.top1 or 0.0)
     if not by_label:
         return None
 
@@ -79,7 +82,6 @@ def accuracy(task: Task, name: str) -> Figure | None:
             axes.plot(x, [one.mean for one in means.values()], label=label, **looks)
             _bars(axes, x, [*means.values()], looks["color"])
             told.append(f"{label}: " + ", ".join(f"{_said(one)} at sparsity {p:.4g}" for p, one in means.items()))
-        epochs, dense = task.dense
         if dense:
             found = percent([*dense.values()])
             axes.axhline(found.mean, color=_INK, linestyle=(0, (1, 1)), linewidth=1.2, label=f"dense, {epochs} epochs")
@@ -104,7 +106,7 @@ def trainings(task: Task, name: str) -> Figure | None:
     for series in task.series:
         for one, final in series.finals:
             if one.kind == "search" and (spent := one.spent) is not None:
-                found[series.label].append((spent, final.top1 or 0.0, one.target))
+                found[series.label].append((spent, final.top1 or 0.0, series.target))
     if not found:
         return None
 
@@ -266,21 +268,20 @@ def _figure(name: str, title: str, draw: Any, height: float = 3.7) -> Figure:
         if handles:
             canvas.legend(handles, labels, loc="outside lower center", ncols=2 if len(labels) > 1 else 1)
 
-        def written(kind: str, **more: Any) -> bytes:
-            out = io.BytesIO()
-            canvas.savefig(out, format=kind, **more)
-            return out.getvalue()
-
+        out = io.StringIO(), io.BytesIO()
         told: Any = {"metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))}
-        inline = _themed(written("svg", transparent=True, **told).decode(), name)
-        return Figure(name, title, alt, inline, written("svg", facecolor="white", **told), written("png", dpi=150))
+        canvas.savefig(out[0], format="svg", transparent=True, **told)
+        canvas.savefig(out[1], format="png", dpi=150)
+    svg = out[0].getvalue()
+    white = re.sub(r"(<svg [^>]*>)", r'\1<rect width="100%" height="100%" fill="white"/>', svg, count=1)
+    return Figure(name, title, alt, _themed(svg, name), white.encode(), out[1].getvalue())
 
 
 def _themed(svg: str, name: str) -> str:
     """An SVG as a part of a page: without a prologue, its names its own, its colours the page's."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg).replace("xlink:href", "href")
     for number, colour in enumerate(_COLOURS):
         svg = svg.replace(colour, f"var(--c{number})")
     svg = svg.replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")

@@ -28,6 +28,7 @@ class TicketFile:
     """What a ticket's file says.
 
     Attributes:
+        pruner: That found it; "ticket" where the file does not say one that we know.
         kept: Weights kept of each layer.
         of: Weights of each layer.
         bytes: Of the file.
@@ -37,6 +38,7 @@ class TicketFile:
         rounds: COLT's rounds: the share that all copies keep, and that by chance.
     """
 
+    pruner: str
     kept: dict[str, int]
     of: dict[str, int]
     bytes: int
@@ -64,10 +66,11 @@ def ticket_file(experiment: Experiment) -> TicketFile:
         if experiment.fingerprint not in (None, header.fingerprint):
             raise SettingError("it is not the ticket that was found here")
     pruner, model = (_dict(header.metadata.get(key)) for key in ("pruner", "model"))
-    name = pruner.get("name")
-    kept_on = name in list_pruners() and (get_method(name).ends_trained or pruner.get("rewind", "") is None)
+    name = known if (known := pruner.get("name")) in list_pruners() else "ticket"
+    kept_on = name != "ticket" and (get_method(name).ends_trained or pruner.get("rewind", "") is None)
     notes = header.metadata.get("notes")
     return TicketFile(
+        pruner=name,
         kept={layer.name: layer.kept for layer in size.layers},
         of={layer.name: max(1, torch.Size(layer.shape).numel()) for layer in size.layers},
         bytes=size.file,

@@ -17,7 +17,8 @@ from .figures import Figure
 from .masks import TicketFile, costs, ticket_file
 from .read import Experiment, read_all
 from .statistics import percent
-from .verdicts import CONTROLS, Series, Task, tasks, verdicts
+from .tasks import Series, Task, tasks
+from .verdicts import verdicts
 
 NAME = "report"
 _MARK = b"timm-tickets report"  # in what was written here, and may be written again
@@ -206,9 +207,9 @@ def _folders(found: Sequence[Experiment]) -> Table:
             name, curve = [*one.curves.items()][-1]
             done += f"; {name} at epoch {curve[-1][0]}, validation {curve[-1][1]:.2f} %"
         again = "; the same command continues" if one.state in ("killed", "stopped") else ""
-        facts = (one.kind, one.recipe.pruner["name"], f"{one.target:.4g}", f"{one.seed}")
+        facts = (one.kind, one.recipe.pruner["name"], "" if one.target is None else f"{one.target:.4g}", f"{one.seed}")
         rows.append([shown(str(one.folder), 200), one.state, *facts, done + again])
-    return Table(("folder", "state", "experiment", "pruner", "asked sparsity", "seed", "so far"), rows)
+    return Table(("folder", "state", "experiment", "pruner", "sparsity", "seed", "so far"), rows)
 
 
 def _summary(found: Sequence[Experiment], left: Sequence[str]) -> str:
@@ -216,6 +217,3 @@ def _summary(found: Sequence[Experiment], left: Sequence[str]) -> str:
     counts = [f"{states.count(state)} {state}" for state in ("finished", "running", "killed", "stopped")]
     told = ", ".join(one for one in counts if not one.startswith("0 "))
     return f"{len(found)} run folders: {told}" + (f"; {len(left)} things are left out, see below" if left else "")
-
-
-__all__ = ["CONTROLS", "markdown", "report"]

@@ -98,9 +98,11 @@ class Experiment:
         return self.recipe.seed
 
     @property
-    def target(self) -> float:
-        """The asked sparsity; what was reached may differ a little."""
-        return self.recipe.pruner["sparsity"]
+    def target(self) -> float | None:
+        """The asked sparsity, of which the reached one may differ a little; of a given ticket its own, once trained."""
+        if self.kind == "search":
+            return self.recipe.pruner["sparsity"]
+        return None if self.final is None else round(self.final.sparsity, 4)
 
     @property
     def epochs(self) -> int:
@@ -132,7 +134,7 @@ class Experiment:
         if self.kind != "search" or get_method(self.recipe.pruner["name"]).ends_trained:
             found = [final] if final is not None else []
         else:
-            found = [one for one in self.trained if one.epochs == self.epochs and one.sparsity > 0]
+            found = [one for one in self.trained if one.epochs == self.epochs and 0 < one.sparsity < 1]
         return [one for one in {one.sparsity: one for one in found}.values() if one.top1 is not None]
 
     @property

@@ -1,94 +1,21 @@
 """What is compared with what, and the one sentence on each that the data support."""
 
-import hashlib
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ..core.errors import TicketError, shown
 from .masks import ticket_file
 from .read import Experiment, Trained
 from .statistics import Difference, difference, holm, paired
+from .tasks import Series, Task, differing, mean_of
 
 ALPHA = 0.05
-_SCORED = ("img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "input_img_mode", "in_chans", "classes")
-_OF_A_SEED = ("seed", "name", "pruner.seed", "dense", "data.workers")  # what runs of one series may have otherwise
 CONTROLS = {
     "dense": "the dense network",
     "random mask": "a random mask with the same layer counts",
     "random": "the pruner `random`, whose layers keep other counts",
 }
-
-
-@dataclass(eq=False)
-class Series:
-    """Searches of one recipe at several seeds, at one asked sparsity, or tickets trained again.
-
-    Attributes:
-        label: Short, and of no other series of the task.
-        experiments: In the order of their seeds.
-        beside: Transfers of these very tickets, with controls.
-    """
-
-    label: str
-    experiments: list[Experiment]
-    beside: list[Experiment] = field(default_factory=list)
-
-    @property
-    def target(self) -> float:
-        return self.experiments[0].target
-
-    @property
-    def finals(self) -> list[tuple[Experiment, Trained]]:
-        return [(one, final) for one in self.experiments if (final := one.final) is not None and final.top1 is not None]
-
-
-@dataclass(eq=False)
-class Task:
-    """Experiments that may stand in one figure: of one network, scored on the same test images in the same way."""
-
-    experiments: list[Experiment]
-
-    @property
-    def title(self) -> str:
-        recipe = self.experiments[0].recipe
-        start = ", pretrained" * recipe.model.pretrained
-        return f"{recipe.model.model}{start} on {shown(recipe.data.dataset, 60)}"
-
-    @cached_property
-    def series(self) -> list[Series]:
-        groups: dict[str, list[Experiment]] = defaultdict(list)
-        prints = {one.fingerprint for one in self.experiments if one.kind == "search" and one.fingerprint}
-        tickets = [one for one in self.experiments if one.kind != "dense"]
-        for one in tickets:
-            if one.of not in prints:
-                groups[json.dumps([one.kind, _settings(one, *_OF_A_SEED)], default=str)].append(one)
-        found = [
-            Series(label, group) for label, group in zip(_labels([*groups.values()]), groups.values(), strict=True)
-        ]
-        for one in found:
-            one.experiments.sort(key=lambda one: one.seed)
-            of = {each.fingerprint for each in one.experiments}
-            one.beside = [each for each in tickets if each.of is not None and each.of in of]
-        return sorted(found, key=lambda one: (one.label, one.target))
-
-    @cached_property
-    def dense(self) -> tuple[int, dict[int, float]]:
-        """Epochs and test top-1 by seed of the dense networks that were trained as most of the tickets are."""
-        found: dict[tuple[int, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        count: Counter[tuple[int, str]] = Counter()
-        for one in self.experiments:
-            how = _training(one)
-            for run in one.dense:
-                found[run.epochs, how][one.seed].append(run.top1 or 0.0)
-            count[one.epochs, how] += 1
-        for key, _ in count.most_common():
-            if key in found:
-                return key[0], {seed: _mean(scores) for seed, scores in sorted(found[key].items())}
-        return 0, {}
 
 
 @dataclass(frozen=True)
@@ -108,16 +35,6 @@ class Verdict:
     text: str
     found: Difference | None = None
     corrected: float | None = None
-
-
-def tasks(experiments: Iterable[Experiment]) -> list[Task]:
-    """Experiments by network and test images: others never share a figure, nor those whose images nobody knows."""
-    found: dict[str, list[Experiment]] = defaultdict(list)
-    for one in experiments:
-        test = one.images.get("test") or str(one.folder)
-        how = {key: getattr(one.recipe.data, key) for key in _SCORED}
-        found[json.dumps([one.recipe.model.model_dump(mode="json"), test, how], default=str)].append(one)
-    return [Task(group) for group in found.values()]
 
 
 def verdicts(task: Task, margin: float) -> list[Verdict]:
@@ -156,10 +73,11 @@ def sentence(
         tests: How many tickets were corrected for.
     """
     name, mean = CONTROLS[control], found.mean
-    by = f"{abs(mean):.1f} points {'above' if mean >= 0 else 'below'} it"
+    side = f"{abs(mean):.1f} points {'above' if mean >= 0 else 'below'}"
+    by = f"{side} it"
     if found.low is None or found.high is None or p is None or not_worse is None:
         if found.count == 1:
-            return f"one seed, {by} ({name}): gives no interval, so nothing is said of which is better; add seeds"
+            return f"{side} {name} with one seed, which gives no interval and does not say which is better"
         return f"not distinguishable from {name}: {by} with each of {found.count} seeds, which gives no interval"
     seeds = f"95 % interval {found.low:.1f} to {found.high:.1f}, {found.count} seeds"
     if p < ALPHA:
@@ -200,7 +118,7 @@ class _Pairs:
                 break
             if got:
                 unfair.pop(one.seed, None)
-        both = {seed: (_mean(ones), _mean(others)) for seed, (ones, others) in scores.items()}
+        both = {seed: (mean_of(ones), mean_of(others)) for seed, (ones, others) in scores.items()}
         seeds: dict[int, float | None] = {one.seed: None for one in series.experiments}
         ours, theirs = ({**seeds, **{seed: pair[side] for seed, pair in both.items()}} for side in (0, 1))
         self.differences, missing = paired(ours, theirs)
@@ -276,14 +194,7 @@ def _unfair(one: Experiment, other: Experiment, run: Trained) -> str:
         return ""
     if one.images != other.images or not one.images:
         return "other images were trained or validated on"
-    ours, theirs = (_settings(each, "training.epochs", "data.workers") for each in (one, other))
-    keys = [key for key in {**ours, **theirs} if key.startswith(("training.", "data.", "model."))]
-    differ = [
-        f"{key} {shown(ours.get(key), 30)} and {shown(theirs.get(key), 30)}"
-        for key in keys
-        if ours.get(key) != theirs.get(key)
-    ]
-    return ", ".join(differ[:3])
+    return ", ".join(differing(one, other)[:3])
 
 
 def _absent(series: Series, control: str) -> str:
@@ -306,38 +217,3 @@ def _absent(series: Series, control: str) -> str:
 
 def _is_random(series: Series) -> bool:
     return series.experiments[0].recipe.pruner["name"] == "random"
-
-
-def _labels(groups: Sequence[Sequence[Experiment]]) -> list[str]:
-    """The pruner's name, and what tells groups of one name apart."""
-    firsts = [group[0] for group in groups]
-    names = [
-        one.recipe.pruner["name"] if one.kind == "search" else f"{one.kind}, ticket {(one.of or '')[:8]}"
-        for one in firsts
-    ]
-    flat = [_settings(one, *_OF_A_SEED) for one in firsts]
-    out = []
-    for name, mine in zip(names, flat, strict=True):
-        alike = [other for other, its in zip(flat, names, strict=True) if its == name]
-        keys = [key for key in mine if any(other.get(key) != mine[key] for other in alike)]
-        said = [f"{key.rpartition('.')[2]} {shown(mine[key], 20)}" for key in keys if key != "pruner.sparsity"]
-        out.append(name + (f" ({', '.join(said[:3])})" if said else ""))
-    return out
-
-
-def _settings(one: Experiment, *without: str) -> dict[str, Any]:
-    return {key: value for key, value in one.recipe.compared().items() if key not in without}
-
-
-def _training(one: Experiment) -> str:
-    """What trainings have to share, the epochs apart, to be averaged over."""
-    settings = {
-        key: value
-        for key, value in _settings(one, "training.epochs", "data.workers").items()
-        if key.startswith(("training.", "data."))
-    }
-    return hashlib.sha256(json.dumps([settings, dict(one.images)], sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
