@@ -249,6 +249,12 @@ def test_unequal_trainings_are_refused_as_a_comparison(tmp_path):
     )
 
 
+def test_a_rewind_point_that_no_run_reached_is_more_training(tmp_path):
+    runs = [Run("dense", 90.0), Run("round_00", 80.0, 0.5), Run("round_01", 95.0, 0.5, round=1)]
+    write(tmp_path / "a", runs, overrides=["pruner.rewind=2ep"])
+    assert "trained 2 times as long (2 and 1 epochs)" in said(tmp_path)["imp", "dense"]
+
+
 def test_weights_that_rounds_go_on_from_are_trained_as_long_as_all_of_them(tmp_path):
     pytest.importorskip("torch_pruning")
     rounds = [Run(f"round_{n:02d}", 90.0, 0.1 * n, round=n) for n in range(7)]

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,11 +59,12 @@ def accuracy(task: Task, name: str) -> Figure | None:
     by_label: dict[str, dict[float, dict[int, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
-    epochs, dense = task.dense
+    (epochs, dense), bases = task.dense, {}
     for series in task.series:
         for one in series.experiments:
             other = one.weights_trained or one.epochs
             label = f"{series.label}, {other} epochs" if dense and other != epochs else series.label
+            bases[label] = series.label
             for run in one.points:
                 place = series.target if run is one.final else round(run.sparsity, 4)
                 by_label[label][place][one.seed].append(run.top1 or 0.0)
@@ -72,10 +73,10 @@ def accuracy(task: Task, name: str) -> Figure | None:
 
     def draw(axes: Any) -> str:
         told = []
-        for number, (label, places) in enumerate([*by_label.items()][:_MOST]):
+        for label, places in [*by_label.items()][:_MOST]:
+            number, looks = _looks(task, bases[label])
             means = {place: _seeds(seeds) for place, seeds in sorted(places.items())}
-            x = [(1 - place) * 1.025 ** (number - len(by_label) / 2) for place in means]  # apart, to be told apart
-            looks = _looks(number)
+            x = [(1 - place) * 1.025 ** (number - len(by_label) / 2) for place in means]  # side by side
             for density, seeds in zip(x, (places[place] for place in means), strict=True):
                 scores = [sum(each) / len(each) for each in seeds.values()]
                 axes.plot([density] * len(scores), scores, **looks | {"linestyle": "", "markersize": 3, "alpha": 0.5})
@@ -112,15 +113,18 @@ def trainings(task: Task, name: str) -> Figure | None:
 
     def draw(axes: Any) -> str:
         told = []
-        for number, (label, points) in enumerate([*found.items()][:_MOST]):
-            looks = _looks(number) | {"linestyle": ""}
+        most = max(spent for points in found.values() for spent, *_ in points)
+        for label, points in [*found.items()][:_MOST]:
+            number, looks = _looks(task, label)
+            looks, shift = looks | {"linestyle": ""}, most * 0.008 * (number - len(found) / 2)
             targets = sorted({target for *_, target in points})
             for target in targets:
-                xs, ys = ([point[i] for point in points if point[2] == target] for i in (0, 1))
-                axes.plot(xs, ys, **looks | {"markersize": 3, "alpha": 0.5})
-                mean, spent = percent(ys), sum(xs) / len(xs)
-                axes.plot([spent], [mean.mean], label=label if target == targets[0] else None, **looks)
-                _bars(axes, [spent], [mean], looks["color"])
+                ys = [score for _, score, of in points if of == target]
+                spent = sum(spent for spent, _, of in points if of == target) / len(ys)
+                x, mean = spent + shift, percent(ys)
+                axes.plot([x] * len(ys), ys, **looks | {"markersize": 3, "alpha": 0.5})
+                axes.plot([x], [mean.mean], label=label if target == targets[0] else None, **looks)
+                _bars(axes, [x], [mean], looks["color"])
                 told.append(f"{label} at sparsity {target:.4g}: {_said(mean)} for {spent:.4g} epochs")
         epochs, dense = task.dense
         if dense:
@@ -144,11 +148,12 @@ def density(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Fig
 
     def draw(axes: Any) -> str:
         told, deepest = [], 0
-        for number, (series, each) in enumerate([(s, f) for s, f in found.items() if f][:_MOST]):
+        names = _names(task)
+        for series, each in [(s, f) for s, f in found.items() if f][:_MOST]:
             means = {layer: sum(one.density[layer] for one in each) / len(each) for layer in each[0].density}
             deepest = max(deepest, len(means))
-            label = f"{series.label}, {series.target:.4g}"
-            axes.plot(range(1, len(means) + 1), [*means.values()], label=label, **_looks(number) | {"markersize": 4})
+            label, looks = names[series], _looks(task, series.label)[1] | {"markersize": 4}
+            axes.plot(range(1, len(means) + 1), [*means.values()], label=label, **looks)
             least, most = (how(means, key=lambda layer: means[layer]) for how in (min, max))
             told.append(
                 f"{label}: from {means[least]:.3g} in {shown(least, 60)} to {means[most]:.3g} in {shown(most, 60)}"
@@ -165,14 +170,14 @@ def density(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Fig
 def overlaps(task: Task, found: Sequence[Overlap], name: str) -> Figure | None:
     """What masks of two searches share, beside what chance would share."""
     groups: dict[str, list[Overlap]] = defaultdict(list)
-    labels = {one: f"{s.label} {s.target:.4g}" for s in task.series for one in s.experiments}
+    labels = {one: name for series, name in _names(task).items() for one in series.experiments}
     for pair in found:
         first, second = sorted([labels[pair.first], labels[pair.second]])
-        groups[f"{first}, two seeds" if pair.first.seed != pair.second.seed else f"{first} & {second}"].append(pair)
+        groups[f"{first}, two seeds" if pair.first.seed != pair.second.seed else f"{first} &\n{second}"].append(pair)
     if not groups:
         return None
-    ordered = sorted(groups.items(), key=lambda one: (" & " in one[0], -one[1][0].iou + one[1][0].by_chance))
-    rows = ordered[: 2 * _MOST]
+    ordered = sorted(groups.items(), key=lambda one: ("&" in one[0], -one[1][0].iou + one[1][0].by_chance))
+    rows = ordered[: _MOST + 4]
 
     def draw(axes: Any) -> str:
         told = []
@@ -180,29 +185,29 @@ def overlaps(task: Task, found: Sequence[Overlap], name: str) -> Figure | None:
             values, chance = interval([one.iou for one in pairs]), interval([one.by_chance for one in pairs])
             axes.plot([one.iou for one in pairs], [place] * len(pairs), "o", color=_COLOURS[0], markersize=5)
             axes.plot([chance.mean], [place], "|", color=_COLOURS[1], markersize=16, markeredgewidth=2)
-            told.append(f"{label}: {values.mean:.3f} shared, {chance.mean:.3f} by chance")
+            told.append(f"{' '.join(label.split())}: {values.mean:.3f} shared, {chance.mean:.3f} by chance")
         axes.plot([], [], "o", color=_COLOURS[0], label="a pair of masks")
         axes.plot([], [], "|", color=_COLOURS[1], markersize=12, markeredgewidth=2, label="chance, same layer counts")
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(left=0)
         axes.set_xlabel("kept by both / by either")
         return "; ".join(told)
 
-    return _figure(name, f"Overlap of masks: {task.title}", draw, height=1.6 + 0.32 * len(rows))
+    return _figure(name, f"Overlap of masks: {task.title}", draw, height=1.6 + 0.4 * len(rows))
 
 
 def rounds(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Figure | None:
     """What COLT's copies keep in common, round by round, beside what chance would keep."""
-    found = {f"{s.label} {s.target:.4g}": [one.rounds for one in each if one.rounds] for s, each in files.items()}
-    found = {label: each for label, each in found.items() if each}
+    found = {series: [one.rounds for one in each if one.rounds] for series, each in files.items()}
+    found = {series: each for series, each in found.items() if each}
     if not found:
         return None
 
     def draw(axes: Any) -> str:
         told = []
-        for number, (label, each) in enumerate([*found.items()][:_MOST]):
-            looks = _looks(number)
+        for number, (series, each) in enumerate([*found.items()][:_MOST]):
+            label, looks = _names(task)[series], _looks(task, series.label)[1]
             for place, one in enumerate(each):
                 x = range(1, len(one) + 1)
                 axes.plot(x, [kept for kept, _ in one], label=label if not place else None, **looks)
@@ -212,7 +217,7 @@ def rounds(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Figu
             told.append(f"{label}: {last[0]:.3f} kept by all in round {len(each[0])}, {last[1]:.3f} by chance")
         _whole(axes)
         axes.set_xlabel("cut of the search")
-        axes.set_ylabel("share of the weights that all copies keep")
+        axes.set_ylabel("share kept by all copies")
         return "; ".join(told)
 
     return _figure(name, f"What COLT's copies agree on: {task.title}", draw)
@@ -221,7 +226,7 @@ def rounds(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Figu
 def curves(task: Task, name: str) -> Figure | None:
     """Validation top-1 by epoch: of every search its last training so far, and of dense networks."""
     lines: dict[str, dict[int, list[tuple[int, float]]]] = defaultdict(dict)
-    states: dict[str, set[str]] = defaultdict(set)
+    states: dict[str, Counter[str]] = defaultdict(Counter)
     for label, one in [(s.label, one) for s in task.series for one in s.experiments] + [
         ("dense", one) for one in task.experiments
     ]:
@@ -229,7 +234,7 @@ def curves(task: Task, name: str) -> Figure | None:
             names = [run.name for run in one.dense if run.name in one.curves]
         else:
             names = sorted(name for name in one.curves if name not in ("dense", "random"))
-            states[label].add(one.state)
+            states[label][one.state] += 1
         if names:
             lines[label].setdefault(one.seed, one.curves[names[0 if label == "dense" else -1]])
     if not lines:
@@ -237,9 +242,10 @@ def curves(task: Task, name: str) -> Figure | None:
 
     def draw(axes: Any) -> str:
         told = []
-        for number, (label, each) in enumerate([*lines.items()][-_MOST:]):
-            looks = {"color": _INK, "linestyle": ":"} if label == "dense" else _looks(number)
-            state = f" ({', '.join(sorted(states[label] - {'finished'}))})" if states[label] - {"finished"} else ""
+        for label, each in [*lines.items()][-_MOST:]:
+            looks = {"color": _INK, "linestyle": ":"} if label == "dense" else _looks(task, label)[1]
+            state = ", ".join(f"{count} {name}" for name, count in states[label].items() if name != "finished")
+            state = f" ({state})" if state else ""
             for place, curve in enumerate(each.values()):
                 once = {"label": label + state if not place else None, "markersize": 3, "linewidth": 1}
                 axes.plot([epoch for epoch, _ in curve], [score for _, score in curve], **looks | once)
@@ -288,13 +294,21 @@ def _themed(svg: str, name: str) -> str:
     return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
 
 
-def _looks(number: int) -> dict[str, Any]:
-    return {
+def _looks(task: Task, label: str) -> tuple[int, dict[str, Any]]:
+    """A line's number and looks, the same in all figures of a task."""
+    number = [*dict.fromkeys(one.label for one in task.series)].index(label)
+    return number, {
         "color": _COLOURS[number % len(_COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
         "linestyle": _LINES[number % len(_LINES)],
         "markersize": 6,
     }
+
+
+def _names(task: Task) -> dict[Series, str]:
+    """What tells series apart: labels, with the sparsity where several share one."""
+    labels = Counter(one.label for one in task.series)
+    return {one: one.label if labels[one.label] == 1 else f"{one.label} {one.target:.4g}" for one in task.series}
 
 
 def _whole(axes: Any) -> None:

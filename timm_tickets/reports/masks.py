@@ -11,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.errors import SettingError
 from ..core.masks import Masks
-from ..pruning.registry import get_method, list_pruners
+from ..pruning.registry import list_pruners
 from ..sparse.prunable import build_to_inspect
 from ..tickets.compare import overlap
 from ..tickets.publish import harmless
 from ..tickets.reader import damage, open_, unpack_masks
 from ..tickets.size import weigh
 from ..tickets.starts import ValuesStart
-from .read import Experiment
+from .read import Experiment, goes_on
 
 _MOST_PAIRS = 200  # of masks that are compared; 1,000 would take minutes for a ResNet-50
 
@@ -67,7 +67,6 @@ def ticket_file(experiment: Experiment) -> TicketFile:
             raise SettingError("it is not the ticket that was found here")
     pruner, model = (_dict(header.metadata.get(key)) for key in ("pruner", "model"))
     name = known if (known := pruner.get("name")) in list_pruners() else "ticket"
-    kept_on = name != "ticket" and (get_method(name).ends_trained or pruner.get("rewind", "") is None)
     notes = header.metadata.get("notes")
     return TicketFile(
         pruner=name,
@@ -75,10 +74,17 @@ def ticket_file(experiment: Experiment) -> TicketFile:
         of={layer.name: max(1, torch.Size(layer.shape).numel()) for layer in size.layers},
         bytes=size.file,
         checkpoint=size.checkpoint,
-        trained=kept_on and isinstance(header.start, ValuesStart),
+        trained=isinstance(header.start, ValuesStart) and _goes_on(pruner),
         arguments=harmless(_dict(model.get("kwargs"))),
         rounds=[*_rounds(notes if isinstance(notes, list) else [])],
     )
+
+
+def _goes_on(pruner: dict[str, Any]) -> bool:
+    try:
+        return goes_on(pruner) is not None
+    except (SettingError, ValueError, KeyError, TypeError):  # of a pruner that nobody here knows
+        return False
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _section(task: Task, name: str, margin: float, left: list[str]) -> Section:
 
 
 _COLUMNS = (
-    *("ticket", "seeds", "test top-1 (%)", "95 % interval", "epochs spent", "time", "ticket", "of the checkpoint"),
+    *("ticket", "seeds", "test top-1 (%)", "95 % interval", "epochs spent", "time", "file", "of the checkpoint"),
     *("parameters kept", "MACs kept"),
 )
 
@@ -202,12 +202,13 @@ def _about(task: Task) -> str:
 def _folders(found: Sequence[Experiment]) -> Table:
     rows = []
     for one in found[:_ROWS]:
-        done = f"{len(one.trained)} trainings done"
+        done = f"{len(one.trained)} training{'s' * (len(one.trained) != 1)} done"
         if one.state != "finished" and one.curves:
             name, curve = [*one.curves.items()][-1]
             done += f"; {name} at epoch {curve[-1][0]}, validation {curve[-1][1]:.2f} %"
         again = "; the same command continues" if one.state in ("killed", "stopped") else ""
-        facts = (one.kind, one.recipe.pruner["name"], "" if one.target is None else f"{one.target:.4g}", f"{one.seed}")
+        pruner = "" if one.kind == "dense" else one.recipe.pruner["name"]
+        facts = (one.kind, pruner, "" if one.target is None else f"{one.target:.4g}", f"{one.seed}")
         rows.append([shown(str(one.folder), 200), one.state, *facts, done + again])
     return Table(("folder", "state", "experiment", "pruner", "sparsity", "seed", "so far"), rows)
 

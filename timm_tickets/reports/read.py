@@ -17,6 +17,7 @@ from ..config.recipe import Recipe, load_recipe
 from ..core.errors import SettingError, shown
 from ..experiments.run_folder import IMAGES, RESULT
 from ..pruning.registry import get_method
+from ..pruning.run import rewind_parts
 from ..pruning.run_files import RECORD, follows_of, read_run_record, search_of
 from ..storage.files import DamagedError, read_bytes, read_record
 from ..storage.lock import held, left_behind
@@ -154,13 +155,13 @@ class Experiment:
 
     @property
     def weights_trained(self) -> int | None:
-        """Epochs that the ticket's weights were trained for, rounds before the last counted where they are kept."""
-        if (final := self.final) is None:
-            return None
-        kept = get_method(self.recipe.pruner["name"]).ends_trained or self.recipe.pruner.get("rewind", "") is None
-        if self.kind != "search" or not kept:
-            return final.epochs
-        return sum({one.round: one.epochs for one in self.searched if one.steps}.values())
+        """Epochs that the ticket's weights were trained for: its own, and of runs before those that it goes on from."""
+        if (final := self.final) is None or self.kind != "search":
+            return None if final is None else final.epochs
+        before = [*{one.round: one for one in self.searched if one.steps and one is not final}.values()]
+        on = goes_on(self.recipe.pruner, before[0].steps if before else 0)
+        from_ = {"all": before, "first": before[:1], None: []}[on]
+        return sum(one.epochs for one in from_) + (final.epochs if final.steps or not from_ else 0)
 
     @property
     def ticket(self) -> Path:
@@ -179,6 +180,20 @@ class Experiment:
             except (OSError, ValueError, KeyError, csv.Error):
                 self.notes.append(f"{shown(str(folder / EPOCHS))} is damaged; its curve is left out")
         return found
+
+
+def goes_on(pruner: Mapping[str, Any], steps: int = 0) -> Literal["all", "first"] | None:
+    """Which of a search's runs have trained the weights that its ticket begins with: all, the first, none.
+
+    Args:
+        pruner: Its name and settings.
+        steps: Of the first run, where they are known.
+    """
+    if get_method(pruner["name"]).ends_trained or pruner.get("rewind", "0ep") is None:
+        return "all"
+    number, unit = rewind_parts(str(pruner.get("rewind", "0ep")))
+    end = pruner["epochs"] if unit == "ep" else steps  # a rewind point that the run has not passed is its end
+    return "first" if 0 < end <= number else None
 
 
 def read_all(folders: Iterable[Path]) -> tuple[list[Experiment], list[str]]:

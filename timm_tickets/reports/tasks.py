@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ..core.errors import TicketError, shown
+from ..pruning.registry import get_method
 from .masks import ticket_file
 from .read import Experiment, Trained
 
@@ -105,6 +106,8 @@ def _pruner(one: Experiment) -> str:
 
 def _repeats(one: Experiment, source: Experiment) -> bool:
     """Whether a transfer is the training that a search ends with once more: of the same seed, images and settings."""
+    if get_method(source.recipe.pruner["name"]).ends_trained:
+        return False  # that was none
     same = (one.kind, one.seed, one.epochs, one.images) == ("transfer", source.seed, source.epochs, source.images)
     return same and not differing(one, source)
 
@@ -127,7 +130,7 @@ def _labels(groups: Mapping[tuple[str, str], Sequence[Experiment]]) -> list[str]
         alike = [other for its, other in flat if its == name]
         keys = [key for key in mine if any(other.get(key) != mine[key] for other in alike)]
         said = [f"{key.rpartition('.')[2]} {shown(mine[key], 20)}" for key in keys]
-        out.append(name + (f" ({', '.join(said[:3])})" if said else ""))
+        out.append(name + (f" ({', '.join([*dict.fromkeys(said)][:3])})" if said else ""))
     return out
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..core.errors import TicketError, shown
+from ..pruning.registry import get_method
 from .masks import ticket_file
 from .read import Experiment, Trained
 from .statistics import Difference, difference, holm, paired
@@ -205,8 +206,8 @@ def _absent(series: Series, control: str) -> str:
         long = f"--set training.epochs={one.weights_trained} --set output={folder}_dense"
         return f"no dense network was trained as long: add it with `timm-tickets train {folder}/recipe.yaml {long}`"
     try:
-        if ticket_file(one).trained:
-            return "no random mask can be compared: the search has trained the ticket's weights together with its mask"
+        if (one.kind == "search" and get_method(one.recipe.pruner["name"]).ends_trained) or ticket_file(one).trained:
+            return "no random mask can be trained as it was: its search trained before the mask was found"
     except (TicketError, OSError) as error:
         return f"no random mask was trained, and none can be: {shown(str(error), 300)}"
     return (
