@@ -61,7 +61,9 @@ def report(folders: Sequence[Path], output: Path, margin: float = 0.5) -> tuple[
     """
     for name in (f"{NAME}.html", f"{NAME}.md"):
         if _MARK not in (read_bytes(output / name, most=4_000) or _MARK):
-            raise SettingError(f"output: {shown(str(output / name))} was not written by this command; choose another")
+            raise SettingError(
+                f"output: {shown(str(output / name), 300)} was not written by this command; choose another"
+            )
     found, left = read_all(folders)
     sections = [_section(task, f"{number}_", margin, left) for number, task in enumerate(tasks(found), 1)]
     left += [note for one in found for note in dict.fromkeys(one.notes)]

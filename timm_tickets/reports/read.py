@@ -178,7 +178,7 @@ class Experiment:
                 if rows := _curve(folder):
                     found[folder.name] = rows
             except (OSError, ValueError, KeyError, csv.Error):
-                self.notes.append(f"{shown(str(folder / EPOCHS))} is damaged; its curve is left out")
+                self.notes.append(f"{shown(str(folder / EPOCHS), 300)} is damaged; its curve is left out")
         return found
 
 
@@ -205,11 +205,13 @@ def read_all(folders: Iterable[Path]) -> tuple[list[Experiment], list[str]]:
     found, left = [], []
     for given in folders:
         if not given.is_dir():
-            raise SettingError(f"folder: {shown(str(given))} is no folder; give one that a search has left, or several")
+            raise SettingError(
+                f"folder: {shown(str(given), 300)} is no folder; give one that a search has left, or several"
+            )
         places = [*islice(_experiments(given, _DEPTH), _MOST)]
         if not places:
             raise SettingError(
-                f"folder: {shown(str(given))} holds no experiment: no recipe.yaml in it or in the folders below; give "
+                f"folder: {shown(str(given), 300)} holds no experiment: no recipe.yaml in it or below; give "
                 "the output folder of a search, train or transfer"
             )
         for place in places:
@@ -259,7 +261,7 @@ def read(folder: Path) -> Experiment:
 
     result = known(RESULT)
     if result is not None and (result.get("experiment") != name or not isinstance(result.get("rows"), list)):
-        notes.append(f"{shown(str(folder / RESULT))} is of another experiment; it is left out")
+        notes.append(f"{shown(str(folder / RESULT), 300)} is of another experiment; it is left out")
         result = None
     rows = [*_finished_runs(folder, name, notes)] if result is None else result["rows"]
     trained = []
@@ -268,7 +270,7 @@ def read(folder: Path) -> Experiment:
             one = Trained.model_validate(row)
         except ValidationError:
             said = shown(row.get("name"), 40) if isinstance(row, dict) else "one"
-            notes.append(f"{shown(str(folder))}: the record of {said} is damaged; it is left out")
+            notes.append(f"{shown(str(folder), 300)}: the record of {said} is damaged; it is left out")
             continue
         if one.scored and one.name != "native":
             trained.append(one)
@@ -298,7 +300,7 @@ def _finished_runs(folder: Path, name: str, notes: list[str]) -> Iterator[Any]:
             if search_of(follows_of(record)) in ours:
                 yield record
             else:
-                notes.append(f"{shown(str(place))} is of another search; it is left out")
+                notes.append(f"{shown(str(place), 300)} is of another search; it is left out")
         except OSError as error:
             notes.append(f"{shown(str(error), 300)}; it is left out")
 

@@ -45,12 +45,13 @@ class Task:
     """Experiments that may stand in one figure: of one network, scored on the same test images in the same way."""
 
     experiments: list[Experiment]
+    which: str = ""  # where two have the same title
 
     @property
     def title(self) -> str:
         recipe = self.experiments[0].recipe
         start = ", pretrained" * recipe.model.pretrained
-        return f"{recipe.model.model}{start} on {shown(recipe.data.dataset, 60)}"
+        return f"{recipe.model.model}{start} on {shown(recipe.data.dataset, 60)}{self.which}"
 
     @cached_property
     def series(self) -> list[Series]:
@@ -91,7 +92,12 @@ def tasks(experiments: Iterable[Experiment]) -> list[Task]:
         test = one.images.get("test") or str(one.folder)
         how = {key: getattr(one.recipe.data, key) for key in _SCORED}
         found[json.dumps([one.recipe.model.model_dump(mode="json"), test, how], default=str)].append(one)
-    return [Task(group) for group in found.values()]
+    made = [Task(group) for group in found.values()]
+    titles = [one.title for one in made]
+    for number, one in enumerate(made):
+        if titles.count(titles[number]) > 1:
+            one.which = f", test set {1 + titles[:number].count(titles[number])}"
+    return made
 
 
 def _pruner(one: Experiment) -> str:
