@@ -18,6 +18,7 @@ import timm_tickets as tt
 from timm_tickets.config.recipe import load_recipe
 from timm_tickets.experiments.run_folder import claim_folder, experiment_of, write_result
 from timm_tickets.experiments.search import search as searched
+from timm_tickets.reports.masks import overlaps
 from timm_tickets.reports.page import markdown, report
 from timm_tickets.reports.read import read_all
 from timm_tickets.reports.statistics import difference, holm, interval, paired, percent
@@ -274,6 +275,20 @@ def test_a_ticket_trained_again_under_other_settings_is_a_line_of_its_own(tmp_pa
     assert {label for label, _ in found} == {"imp", "ticket, transfer"}
     assert found["imp", "random mask"].startswith("2.0 points above")
     assert found["ticket, transfer", "dense"].startswith("1.0 points below the dense network")
+
+
+def test_masks_are_compared_between_seeds_of_a_ticket_and_between_tickets_of_a_seed(tmp_path):
+    for seed in (0, 1):
+        search(tmp_path / f"a{seed}", seed, 95.0, 90.0, ticket=ticket_of(seed))
+        more = ["pruner.sparsity=0.25"]
+        search(tmp_path / f"b{seed}", seed, 95.0, 90.0, ticket=ticket_of(seed, 0.25), overrides=more)
+    (task,) = tasks(read_all([tmp_path])[0])
+    found, left = overlaps([one.experiments for one in task.series])
+    told = {(one.first.folder.name, one.second.folder.name): (one.iou, one.by_chance) for one in found}
+    assert (sorted(map(sorted, told)), left) == ([["a0", "a1"], ["a0", "b0"], ["a1", "b1"], ["b0", "b1"]], 0)
+    by_names = {tuple(sorted(names)): numbers for names, numbers in told.items()}
+    assert by_names["a0", "b0"] == pytest.approx((0.5 / 0.75, 0.375 / 0.875), rel=1e-3)  # one within the other
+    assert by_names["a0", "a1"] == pytest.approx((1 / 3, 1 / 3), abs=0.02)  # as chance would have it
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from ..tickets.starts import ValuesStart
 from .read import Experiment, goes_on
 
 _MOST_PAIRS = 200  # of masks that are compared; 1,000 would take minutes for a ResNet-50
+_MOST_BYTES = 1 << 32  # of unpacked masks, a byte a weight
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,14 @@ class Overlap:
     by_chance: float
 
 
-def overlaps(experiments: Sequence[Experiment]) -> tuple[list[Overlap], int]:
-    """Of every pair of tickets of the same seed or of the same search, and how many pairs were left out."""
-    pairs = [
-        (one, other)
-        for one, other in combinations(experiments, 2)
-        if (one.seed == other.seed) != (one.recipe.pruner["name"] == other.recipe.pruner["name"])
-    ]
+def overlaps(series: Sequence[Sequence[Experiment]]) -> tuple[list[Overlap], int]:
+    """Of every pair of tickets of one series, and of two with the same seed; and how many pairs were left out.
+
+    Args:
+        series: Experiments whose tickets' files are whole.
+    """
+    of = {one: number for number, group in enumerate(series) for one in group}
+    pairs = [(a, b) for a, b in combinations(of, 2) if (a.seed == b.seed) != (of[a] == of[b])]
     unpacked: dict[Experiment, Masks] = {}
 
     def masks(one: Experiment) -> Masks:
@@ -123,14 +125,17 @@ def overlaps(experiments: Sequence[Experiment]) -> tuple[list[Overlap], int]:
                 unpacked[one] = unpack_masks(open_(one.ticket))
         return unpacked[one]
 
-    found = []
-    for one, other in pairs[:_MOST_PAIRS]:
+    found, room = [], _MOST_BYTES
+    for number, pair in enumerate(pairs):
+        room -= sum(sum(ticket_file(one).of.values()) for one in pair if one not in unpacked)
+        if number == _MOST_PAIRS or room < 0:
+            return found, len(pairs) - number
         try:
-            shared = overlap(masks(one), masks(other))
+            shared = overlap(*map(masks, pair))
         except SettingError:  # masks of other weights: include, exclude or classifier differ
             continue
-        found.append(Overlap(one, other, shared["iou"], shared["by_chance"]))
-    return found, len(pairs[_MOST_PAIRS:])
+        found.append(Overlap(*pair, shared["iou"], shared["by_chance"]))
+    return found, 0
 
 
 @dataclass(frozen=True)

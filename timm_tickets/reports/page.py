@@ -101,13 +101,14 @@ def markdown(text: str) -> str:
 
 def _section(task: Task, name: str, margin: float, left: list[str]) -> Section:
     files: dict[Series, list[TicketFile]] = {}
-    whole: list[Experiment] = []
+    whole: list[list[Experiment]] = []
     for series in task.series:
         files[series] = []
+        whole.append([])
         for one, _ in series.finals:
             try:
                 files[series].append(ticket_file(one))
-                whole.append(one)
+                whole[-1].append(one)
             except (TicketError, OSError) as error:
                 left.append(f"{shown(str(one.folder), 300)}: its ticket is left out: {shown(str(error), 300)}")
     try:

@@ -202,7 +202,7 @@ def read_all(folders: Iterable[Path]) -> tuple[list[Experiment], list[str]]:
     Raises:
         SettingError: One of the folders is not there, or holds no experiment.
     """
-    found, left = [], []
+    found, left, seen = [], [], set()
     for given in folders:
         if not given.is_dir():
             raise SettingError(
@@ -214,9 +214,12 @@ def read_all(folders: Iterable[Path]) -> tuple[list[Experiment], list[str]]:
                 f"folder: {shown(str(given), 300)} holds no experiment: no recipe.yaml in it or below; give "
                 "the output folder of a search, train or transfer"
             )
+        if len(places) == _MOST:
+            left.append(f"{shown(str(given), 300)}: all but the first {_MOST:,} experiments are left out")
         for place in places:
-            if any(place.resolve() == one.folder.resolve() for one in found):
+            if place.resolve() in seen:
                 continue
+            seen.add(place.resolve())
             try:
                 found.append(read(place))
             except (OSError, SettingError) as error:
