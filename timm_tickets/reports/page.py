@@ -190,10 +190,10 @@ def _about(task: Task) -> str:
     counts = task.experiments[0].images.get("test")
     try:
         count = sum(int(each[0]) for each in counts.values()) if isinstance(counts, dict) else 0
-    except (TypeError, ValueError, IndexError, KeyError):
+    except (TypeError, ValueError, LookupError, ArithmeticError):  # a stranger's
         count = 0
     epochs, dense = task.dense
-    fine = f"{count:,} test images: one of them is {100 / count:.2g} points. " if count > 0 else ""
+    fine = f"{count:,} test images: one of them is {100 / count:.2g} points. " if 0 < count < 10**12 else ""
     score = percent([*dense.values()]) if dense else None
     if score is None:
         return f"{fine}No dense network has been trained."

@@ -1,5 +1,6 @@
 """What is compared with what, and the one sentence on each that the data support."""
 
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -201,7 +202,7 @@ def _unfair(one: Experiment, other: Experiment, run: Trained) -> str:
 def _absent(series: Series, control: str) -> str:
     """That a control is not there, and the command that adds it: the folder's own recipe has all settings."""
     one = series.finals[0][0]
-    folder = shown(str(one.folder), 200)
+    folder, ticket = (shlex.quote(shown(str(path), 200)) for path in (one.folder, one.ticket))
     if control == "dense":
         long = f"--set training.epochs={one.weights_trained} --set output={folder}_dense"
         return f"no dense network was trained as long: add it with `timm-tickets train {folder}/recipe.yaml {long}`"
@@ -211,7 +212,7 @@ def _absent(series: Series, control: str) -> str:
     except (TicketError, OSError) as error:
         return f"no random mask was trained, and none can be: {shown(str(error), 300)}"
     return (
-        f"no random mask was trained: add it with `timm-tickets transfer {shown(str(one.ticket), 200)} "
+        f"no random mask was trained: add it with `timm-tickets transfer {ticket} "
         f"{folder}/recipe.yaml --control random --set output={folder}_random`, for every seed"
     )
 
