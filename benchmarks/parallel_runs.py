@@ -1,8 +1,9 @@
-"""Wall time of COLT's search rounds by `parallel: runs` on two processes against one process, one thread each.
+"""Wall time of COLT's search rounds by `parallel: runs` on several processes against one process, one thread each.
 
-    python benchmarks/parallel_runs.py [--epochs 4] [--pairs 3] [--set KEY=VALUE ...]
+    python benchmarks/parallel_runs.py [--epochs 4] [--pairs 3] [--processes 2] [--card] [--set KEY=VALUE ...]
 
-Searches on one and on two processes alternate, so that what else the machine does hits both. Timed is each round, from
+Without --card it is done on CPUs; with it the processes share the cards there are. Searches on one and on several
+processes alternate, so that what else the machine does hits both. Timed is each round, from
 its first process beginning a run to its last one having gathered every end; start-up and the ticket's own training are
 left out. Printed: seconds of all rounds together, and the ratio, as a Markdown table. The two tickets have to be equal.
 """
@@ -20,7 +21,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 SETTINGS = ["pruner.name=colt", "pruner.partitions=2", "pruner.prune_rate=0.4", "pruner.sparsity=0.8", "dense=false"]
 
 
@@ -48,15 +48,16 @@ def timed_search(overrides: list[str], record: Path) -> None:
     record.with_name(f"{record.name}.{os.environ.get('RANK', '0')}").write_text(json.dumps(told))
 
 
-def measure(processes: int, overrides: list[str]) -> tuple[list[float], str]:
+def measure(processes: int, overrides: list[str], card: bool) -> tuple[list[float], str]:
     """Seconds of each round, and the ticket's fingerprint."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if card else {"ACCELERATE_USE_CPU": "true"})
     with tempfile.TemporaryDirectory() as place:
         record = Path(place) / "times"
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, *(launch if processes > 1 else []), __file__, "--record", str(record)]
         for one in [*overrides, f"output={place}/run"]:
             command += ["--set", one]
-        subprocess.run(command, env=ENV, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
         told = [json.loads(path.read_text()) for path in sorted(Path(place).glob("times.*"))]
     assert len(told) == processes
     assert len({one["fingerprint"] for one in told}) == 1
@@ -69,6 +70,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--card", action="store_true")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -79,18 +82,19 @@ def main() -> None:
     import torch
 
     versions = f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
-    print(f"{date.today()}, {versions}, cpu, {os.cpu_count()} cores, 1 thread a process, {' '.join(overrides)}\n")
-    print("| pair | load before | rounds | s, 1 process | s, 2 processes | ratio | same ticket |")
+    device = torch.cuda.get_device_name() if args.card else "cpu"
+    print(f"{date.today()}, {versions}, {device}, {os.cpu_count()} cores, 1 thread a process, {' '.join(overrides)}\n")
+    print(f"| pair | load before | rounds | s, 1 process | s, {args.processes} processes | ratio | same ticket |")
     print("|---|---|---|---|---|---|---|")
     ratios = []
     for pair in range(1, args.pairs + 1):
         load = os.getloadavg()[0]
-        (one, first), (two, second) = (measure(processes, overrides) for processes in (1, 2))
+        (one, first), (two, second) = (measure(count, overrides, args.card) for count in (1, args.processes))
         ratios.append(sum(one) / sum(two))
         same = "yes" if first == second else "NO"
         row = f"| {pair} | {load:.1f} | {len(one)} | {sum(one):.1f} | {sum(two):.1f} | {ratios[-1]:.2f} | {same} |"
         print(row, flush=True)
-    print(f"\nmedian ratio {statistics.median(ratios):.2f} of 2")
+    print(f"\nmedian ratio {statistics.median(ratios):.2f} of {args.processes}")
 
 
 if __name__ == "__main__":

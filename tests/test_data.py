@@ -18,8 +18,9 @@ from support.pictures import CLASSES, make
 import timm_tickets as tt
 from timm_tickets.config.parts import DataSettings, TrainingSettings
 from timm_tickets.data.contents import differences
-from timm_tickets.data.datasets import Data, loader_of, padded_crop
+from timm_tickets.data.datasets import Data, loader_of
 from timm_tickets.data.images import Images, minding_workers
+from timm_tickets.data.transforms import padded_crop
 from timm_tickets.training.build import check_batch
 
 CONFIG = {"input_size": (3, 4, 4), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bicubic"}

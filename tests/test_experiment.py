@@ -424,7 +424,13 @@ def test_a_disk_that_fills_loses_nothing(whole, tmp_path, monkeypatch):
             "training.channels_last=true",
             "training.sched=step",
         ],
-        ["training.torchcompile=eager", "training.smoothing=0.1", "training.sched=none", "data.workers=2"],
+        [
+            "training.torchcompile=eager",
+            "training.smoothing=0.1",
+            "training.sched=none",
+            "data.workers=2",
+            "data.cache=none",
+        ],
         pytest.param(
             ["training.opt=adahessian", "training.lr=0.05", "training.epochs=1", "data.val_fraction=0.3"],
             marks=pytest.mark.slow,
@@ -639,8 +645,12 @@ def test_an_image_that_cannot_be_scored_is_found_before_anything_is_trained(tmp_
 
 @pytest.mark.parametrize(
     "settings",
-    [[], pytest.param(["pruner.name=colt", "data.workers=1"], marks=pytest.mark.slow)],
-    ids=["imp", "colt"],
+    [
+        [],
+        ["data.cache=none"],
+        pytest.param(["pruner.name=colt", "data.workers=1", "data.cache=none"], marks=pytest.mark.slow),
+    ],
+    ids=["imp", "one by one", "colt"],
 )
 def test_with_unreadable_images_a_search_still_goes_on_to_the_same_ticket(tmp_path, pictures, monkeypatch, settings):
     """timm puts the next image in their place, of another class at a class's end; COLT died of that."""
@@ -669,6 +679,7 @@ def test_with_unreadable_images_a_search_still_goes_on_to_the_same_ticket(tmp_pa
 
 
 def test_a_picture_that_is_removed_while_it_trains_is_named_and_put_back_it_continues(tmp_path, pictures, monkeypatch):
+    pictures = [*pictures, "data.cache=none"]  # a cache would not notice
     expected, _ = search(tmp_path / "whole", *pictures)
     gone = tmp_path / "root" / "train" / "bee" / "4.png"
     taken = gone.read_bytes()

@@ -86,7 +86,7 @@ def test_killed_25_times_it_continues_to_the_same_ticket(whole, tmp_path, seed):
 @pytest.mark.slow
 def test_killed_with_workers_it_continues_and_leaves_no_lock(tmp_path):
     """Each image draws its own augmentation there; a worker that outlives its parent holds no lock."""
-    more = ["data.workers=1", "training.epochs=1", "training.checkpoint_interval=0"]
+    more = ["data.cache=none", "data.workers=1", "training.epochs=1", "training.checkpoint_interval=0"]
     _, (told,) = lives(tmp_path / "whole", [0], *more)
     ended, _ = lives(tmp_path / "killed", [told["moments"] // 2, 0], *more)
     assert ended == [-signal.SIGKILL, 0]

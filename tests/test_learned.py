@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import timm_tickets as tt
-from timm_tickets.methods.jackpot import swap
+from timm_tickets.core.masks import swap
 from timm_tickets.sparse.gates import Gate, SigmoidGate
 from timm_tickets.sparse.random_start import frozen_patterns
 

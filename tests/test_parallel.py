@@ -15,15 +15,18 @@ from support.commands import COLT, ENV, IMP, command, running, searched
 from support.run_folders import leftovers, same
 
 import timm_tickets as tt
+from timm_tickets.distributed.cards import sharing
 from timm_tickets.distributed.processes import (
     any_of,
     apart,
     ending_with_others,
+    join_processes,
     place,
     rank,
     wait_for_others,
     world_size,
 )
+from timm_tickets.experiments.controls import asked_parallel
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +204,65 @@ def test_sync_bn_is_refused_where_torch_would(monkeypatch, tmp_path):
     monkeypatch.setattr(Accelerator, "device", torch.device("cpu"))
     with pytest.raises(tt.SettingError, match="sync_bn: torch's SyncBatchNorm refuses CPUs"):
         tt.search("digits_imp", ["training.sync_bn=true", f"output={tmp_path}"])
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Make this machine one of so many cards, and this process one of so many there."""
+
+    def made(processes, cards, **env):
+        for name in ("ACCELERATE_USE_CPU", "ACCELERATE_BYPASS_DEVICE_MAP"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {"LOCAL_WORLD_SIZE": str(processes), **env}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("processes", "cards", "env", "shared"),
+    [
+        (4, 1, {}, (4, 1)),
+        (4, 2, {}, (4, 2)),
+        (4, 4, {}, None),
+        (1, 4, {}, None),
+        (4, 0, {}, None),  # CPUs
+        (4, 1, {"ACCELERATE_USE_CPU": "true"}, None),
+        (4, 1, {"ACCELERATE_BYPASS_DEVICE_MAP": "true"}, None),  # each process sees a card of its own
+    ],
+)
+def test_processes_that_share_cards_talk_over_gloo(machine, monkeypatch, processes, cards, env, shared):
+    machine(processes, cards, **env)
+    assert sharing() == shared
+    asked = {}
+    monkeypatch.setattr("timm_tickets.distributed.processes.PartialState", lambda **given: asked.update(given))
+    join_processes()
+    assert asked.get("backend") == (None if shared is None else "gloo")
+    recipes = {how: tt.load_recipe("digits_imp", [f"parallel={how}"]) for how in ("auto", "runs", "data")}
+    assert {how: asked_parallel(recipe) for how, recipe in recipes.items()} == {
+        "auto": "auto" if shared is None else "runs",
+        "runs": "runs",
+        "data": "data",
+    }
+
+
+@pytest.mark.parametrize("settings", [["parallel=data"], ["processes_per_run=2"]])
+def test_processes_that_share_a_card_do_not_share_a_training(machine, monkeypatch, tmp_path, settings):
+    machine(2, 1)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr("timm_tickets.training.supported.world_size", lambda: 2)
+    with pytest.raises(tt.SettingError, match="2 processes share 1 card, and a training of 2"):
+        tt.search("digits_imp", [*settings, f"output={tmp_path / 'x'}"])
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_on_a_shared_card_runs_are_handed_out_unasked(one, tmp_path):
+    """The card is pretended: what a card alone can show is in test_cuda.py."""
+    told = [json.loads(line) for line in searched(tmp_path, COLT, 2, cards=1).stdout.splitlines()]
+    assert "2 processes share 1 card: each trains runs of its own" in told[0]["said"] + told[1]["said"]
+    same(tmp_path, one)
 
 
 def test_working_alone_hides_the_others_from_everything(monkeypatch):

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from timm_tickets.cli import app
 
-from . import started
+from support import started
 
 DRIVER = Path(__file__).parent / "killed_search.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

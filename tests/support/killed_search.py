@@ -6,7 +6,7 @@ Each life is a process of its own, forked before torch has done any work, that s
 gets the signal; 0 lets it live. Moments are what a search does outside torch: a loss, an optimizer step, a piece of a
 checkpoint written, a file flushed, renamed or deleted. Prints one line of JSON a life, with the sizes of the batches
 that this process trained on. Under torchrun there is one life, of this very process, and `rank` says whose it is; with
-`split` FSDP2 splits the model, with `seeds` each of them is searched.
+`split` FSDP2 splits the model, with `seeds` each of them is searched, with `cards` the machine seems to have so many.
 """
 
 import io
@@ -79,6 +79,11 @@ def live(order: dict[str, Any], moment: int) -> None:
 
     import timm_tickets as tt
 
+    if "cards" in order:
+        import torch
+
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        torch.cuda.device_count = lambda: order["cards"]
     if order.get("split"):
         split_models()
     console = Console(file=io.StringIO(), width=200)

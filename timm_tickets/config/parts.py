@@ -124,6 +124,9 @@ class DataSettings(Part):
     random resized crop; then hflip and rotation, and none of timm's other augmentations"""
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
     """degrees; turns by a uniform angle of at most so many either way; with crop_padding"""
+    cache: Literal["auto", "device", "host", "none"] = "auto"
+    """keep the decoded images, as bytes, in the device's memory or the host's, and augment them in batches; auto does
+    where they take a quarter of what is free at most, and says so; none loads and augments them one by one, as timm"""
     workers: Natural = 4
     """processes that load images, for each process that trains; 0 loads them in that one"""
 
@@ -239,7 +242,13 @@ class TrainingSettings(Part):
     sync_bn: bool = False
     """batch normalisation over the images of all processes together; needs GPUs"""
     torchcompile: str | None = None
-    """backend of torch.compile, such as 'inductor'"""
+    """backend of torch.compile, such as 'inductor': for the model alone, or, with step=compiled, for the whole step"""
+    step: Literal["auto", "eager", "compiled", "captured"] = "auto"
+    """how a step is carried out, optimizer and masks in it: by Python (eager), as a graph of torch.compile (compiled),
+    or recorded once as a CUDA graph and played again (captured); auto: captured where that goes, else eager"""
+    deterministic: bool | None = None
+    """true: algorithms that give the same bits each time on one machine, where there are such; false: the fastest, on a
+    GPU found by trying them out, so that trainings differ by rounding; true on CPUs, false on GPUs where not given"""
     checkpoint_interval: Annotated[float, Field(ge=0)] = 60.0
     """least seconds between two checkpoints within a run, more where writing takes long; 0 is one for each step"""
     keep_best: bool = False

@@ -121,12 +121,16 @@ class Recipe(Part):
         """The part that decides the result, flat: ``{'training.lr': 0.1, ...}``.
 
         Where the output goes, how often checkpoints are written, what is logged and kept beside the last weights, what
-        several processes share and when a training is refused do not. Workers do: in them each image draws its own
-        augmentation, without them all draw from one stream.
+        several processes share, where images are kept, when a training is refused and, but for rounding, how a step is
+        carried out do not. Workers do: in them each image draws its own augmentation, without them all draw from one
+        stream.
         """
         free = {"output", "source", "parallel", "processes_per_run", "data.unreadable"}
-        free |= {f"training.{key}" for key in ("checkpoint_interval", "keep_best", "log_with")}
-        return {key: value for key, value in _flat(self.model_dump(mode="json")).items() if key not in free}
+        free |= {f"training.{key}" for key in ("checkpoint_interval", "keep_best", "log_with", "step", "deterministic")}
+        values = _flat(self.model_dump(mode="json"))
+        if values["data.cache"] != "none":
+            values["data.cache"] = "auto"
+        return {key: value for key, value in values.items() if key not in free}
 
     @property
     def hash(self) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .errors import SettingError, shown
 from .lazy import Lazy
+from .private import changes_of
 from .seeds import seed_from
-from .topk import check_count, lowest_kept, top, with_ties
+from .topk import exchange, joint, swap, swaps, together, top, tops  # noqa: F401 - documented as `masks.exchange`, `masks.swap`
 
 Masks = dict[str, Tensor]
 Scores = dict[str, Tensor]
@@ -25,24 +26,76 @@ Distribution = Literal["uniform", "erk", "epl"]
 _SHUFFLE = 0x5F1E  # a stream of its own: a model may have been initialised under the same seed
 
 
+class Counted(dict[str, Tensor]):
+    """Masks that say how much they keep, so that their device need not be asked; until one of them is changed.
+
+    Args:
+        masks: They.
+        counts: How many weights each layer keeps, where that is known.
+        kept: How many all of them keep, where that is known.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor], counts: Mapping[str, int] | None = None, kept: int | None = None):
+        super().__init__(masks)
+        self._counts = None if counts is None else dict(counts)
+        self._kept = sum(counts.values()) if counts is not None else kept
+        self._then = self._now()
+
+    @property
+    def counts(self) -> dict[str, int] | None:
+        """How many weights each layer keeps; None where nobody knows."""
+        return self._counts if self._same() else None
+
+    @property
+    def kept(self) -> int | None:
+        """How many all of them keep; None where nobody knows."""
+        return self._kept if self._same() else None
+
+    def _same(self) -> bool:
+        now = self._now()
+        return len(now) == len(self._then) and all(
+            a is b and one == other for (a, one), (b, other) in zip(now, self._then, strict=True)
+        )
+
+    def _now(self) -> list[tuple[Tensor, int]]:
+        if torch.compiler.is_compiling():  # within a step nobody changes what was just cut
+            return []
+        return [(mask, 0 if mask.is_inference() else changes_of(mask)) for mask in self.values()]
+
+
+class AllKept(Lazy):
+    """Masks that keep every weight of tensors of the same shapes, each made when it is read."""
+
+    def __init__(self, like: Mapping[str, Tensor]):
+        self.counts = {name: one.numel() for name, one in like.items()}
+        super().__init__(like, lambda name: torch.ones(like[name].shape, dtype=torch.bool, device=like[name].device))
+
+
 def full_masks(weights: Mapping[str, Tensor]) -> Masks:
     """Masks that keep every weight, on the CPU."""
     return {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
 
 
-def all_kept(like: Mapping[str, Tensor]) -> Lazy:
-    """As `full_masks`, of tensors of the same shapes, but each is made when it is read."""
-    return Lazy(like, lambda name: torch.ones(like[name].shape, dtype=torch.bool))
+def all_kept(like: Mapping[str, Tensor]) -> AllKept:
+    """As `full_masks`, of tensors of the same shapes and on their devices, but each is made when it is read."""
+    return AllKept(like)
 
 
 def total(masks: Mapping[str, Tensor]) -> int:
     """Number of weights under the masks, kept or pruned."""
-    return sum(mask.numel() for mask in masks.values())
+    return sum(masks.counts.values() if isinstance(masks, AllKept) else (mask.numel() for mask in masks.values()))
 
 
 def kept(masks: Mapping[str, Tensor]) -> int:
     """Number of weights kept."""
-    return sum(int(mask.sum()) for mask in masks.values())
+    known = getattr(masks, "kept", None)
+    return sum(layer_counts(masks).values()) if known is None else known
+
+
+def layer_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of weights that each layer keeps."""
+    known = getattr(masks, "counts", None)
+    return {name: int(mask.count_nonzero()) for name, mask in masks.items()} if known is None else known
 
 
 def sparsity(masks: Mapping[str, Tensor]) -> float:
@@ -56,7 +109,7 @@ def sparsity(masks: Mapping[str, Tensor]) -> float:
 
 def layer_sparsities(masks: Mapping[str, Tensor]) -> dict[str, float]:
     """Sparsity of each layer, in [0, 1]."""
-    return {name: 1 - int(mask.sum()) / mask.numel() for name, mask in masks.items()}
+    return {name: 1 - count / masks[name].numel() for name, count in layer_counts(masks).items()}
 
 
 def keep_count(count: int, sparsity: float) -> int:
@@ -158,10 +211,11 @@ def cut(
     Raises:
         SettingError: Fewer weights are to be kept than there are layers to spare.
     """
-    sizes = {name: int(mask.sum()) for name, mask in masks.items()}
-    if not 0 <= keep <= sum(sizes.values()):
-        raise ValueError(f"keep: {keep} weights cannot be kept where the masks keep {sum(sizes.values())}")
-    spare = [name for name in masks if name in spare and sizes[name]]
+    if not 0 <= keep <= (left := kept(masks)):
+        raise ValueError(f"keep: {keep} weights cannot be kept where the masks keep {left}")
+    spare = [name for name in masks if name in spare]
+    sizes = layer_counts(masks) if spare or scope == "layerwise" else {}
+    spare = [name for name in spare if sizes[name]]
     if keep < len(spare):
         raise SettingError(
             f"sparsity: {keep} weights are to be kept, fewer than the {len(spare)} layers that must keep one; lower "
@@ -169,7 +223,7 @@ def cut(
         )
     if scope == "layerwise":
         if distribution == "uniform":
-            cuts = fill(sum(sizes.values()) - keep, sizes, sizes)
+            cuts = fill(left - keep, sizes, sizes)
             keeps = {name: size - cuts[name] for name, size in sizes.items()}
         else:
             # Of a larger count a layer's rounded share may be smaller, so what it still keeps is its cap.
@@ -178,26 +232,17 @@ def cut(
             if not keeps[name]:
                 keeps[max(keeps, key=lambda one: keeps[one] - (one in spare))] -= 1
                 keeps[name] = 1
-        ranked = Lazy(masks, lambda n: _paired(_alive(masks[n], scores[n])) if n in pairs else scores[n])
+        ranked = Lazy(masks, lambda n: _paired(_alive(masks, scores[n], n)) if n in pairs else scores[n])
         return keep_best(masks, ranked, keeps)
 
     def alive(name: str) -> Tensor:
-        score = _alive(masks[name], scores[name])
+        score = _alive(masks, scores[name], name)
         score = score.masked_fill(top(score, 1), torch.inf) if name in spare else score
-        return _paired(score) if name in pairs else score
+        return (_paired(score) if name in pairs else score).to(dtype)
 
-    check_count(keep, total(masks))
-    if keep == 0:
-        return {name: torch.zeros_like(mask) for name, mask in masks.items()}
     dtype = reduce(torch.promote_types, (scores[name].dtype for name in masks), torch.float32)
-    threshold, ties = lowest_kept(lambda: map(alive, masks), keep, dtype)
-    out: Masks = {}
-    for name in masks:
-        score = alive(name)
-        equal = score == threshold
-        out[name] = with_ties(score > threshold, equal, ties)
-        ties -= min(ties, int(equal.sum()))
-    return out
+    found = joint(lambda: map(alive, masks), keep)
+    return Counted(dict(zip(masks, found, strict=True)), kept=keep)
 
 
 def keep_best(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], keeps: Mapping[str, int]) -> Masks:
@@ -211,20 +256,26 @@ def keep_best(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], keeps: 
     Raises:
         SettingError: A layer has fewer weights left than its budget; it is named.
     """
-    for name, mask in masks.items():
-        if not 0 <= keeps[name] <= (left := int(mask.sum())):
+    for name, left in layer_counts(masks).items():
+        if not 0 <= keeps[name] <= left:
             raise SettingError(
-                f"budget of {name}: {keeps[name]} weights cannot be kept where {left} of {mask.numel()} are left; give "
-                f"it 0 to {left}, or leave the layer out with exclude"
+                f"budget of {name}: {keeps[name]} weights cannot be kept where {left} of {masks[name].numel()} are "
+                f"left; give it 0 to {left}, or leave the layer out with exclude"
             )
-    return {name: top(_alive(mask, scores[name]), keeps[name]) for name, mask in masks.items()}
+    names, out = list(masks), dict[str, Tensor]()
+    sizes = masks.counts if isinstance(masks, AllKept) else {name: mask.numel() for name, mask in masks.items()}
+    for part in together([sizes[name] for name in names], scores[names[0]]) if names else ():
+        ranked = [_alive(masks, scores[name], name) for name in names[part]]
+        out.update(zip(names[part], tops(ranked, [keeps[name] for name in names[part]]), strict=True))
+    return Counted(out, keeps)
 
 
-def _alive(mask: Tensor, score: Tensor) -> Tensor:
-    """The scores on the mask's device, -inf where it prunes."""
-    # Half precision is compared in float32: kthvalue lacks it on some devices.
-    score = score.detach().to(mask.device, torch.promote_types(score.dtype, torch.float32))
-    return score.masked_fill(~mask, -torch.inf)
+def _alive(masks: Mapping[str, Tensor], score: Tensor, name: str) -> Tensor:
+    """A layer's scores on its mask's device, -inf where that prunes."""
+    score = score.detach().to(dtype=torch.promote_types(score.dtype, torch.float32))
+    if isinstance(masks, AllKept):
+        return score
+    return score.to(masks[name].device).masked_fill(~masks[name], -torch.inf)
 
 
 def _paired(score: Tensor) -> Tensor:
@@ -244,53 +295,8 @@ def revived(masks: Mapping[str, Tensor], before: Mapping[str, Tensor], scores: M
     """The masks, and in every layer that keeps nothing the best of those it kept before."""
     out = dict(masks)
     for name in collapsed(masks):
-        out[name] = before[name] & top(_alive(before[name], scores[name]), 1)
+        out[name] = before[name] & top(_alive(before, scores[name], name), 1)
     return out
-
-
-def exchange(mask: Tensor, drop: Tensor, grow: Tensor, count: int) -> Tensor:
-    """Drop ``count`` kept weights and grow as many of those then pruned: the step of sparse training that moves masks.
-
-    Args:
-        mask: Bool, any shape.
-        drop: Same shape; of the kept the lowest are dropped.
-        grow: Same shape; of the pruned, the just dropped among them, the highest grow.
-        count: How many; fewer where not so many are kept.
-
-    >>> mask = torch.tensor([True, True, False, False])
-    >>> exchange(mask, torch.tensor([1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 9.0, 3.0, 4.0]), 1).tolist()
-    [False, True, False, True]
-    """
-    size = int(mask.sum())
-    left = top(drop.float().masked_fill(~mask, -torch.inf), size - min(count, size))
-    return left | top(grow.float().masked_fill(left, -torch.inf), size - int(left.sum()))
-
-
-def swap(mask: Tensor, score: Tensor, rate: float) -> Tensor:
-    """Exchange the most inverted pairs of a kept and a pruned weight; the number kept stays.
-
-    Sort the pruned by falling and the kept by rising score; a pair is inverted where the pruned one's is higher. Of c
-    such pairs the first ceil(rate * c) change places. Equal scores never do.
-
-    Args:
-        mask: Bool, any shape.
-        score: Float, same shape.
-        rate: Share of the inverted pairs to exchange, in [0, 1].
-
-    >>> mask = torch.tensor([True, True, False, False])
-    >>> swap(mask, torch.tensor([0.1, 0.9, 0.5, 0.1]), 1.0).tolist()
-    [False, True, True, False]
-    """
-    flat, values = mask.flatten().clone(), score.flatten()
-    pruned, kept = (~flat).nonzero().flatten(), flat.nonzero().flatten()
-    pruned = pruned[values[pruned].argsort(descending=True, stable=True)]
-    kept = kept[values[kept].argsort(stable=True)]
-    pairs = min(len(pruned), len(kept))
-    inverted = int((values[pruned[:pairs]] > values[kept[:pairs]]).sum())
-    count = math.ceil(rate * inverted)
-    flat[pruned[:count]] = True
-    flat[kept[:count]] = False
-    return flat.view(mask.shape)
 
 
 def intersect(*masks: Mapping[str, Tensor]) -> Masks:

@@ -1,5 +1,7 @@
 """All that leans on private parts of other libraries, each with its reason; tests/test_private.py holds them to it."""
 
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -49,6 +51,39 @@ def changes_of(tensor: Tensor) -> int:
 def inside_compiled(model: nn.Module) -> nn.Module | None:
     """The model inside ``torch.compile``'s wrapper, None where there is none; importing the wrapper's class is slow."""
     return getattr(model, "_orig_mod", None)
+
+
+# What torch.compile raises where it cannot make one graph of a function; nothing of that has been carried out then.
+def untraceable() -> type[Exception]:
+    from torch._dynamo.exc import TorchDynamoException  # slow
+
+    return TorchDynamoException
+
+
+def as_one_graph(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+    """A bound method compiled as one graph, gradients that it takes by ``torch.autograd.grad`` included.
+
+    Later releases of torch trace those, where they are told to; earlier ones make several graphs. All functions of the
+    same code share a small number of graphs, after which torch compiles no more: so this one gets a code of its own.
+
+    Raises:
+        TorchDynamoException: When it is called: it cannot be made one graph.
+    """
+    from torch._dynamo import config
+
+    bound: Any = function
+    inner = bound.__func__
+    own = FunctionType(inner.__code__.replace(), inner.__globals__, inner.__name__, inner.__defaults__)
+    traces = hasattr(config, "trace_autograd_ops")
+    compiled = torch.compile(own.__get__(bound.__self__), backend=backend, fullgraph=traces, dynamic=False)
+    if not traces:
+        return compiled
+
+    def traced(*args: Any) -> Any:
+        with config.patch(trace_autograd_ops=True):
+            return compiled(*args)
+
+    return traced
 
 
 def forget_flat_weights_(module: Any, *_: Any) -> None:

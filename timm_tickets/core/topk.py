@@ -1,77 +1,275 @@
-"""Thresholds: the exact number of highest scores, ties kept in memory order. Pure functions."""
+"""Thresholds: the exact number of highest scores, ties kept in memory order. Pure functions.
 
-from collections.abc import Callable, Iterable
+Two ways lead to the same masks. The CPU may be asked: a sample tells about where the threshold lies, and only the few
+scores near it are selected from. A card may not, as the host would wait for all that it has been given to do; nor may a
+step that is compiled. There `counting` finds the threshold.
+"""
 
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_CHUNK = 1 << 20  # scores that are counted at once
-_DIGITS = 1 << 16
+from . import counting
+from .counting import Piece
+
+Count: TypeAlias = int | Tensor  # a whole number, or one on the scores' device: 0-d, int64
+
+_SMALL = 1 << 14  # so few scores are selected from as they are
+_STRIDE = 61  # of the sample: no multiple of what layers are made of
+_SURE = 5  # standard deviations of the sample's rank: one in a million misses
 
 
-def top(scores: Tensor, count: int) -> Tensor:
+def on_host(tensor: Tensor) -> bool:
+    """Whether asking for a value costs nothing: on the CPU, outside of a graph that is being compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def top(scores: Tensor, count: Count) -> Tensor:
     """Mask of the ``count`` highest scores, exactly; among equal scores the earlier in memory order is kept.
 
     Args:
         scores: Any shape, float; ``-inf`` marks what must not be kept.
-        count: How many to keep, 0 to ``scores.numel()``.
+        count: How many to keep, 0 to ``scores.numel()``; a whole number or an int64 tensor without dimensions.
 
     Returns:
         Bool tensor of the scores' shape, on their device, with exactly ``count`` True.
 
+    Raises:
+        ValueError: NaN is among the scores, or the count is outside its range; on a card a NaN is not kept, and nobody
+            is told here.
+
     >>> top(torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0]), 3).tolist()
     [False, True, True, True, False]
     """
-    flat = scores.detach().flatten()
-    check_count(count, flat.numel())
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    _check_numbers(flat)
-    threshold = flat.kthvalue(flat.numel() - count + 1).values
-    mask = flat > threshold
-    return with_ties(mask, flat == threshold, count - int(mask.sum())).view(scores.shape)
+    return tops([scores], [count])[0]
 
 
-def lowest_kept(
-    read: Callable[[], Iterable[Tensor]], count: int, dtype: torch.dtype = torch.float32
-) -> tuple[float, int]:
-    """The lowest of the ``count`` highest values of several tensors together, and how many of those are equal to it.
+def together(sizes: Sequence[int], like: Tensor) -> Iterator[slice]:
+    """Which neighbours among layers of these sizes are best selected from at once, where this tensor is."""
+    return counting.grouped(sizes, 0 if on_host(like) else counting.CHUNK)
 
-    The tensors are never held together: every reading counts 16 bits of the values that begin as the one looked for.
-    Selecting from all scores in one row would take 20 bytes a weight, more than training does.
+
+def tops(scores: Sequence[Tensor], counts: Sequence[Count]) -> list[Tensor]:
+    """As `top`, of several tensors, each by itself; on a card small ones are counted together."""
+    if not scores:
+        return []
+    for score, count in zip(scores, counts, strict=True):
+        if isinstance(count, int):
+            check_count(count, score.numel())
+    # Half precision is compared in float32: kthvalue lacks it on some devices.
+    scores = [score.detach().to(torch.promote_types(score.dtype, torch.float32)) for score in scores]
+    if on_host(scores[0]):
+        pairs = zip(scores, counts, strict=True)
+        return [joint(lambda score=score: [score], int(count))[0] for score, count in pairs]
+    out: list[Tensor] = []
+    for part in together([score.numel() for score in scores], scores[0]):
+        out += _group(scores[part], counts[part])
+    return out
+
+
+def joint(read: Callable[[], Iterable[Tensor]], count: Count) -> list[Tensor]:
+    """As `top`, of all values of several tensors together, the earlier tensor's first among equals.
+
+    The tensors are never held together: selecting from all scores in one row would take 20 bytes a weight, more than
+    training does.
 
     Args:
         read: Gives the tensors, one after the other and the same ones at every call.
-        count: 1 to the number of values.
-        dtype: What they are compared in: float32 or float64.
+        count: 0 to the number of values.
 
-    >>> lowest_kept(lambda: [torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0, 2.0])], 3)
-    (2.0, 2)
+    >>> [mask.tolist() for mask in joint(lambda: [torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0])], 2)]
+    [[False, True], [True, False]]
     """
-    left, first = count, -_DIGITS // 2
-    for shift in range(8 * dtype.itemsize - 16, -1, -16):
-        found = torch.zeros(_DIGITS, dtype=torch.int64)
-        for values in read():
-            _check_numbers(values)
-            for chunk in values.detach().flatten().split(_CHUNK):
-                digits = (_ordered(chunk.to(dtype)) >> shift) - first
-                found += digits[(digits >= 0) & (digits < _DIGITS)].bincount(minlength=_DIGITS).cpu()
-        reached = found.flip(0).cumsum(0)
-        above = int((reached < left).sum())
-        left -= int(reached[above - 1]) if above else 0
-        first = (first + _DIGITS - 1 - above) * (_DIGITS if shift else 1)
-    bits = torch.tensor([first], dtype=torch.int32 if dtype == torch.float32 else torch.int64)
-    return float(_flipped(bits).view(dtype)), left
+    first = next(iter(read()), None)
+    if first is None:
+        return []
+    found = _near(read, int(count)) if on_host(first) else None
+    return _counted(read, count, first) if found is None else found
 
 
-def _ordered(values: Tensor) -> Tensor:
-    """Integers of the same size in the order of the values, the same one for both zeros."""
-    return _flipped((values + 0).view(torch.int32 if values.dtype == torch.float32 else torch.int64))
+def exchange(mask: Tensor, drop: Tensor, grow: Tensor, count: int, kept: int | None = None) -> Tensor:
+    """Drop ``count`` kept weights and grow as many of those then pruned: the step of sparse training that moves masks.
+
+    Args:
+        mask: Bool, any shape.
+        drop: Same shape; of the kept the lowest are dropped.
+        grow: Same shape; of the pruned, the just dropped among them, the highest grow.
+        count: How many; fewer where not so many are kept.
+        kept: How many are kept, where that is known: not asked for then.
+
+    >>> mask = torch.tensor([True, True, False, False])
+    >>> exchange(mask, torch.tensor([1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0, 9.0, 3.0, 4.0]), 1).tolist()
+    [False, True, False, True]
+    """
+    kept = int(mask.count_nonzero()) if kept is None else kept
+    moved = min(count, kept)
+    left = top(drop.float().masked_fill(~mask, -torch.inf), kept - moved)
+    return left | top(grow.float().masked_fill(left, -torch.inf), moved)
 
 
-def _flipped(bits: Tensor) -> Tensor:
-    """The bits of floats as integers of their order, and back: below zero, a larger magnitude is less."""
-    return bits ^ ((bits >> (8 * bits.dtype.itemsize - 1)) & torch.iinfo(bits.dtype).max)
+def swap(mask: Tensor, score: Tensor, rate: float | Tensor) -> Tensor:
+    """Exchange the most inverted pairs of a kept and a pruned weight; the number kept stays.
+
+    Sort the pruned by falling and the kept by rising score; a pair is inverted where the pruned one's is higher. Of c
+    such pairs the first ceil(rate * c) change places. Equal scores never do.
+
+    Args:
+        mask: Bool, any shape.
+        score: Float, same shape.
+        rate: Share of the inverted pairs to exchange, in [0, 1]; a tensor: 0-d, on the scores' device.
+
+    Raises:
+        ValueError: NaN is among the scores; not on a card, as in `top`.
+
+    >>> mask = torch.tensor([True, True, False, False])
+    >>> swap(mask, torch.tensor([0.1, 0.9, 0.5, 0.1]), 1.0).tolist()
+    [False, True, True, False]
+    """
+    return swaps([mask], [score], rate)[0]
+
+
+def swaps(masks: Sequence[Tensor], scores: Sequence[Tensor], rate: float | Tensor) -> list[Tensor]:
+    """As `swap`, of several layers, each by itself; on a card small ones are counted together."""
+    if not masks:
+        return []
+    if on_host(scores[0]):
+        return [_swapped(mask, score.detach(), float(rate)) for mask, score in zip(masks, scores, strict=True)]
+    out: list[Tensor] = []
+    for part in together([score.numel() for score in scores], scores[0]):
+        out += counting.swapped(masks[part], scores[part], rate)
+    return out
+
+
+def _near(read: Callable[[], Iterable[Tensor]], count: int) -> list[Tensor] | None:
+    """What is above the threshold's neighbourhood, and of that the best; None where the sample has missed it."""
+    low, high = _bounds(read, count)
+    masks: list[NDArray[np.bool_]] = []
+    near: list[NDArray[np.intp]] = []
+    values: list[NDArray[Any]] = []
+    shapes: list[torch.Size] = []
+    for score in read():
+        flat = _array(score)
+        above = flat > high
+        at = np.flatnonzero((flat >= low) ^ above)
+        masks.append(above)
+        near.append(at)
+        values.append(flat[at])
+        shapes.append(score.shape)
+    need = count - sum(int(np.count_nonzero(mask)) for mask in masks)
+    if not 0 <= need <= sum(map(len, values)):
+        return None
+    best = np.split(_best(np.concatenate(values), need), np.cumsum([len(one) for one in values])[:-1])
+    for mask, at, chosen in zip(masks, near, best, strict=True):
+        mask[at[chosen]] = True
+    return [torch.from_numpy(mask).view(shape) for mask, shape in zip(masks, shapes, strict=True)]
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """A tensor of the CPU in a row, as numpy has it: which compares and finds indices in less time."""
+    return tensor.detach().flatten().numpy()
+
+
+def _bounds(read: Callable[[], Iterable[Tensor]], count: int) -> tuple[float, float]:
+    """Values between which the threshold almost surely lies."""
+    sample, total = [], 0
+    for score in read():
+        check_numbers(score)
+        flat = _array(score)
+        sample.append(flat[::_STRIDE].copy())
+        total += len(flat)
+    if total <= _SMALL:
+        return -math.inf, math.inf
+    values = np.concatenate(sample)
+    share = count / total
+    rank, spread = share * len(values), _SURE * math.sqrt(len(values) * share * (1 - share)) + _SURE
+    low, high = int(rank + spread) + 1, int(rank - spread)
+    return (
+        float(_highest(values, low)) if low < len(values) else -math.inf,
+        float(_highest(values, high)) if high >= 1 else math.inf,
+    )
+
+
+def _highest(values: NDArray[Any], rank: int) -> Any:
+    """The value that so many are as high as, 1 for the highest."""
+    return np.partition(values, len(values) - rank)[len(values) - rank]
+
+
+def _best(values: NDArray[Any], count: int) -> NDArray[np.bool_]:
+    """Mask of the ``count`` highest of some values in a row, by selecting from all of them."""
+    if count == 0:
+        return np.zeros(len(values), dtype=np.bool_)
+    threshold = _highest(values, count)
+    mask = values > threshold
+    mask[np.flatnonzero(values == threshold)[: count - int(np.count_nonzero(mask))]] = True
+    return mask
+
+
+def _swapped(mask: Tensor, score: Tensor, rate: float) -> Tensor:
+    """As `swap`: those above the threshold of as many as are kept are to be kept, so only what is near it can move."""
+    flat, values = _array(mask).copy(), _array(score)
+    low, high = _bounds(lambda: [score], kept := int(np.count_nonzero(flat)))
+    above, reached = values > high, values >= low
+    if np.count_nonzero(above) <= kept <= np.count_nonzero(reached):
+        at = np.flatnonzero((above ^ flat) | (reached ^ flat))
+    else:  # the sample has missed the threshold
+        at = np.arange(len(flat))
+    near, was = values[at], flat[at]
+    if 0 < (kept := int(np.count_nonzero(was))) < len(at):
+        threshold = _highest(near, kept)
+        may = np.where(was, near <= threshold, near >= threshold)
+        at, near, was = at[may], near[may], was[may]
+    pruned, held = np.flatnonzero(~was), np.flatnonzero(was)
+    pruned = pruned[np.argsort(-near[pruned], kind="stable")]
+    held = held[np.argsort(near[held], kind="stable")]
+    pairs = min(len(pruned), len(held))
+    count = math.ceil(rate * int(np.count_nonzero(near[pruned[:pairs]] > near[held[:pairs]])))
+    flat[at[pruned[:count]]] = True
+    flat[at[held[:count]]] = False
+    return torch.from_numpy(flat).view(mask.shape)
+
+
+def _counted(read: Callable[[], Iterable[Tensor]], count: Count, first: Tensor) -> list[Tensor]:
+    """As `joint`, on a card."""
+    counts, dtype = _counts([count], first.device), first.dtype
+    thresholds, ties = counting.lowest_kept(lambda: (Piece(row) for row, _ in _rows(read)), counts, dtype)
+    threshold, left = thresholds[0], ties[0]
+    out: list[Tensor] = []
+    for row, shapes in _rows(read):
+        mask, left = counting.kept(row, threshold, left)
+        parts = mask.split([shape.numel() for shape in shapes])
+        out += [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return out
+
+
+def _rows(read: Callable[[], Iterable[Tensor]]) -> Iterable[tuple[Tensor, list[torch.Size]]]:
+    """The values of several tensors in rows, small ones together, and of what shapes they are."""
+    held: list[Tensor] = []
+    for score in read():
+        if held and sum(one.numel() for one in held) + score.numel() > counting.CHUNK:
+            yield counting.row(held), [one.shape for one in held]
+            held = []
+        held.append(score.detach())
+    yield counting.row(held), [one.shape for one in held]
+
+
+def _group(scores: Sequence[Tensor], counts: Sequence[Count]) -> list[Tensor]:
+    """As `tops`, on a card, all layers at once."""
+    sizes = [score.numel() for score in scores]
+    values = counting.row([score.detach() for score in scores])
+    piece = Piece(values, counting.segments(sizes, values.device))
+    found = counting.selected(piece, sizes, _counts(counts, values.device))
+    return [part.view(score.shape) for part, score in zip(found.split(sizes), scores, strict=True)]
+
+
+def _counts(counts: Sequence[Count], device: torch.device) -> Tensor:
+    # Filled in by the device: a tensor made of a list would be copied to it.
+    found = [torch.full((), one, dtype=torch.int64, device=device) if isinstance(one, int) else one for one in counts]
+    return torch.stack([one.long() for one in found])
 
 
 def check_count(count: int, size: int) -> None:
@@ -84,13 +282,11 @@ def check_count(count: int, size: int) -> None:
         raise ValueError(f"count: {count} cannot be kept of {size} scores")
 
 
-def _check_numbers(scores: Tensor) -> None:
-    # Every comparison would place NaN somewhere, kthvalue above all numbers, and so keep it without a word.
-    if scores.isnan().any():
+def check_numbers(scores: Tensor) -> None:
+    """Refuse NaN among scores: every comparison would place it somewhere, and keep it or not without a word.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if math.isnan(float(scores.sum())) and bool(scores.isnan().any()):  # a sum is soon made; infinities make NaN too
         raise ValueError("scores: NaN among them; the weights they come from are probably NaN too")
-
-
-def with_ties(above: Tensor, equal: Tensor, count: int) -> Tensor:
-    """What is above a threshold, and the first so many of those that are equal to it, in memory order."""
-    above.view(-1)[equal.flatten().nonzero().flatten()[:count]] = True
-    return above

@@ -1,6 +1,5 @@
 """Data: a recipe's splits through timm's transforms, and the loaders over them."""
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,19 +9,19 @@ import torch
 from accelerate.utils import gather_object
 from PIL import ImageMode
 from timm.data import create_transform, resolve_data_config
-from timm.data.transforms import str_to_interp_mode
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
-from torchvision import transforms
 
 from ..core.errors import SettingError
-from ..core.seeds import seed_from
 from ..distributed.processes import rank, world_size
+from .cache import cache_of, whole
 from .contents import check_apart, contents, record
 from .digits import Digits
-from .images import ImageError, Images, Undecodable, Unreadable
+from .images import ImageError, Images, Unreadable, original
+from .placing import Caches
 from .splits import label_names, open_splits
 from .subset import Shuffled, labels_of
+from .transforms import Transformed, train_transform
 
 # So many images take long to read.
 _MANY = 10_000
@@ -38,6 +37,7 @@ class Data:
         num_classes: From the settings, else counted in the training labels.
         record: What is in the splits, by role and class: what tells whether they have changed.
         unreadable: The training images that could not be decoded; None where they lie in no files.
+        caches: The images that are decoded once.
 
     Raises:
         SettingError: A split is not there, is another's too, or has other classes.
@@ -77,6 +77,8 @@ class Data:
         self.unreadable = None
         if isinstance(self._splits[0].whole, Images):
             self.unreadable = Unreadable(labels_of(self._train), partial(_name, self._train), settings.unreadable)
+        splits = {"train": (self._train, self.unreadable), "val": (self._val, None), "test": (self._test, None)}
+        self.caches = Caches(settings, splits)
 
     @property
     def count(self) -> int:
@@ -150,25 +152,27 @@ class Data:
             )
 
     def train_set(self, model: nn.Module) -> Dataset[Any]:
-        """The training images, augmented as the settings say."""
-        s = self.settings
-        names = ("no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter")
-        augmentation = {name: getattr(s, name) for name in names}
-        more = {"auto_augment": s.aa, "re_prob": s.reprob, "re_mode": s.remode, "re_count": s.recount}
-        config = self.preprocessing(model)
-        if s.train_interpolation:
-            config["interpolation"] = s.train_interpolation
-        if s.crop_padding is not None:
-            transform = padded_crop(config, s.crop_padding, s.hflip, s.rotation)
-        else:
-            transform = create_transform(**config, **augmentation, **more, is_training=True)
-        return _Transformed(self._train, transform, self.unreadable)
+        """The training images one by one, augmented as the settings say."""
+        return Transformed(self._train, train_transform(self.settings, self.preprocessing(model)), self.unreadable)
 
     def val_set(self, model: nn.Module) -> Dataset[Any]:
-        return _Transformed(self._val, create_transform(**self.preprocessing(model)))
+        return Transformed(self._val, create_transform(**self.preprocessing(model)))
 
     def test_set(self, model: nn.Module) -> Dataset[Any]:
-        return _Transformed(self._test, create_transform(**self.preprocessing(model)))
+        return Transformed(self._test, create_transform(**self.preprocessing(model)))
+
+    def sets(self, model: nn.Module, device: torch.device) -> list[Dataset[Any]]:
+        """The images to train, validate and test on: those that are kept in batches, the others one by one.
+
+        Args:
+            model: Whose preprocessing they get.
+            device: Where batches go.
+
+        Raises:
+            SettingError: They cannot be kept where `data.cache` says.
+        """
+        plain = {"train": self.train_set(model), "val": self.val_set(model), "test": self.test_set(model)}
+        return [*(plain | self.caches.of(self.preprocessing(model), device)).values()]
 
     @property
     def label_names(self) -> dict[int, str]:
@@ -195,67 +199,6 @@ def _check_lengths(values: Mapping[str, Sequence[float]], channels: int) -> None
             )
 
 
-def padded_crop(config: dict[str, Any], padding: int, hflip: float = 0.0, rotation: float = 0.0) -> Any:
-    """The augmentation of papers on CIFAR: crop the zero-padded image at random, flip and turn it, normalise.
-
-    An image of another size than the model's is resized first. Everything random is drawn from torch's global
-    generator, which the trainer seeds for each epoch.
-
-    Args:
-        config: What `timm.data.resolve_data_config` found: ``input_size`` (channels, height, width), ``mean``, ``std``,
-            ``interpolation``.
-        padding: Pixels of zeros on each side.
-        hflip: Probability of a horizontal flip, in [0, 1].
-        rotation: Most degrees to turn by either way; what comes in at the corners is zero.
-
-    Returns:
-        A function of a PIL image; it gives a float tensor (channels, height, width).
-    """
-    size = config["input_size"][1:]
-    name = config["interpolation"]
-    interpolation: Any = str_to_interp_mode("bilinear" if name == "random" else name)
-    steps = [
-        transforms.Resize(size, interpolation),
-        transforms.RandomCrop(size, padding),
-        transforms.RandomHorizontalFlip(hflip),
-    ]
-    if rotation:
-        steps.append(transforms.RandomRotation(rotation))
-    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(config["mean"], config["std"])])
-
-
-class _Transformed(Dataset[Any]):
-    """A view of a data set through a transform: training and validation share images but not augmentation."""
-
-    def __init__(self, dataset: Any, transform: Any, unreadable: Unreadable | None = None):
-        self.dataset = dataset
-        self.transform = transform
-        self.unreadable = unreadable
-
-    @property
-    def targets(self) -> Tensor:
-        return labels_of(self.dataset)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        seed_item_(index)
-        image, target = self._item(index)
-        return self.transform(image), target
-
-    def _item(self, index: int) -> tuple[Any, int]:
-        while True:
-            try:
-                return self.dataset[index][:2]
-            except ImageError as error:
-                if self.unreadable is None or not isinstance(error, Undecodable):
-                    raise ImageError(
-                        f"{error}. Finished runs are kept; put it back as it was, and the same command continues"
-                    ) from None
-                index = self.unreadable.instead_of(index)
-
-
 class _Tried(Dataset[str]):
     """Of each image of a data set, what is wrong with it; nothing where it can be read."""
 
@@ -275,36 +218,23 @@ class _Tried(Dataset[str]):
 
 def _name(dataset: Any, index: int) -> str:
     """The file of an image of a part of a data set."""
-    while not isinstance(dataset, Images):
-        dataset, index = dataset.dataset, dataset.indices[index]
-    return dataset.name(index)
-
-
-def seed_item_(index: int) -> None:
-    """In a loader's worker, make what augments an item depend on the epoch and the item alone.
-
-    A worker's own seed would make it depend on which items the worker had before, and so on where an epoch was gone on
-    with, and on the number of workers.
-    """
-    worker = torch.utils.data.get_worker_info()
-    if worker is None:
-        return
-    seed = seed_from(worker.seed - worker.id, index)  # the part that all workers of an epoch share
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
+    images, place = original(dataset, index)
+    return images.name(place)
 
 
 def loader_of(dataset: Dataset[Any], batch_size: int, workers: int, shuffle: bool = False) -> DataLoader[Any]:
     """A loader for training (shuffled by a seed, whole batches only, as timm does) or for evaluation.
 
-    Workers are started afresh for each epoch: from their seed, the epoch's, every item's augmentation is drawn.
+    Workers are started afresh for each epoch: from their seed, the epoch's, every item's augmentation is drawn. What
+    comes from a cache comes in batches, without them.
     """
+    cached = cache_of(dataset) is not None
     return DataLoader(
         dataset,
         batch_size=min(batch_size, len(dataset)),  # pyright: ignore[reportArgumentType]
         sampler=Shuffled(dataset) if shuffle else None,
         drop_last=shuffle,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        num_workers=0 if cached else workers,
+        collate_fn=whole if cached else None,
+        pin_memory=torch.cuda.is_available() and not cached,
     )

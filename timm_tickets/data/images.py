@@ -65,6 +65,19 @@ class Images(Dataset[tuple[Any, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        with self._opened(index) as image:
+            if self.mode:
+                image = image.convert(self.mode)
+            image.load()
+        return image, int(self.targets[index])
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of an image, as its file says before it is decoded."""
+        with self._opened(index) as image:
+            return image.size
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[Image.Image]:
         try:
             with self.reader[index][0] as file:
                 data = file.read()
@@ -72,16 +85,12 @@ class Images(Dataset[tuple[Any, int]]):
             reason = error.strerror or error
             raise ImageError(f"{self.name(index)} cannot be read: {reason}") from error
         try:
-            image = Image.open(BytesIO(data))
-            if self.mode:
-                image = image.convert(self.mode)
-            image.load()
+            yield Image.open(BytesIO(data))
         except MemoryError:
             raise
         except Exception as error:  # PIL's decoders raise what they like
             reason = "it is no image" if isinstance(error, UnidentifiedImageError) else error
             raise Undecodable(f"{self.name(index)} cannot be decoded: {reason}") from error
-        return image, int(self.targets[index])
 
     def name(self, index: int) -> str:
         """The file of an image, for messages."""
@@ -131,6 +140,13 @@ class Images(Dataset[tuple[Any, int]]):
             member, _, inner = self.reader.samples[index]
             within = None if inner is None else inner.name
             yield member.name, member.size, (whole.st_dev, whole.st_ino, within, member.offset_data)
+
+
+def original(dataset: Any, index: int) -> tuple[Any, int]:
+    """The data set that one is a part of, and the place of an image there."""
+    while hasattr(dataset, "indices"):
+        dataset, index = dataset.dataset, dataset.indices[index]
+    return dataset, index
 
 
 class _Listed(ReaderImageFolder):

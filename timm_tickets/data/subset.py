@@ -23,6 +23,7 @@ from torch.utils.data import (
 )
 
 from ..core.errors import SettingError
+from ..core.seeds import seed_from
 from ..distributed.processes import join_processes
 
 _read_labels: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
@@ -232,21 +233,38 @@ def _cannot_cut(sampler: Any) -> SettingError:
 class Shuffled(Sampler[int]):
     """All items in an order that depends on a seed alone; set `seed` before each epoch.
 
+    A data set that augments by a seed (`cache.Cached`) is told one of the same; gone through again without a new seed,
+    the items come in the same order, augmented anew.
+
     Attributes:
         first: How many items to leave out at the beginning, to go on within an epoch.
         before: Called with an item's place in the order before it is given, and with the length at the end.
     """
 
     def __init__(self, dataset: Any, seed: int = 0):
-        self.length = len(dataset)
+        self.dataset, self.length = dataset, len(dataset)
         self.seed = seed
         self.first = 0
         self.before: Callable[[int], None] | None = None
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._seed, self._passes = value, 0
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[int]:
+        images = self.dataset
+        while hasattr(images, "dataset"):
+            images = images.dataset
+        if hasattr(images, "draw_from_"):
+            images.draw_from_(seed_from(self.seed, self._passes))
+        self._passes += 1
         order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed)).tolist()
         for place in range(self.first, self.length):
             if self.before is not None:

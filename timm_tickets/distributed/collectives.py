@@ -33,9 +33,10 @@ def share_(tensors: Iterable[Tensor]) -> None:
     """Give every process the first one's values of these tensors, in place. Every process has to call this."""
     if world_size() == 1:
         return
-    nccl = torch.distributed.get_backend() == "nccl"  # it moves nothing that is on a CPU
+    # NCCL moves nothing that is on a CPU, and gloo what is on a card by way of the CPU at best.
+    device = {"nccl": "cuda", "gloo": "cpu"}.get(torch.distributed.get_backend())
     for tensor in tensors:
-        value = tensor.detach().to("cuda" if nccl else tensor.device).contiguous()
+        value = tensor.detach().to(device or tensor.device).contiguous()
         torch.distributed.broadcast(value, 0)
         tensor.copy_(value)
 

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 
 from ..core.errors import SettingError, TrainingError
 from ..core.private import accelerate_states, set_world_
+from .cards import sharing
 from .sigterm import Stopped, stop_asked
 
 T = TypeVar("T")
@@ -37,7 +38,8 @@ def join_processes() -> PartialState:
     and says all the same that there is one process, so that each would train by itself on everything.
     """
     asked = parse_flag_from_env("ACCELERATE_USE_CPU")
-    return PartialState(cpu=asked or not torch.accelerator.is_available(), timeout=PATIENCE)
+    backend = {} if sharing() is None else {"backend": "gloo"}
+    return PartialState(cpu=asked or not torch.accelerator.is_available(), timeout=PATIENCE, **backend)
 
 
 def rank() -> int:

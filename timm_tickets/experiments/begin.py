@@ -1,9 +1,11 @@
 """What every experiment does before it trains: its data, model and folder, each refused now or not at all."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import rich.progress
 from rich.console import Console
 from torch import nn
 
@@ -12,7 +14,8 @@ from ..core.errors import SettingError
 from ..core.warn import warn
 from ..data.contents import differences
 from ..data.datasets import Data
-from ..distributed.processes import any_of
+from ..distributed.cards import sharing, told
+from ..distributed.processes import any_of, join_processes
 from ..sparse.describe import describe_model
 from ..storage.files import DamagedError, is_writer, read_record, write_record
 from ..training.build import build_model, channels_of, check_forward, criterion_of, model_kwargs
@@ -28,10 +31,16 @@ def built(recipe: Recipe, console: Console) -> tuple[Data, nn.Module]:
     data = Data(recipe.data)
     if is_writer():
         say(console, data.told)
+        if (shared := sharing()) is not None and recipe.parallel != "data":
+            say(console, f"{told(shared)}: each trains runs of its own; one trains what cannot be shared out")
     model = build_model(recipe, data.num_classes)
     channels = channels_of(recipe, model)
     data.check_channels(model, channels)
     check_forward(recipe, model, (channels, *data.input_size(model)))
+    device: Any = join_processes().device
+    kept = data.caches.told(data.preprocessing(model), device)
+    if is_writer():
+        say(console, kept)
     if (size := recipe.training.batch_size) > data.count and is_writer():
         console.print(f"training.batch_size: {size:,} is more than there is; each step takes all {data.count:,} images")
     return data, model
@@ -62,6 +71,18 @@ def claim(folder: Path, recipe: Recipe, kind: str, data: Data, console: Console)
     claim_folder(folder, recipe, kind)
     if begins and is_writer():
         write_record(folder / IMAGES, data.record)
+    filled(data, console)
+
+
+def filled(data: Data, console: Console) -> None:
+    """Decode the images that are kept, with a bar where it takes long."""
+
+    def track(batches: Iterable[Any], count: int) -> Iterable[Any]:
+        if not is_writer() or not console.is_terminal:
+            return batches
+        return rich.progress.track(batches, "decoding images", count, console=console, transient=True)
+
+    data.caches.fill(track)
 
 
 def check_tweaks(recipe: Recipe, model: nn.Module) -> None:

@@ -10,7 +10,9 @@ from ..config.recipe import Recipe
 from ..core.masks import Masks
 from ..core.states import State
 from ..data.datasets import Data
+from ..distributed.cards import sharing
 from ..distributed.processes import apart, decided, groups_of, wait_for_others
+from ..pruning.round import Parallel
 from ..pruning.run import Place, Run
 from ..pruning.run_end import End, plain_metrics
 from ..pruning.run_files import read_run_record, replayed, write_run
@@ -25,17 +27,26 @@ from .report import RichProgress, counted
 from .run_folder import experiment_of
 
 
+def asked_parallel(recipe: Recipe) -> Parallel:
+    """The recipe's; where processes share cards they have no training together, so `auto` is `runs`."""
+    if recipe.parallel == "auto" and sharing() is not None:
+        return "runs"
+    return recipe.parallel
+
+
 class Trainers:
     """The trainer that all processes share, and the one that each group has for itself; built when first wanted.
 
     Attributes:
+        parallel: What the processes share, as asked.
         groups: How many groups trainings may be handed out to.
     """
 
     def __init__(self, recipe: Recipe, model: Any, data: Data):
         self._made = recipe, model, data
         self._kind: bool | None = None
-        self.groups = 1 if recipe.parallel == "data" else groups_of(recipe.processes_per_run)[1]
+        self.parallel: Parallel = asked_parallel(recipe)
+        self.groups = 1 if self.parallel == "data" else groups_of(recipe.processes_per_run)[1]
 
     def of(self, by_itself: bool) -> Trainer:
         """The one of these kinds; only the one used last is kept."""

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from ..config.recipe import Recipe, load_recipe
 from ..data.images import minding_workers
+from ..data.placing import bytes_in_words
 from ..pruning.pruner import Pruner
 from ..pruning.run import Run
 from ..pruning.run_files import RECORD
 from ..pruning.training import Training
 from ..storage.files import is_writer
 from ..training.trainer import Trainer
-from .begin import built
+from .begin import built, filled
 from .report import say
 from .search import create_search
 
@@ -75,6 +76,7 @@ def dry_run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, conso
         data, model = built(recipe, console)
         pruner = create_search(recipe, data, model, None)
         trainer = Trainer(recipe, model, data)
+        filled(data, console)
         found = _Timed(trainer, pruner, recipe)
     estimate = found.estimate()
     if is_writer():
@@ -98,8 +100,9 @@ def _told(recipe: Recipe, pruner: Pruner, found: Estimate) -> dict[str, str]:
         "runs": f"{least}{found.runs:,}{why}" + (f"; {finished} are finished in {recipe.folder}" if finished else ""),
         "epochs": f"{least}{found.epochs:,}",
         "steps": f"{least}{found.steps:,}, of {recipe.training.batch_size * recipe.training.grad_accum_steps:,} images",
-        "disk": f"at most {_bytes(found.disk)}{' for so many runs' if found.at_least else ''} in {recipe.folder}, and "
-        f"{_bytes(found.passing)} of checkpoints on the way; {_bytes(shutil.disk_usage(there).free)} are free",
+        "disk": f"at most {bytes_in_words(found.disk)}{' for so many runs' if found.at_least else ''} in "
+        f"{recipe.folder}, and {bytes_in_words(found.passing)} of checkpoints on the way; "
+        f"{bytes_in_words(shutil.disk_usage(there).free)} are free",
     }
 
 
@@ -130,7 +133,7 @@ class _Timed:
         searched = recipe.pruner["epochs"]
         trains = first is not None and not first.reads_only
         # Whether the search itself trains the dense network on everything, as imp's first run does.
-        moves = first is not None and (first.request.after_step is not None or len(pruner.subnet.gates) > 0)
+        moves = first is not None and (first.request.moves or len(pruner.subnet.gates) > 0)
         dense_first = first is not None and first.all_images and not (moves or first.sparsity)
         dense = recipe.dense and not (dense_first and searched == epochs)
         whole = len(self.trainer.train_loader)
@@ -225,14 +228,6 @@ class _Clock:
 
 def _size(values: Any) -> int:
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
 
 
 def _duration(seconds: float) -> str:

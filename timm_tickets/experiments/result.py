@@ -26,9 +26,9 @@ class Result:
 
 
 def parallel_of(recipe: Recipe, trainers: Trainers) -> Parallel:
-    """The recipe's, but that what spans the processes, a split model or synchronised statistics, is not handed out."""
-    spans = trainers.of(recipe.parallel == "runs").splits or recipe.training.sync_bn
-    return "data" if spans and recipe.parallel == "auto" else recipe.parallel
+    """As asked, but that what spans the processes, a split model or synchronised statistics, is not handed out."""
+    spans = trainers.of(trainers.parallel == "runs").splits or recipe.training.sync_bn
+    return "data" if spans and trainers.parallel == "auto" else trainers.parallel
 
 
 def hands_out(parallel: Parallel, count: int, groups: int) -> bool:

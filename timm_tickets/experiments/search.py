@@ -80,7 +80,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     pruner = create_search(recipe, data, model, folder)
     learned, trainers = bool(pruner.subnet.gates), Trainers(recipe, model, data)
     pruner.parallel, pruner.processes_per_run = parallel_of(recipe, trainers), recipe.processes_per_run
-    if trainers.of(recipe.parallel == "runs").splits:
+    if trainers.of(trainers.parallel == "runs").splits:
         refuse_split(pruner.method)
     claim(folder, recipe, "search", data, console)  # only now: a recipe that cannot be built leaves no folder behind
     subnet, epochs = pruner.subnet, recipe.ticket_epochs

@@ -59,7 +59,7 @@ class Ticketed(TrainingTask):
     @property
     def finished(self) -> bool:
         """Whether the model is as sparse as it is to become: a pruner that prunes while it trains may be on its way."""
-        if self.run is None or self.pruner is None or self.run.request.after_step is None:
+        if self.run is None or self.pruner is None or not self.run.request.moves:
             return True
         mask = self.subnet.mask
         return kept(mask) <= keep_count(total(mask), self.pruner.method.sparsity)
@@ -293,7 +293,7 @@ def _unfinished(run: Training, pruner: Pruner) -> str:
     if not run.step or run.complete:
         return ""
     told = f"{place(run, pruner)} of {pruner.method.name} ended at epoch {run.position:.3g} of {run.schedule_epochs}"
-    if run.request.after_step is not None:
+    if run.request.moves:
         told += f", at sparsity {run.sparsity:.4f} of the asked {pruner.method.sparsity:g}"
     if pruner.folder is not None:
         told += f", and is not written down in {pruner.folder}"

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..core.lazy import Lazy
-from ..core.masks import all_kept, full_masks, revived
+from ..core.masks import all_kept, revived
 from ..core.scores import above_zero
 from ..core.warn import warn
 from ..pruning.method import Method
@@ -34,8 +34,8 @@ class ContinuousSparsification(Method):
     `meet`: ``top`` keeps the largest s, exactly as many as asked; ``penalty`` keeps s > 0, whatever sparsity that is.
     `bake_scale`: tickets with c in their values were as good on digits at .95 (99.07 % with, 98.80 without, three
     seeds) and better after an epoch of CIFAR-10 at .6 (67.7 with, 64.4 without).
-    Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says: what was suppressed
-    stays so; the released code resets beta first, and so revives it. Momentum starts anew each round; in the paper not.
+    Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says; the released code
+    resets beta first, and so revives what was suppressed. Momentum starts anew each round, in the paper not.
     """
 
     s0: Annotated[float, Field(ge=-1, le=1, description="first score of every weight")] = 0.0
@@ -59,8 +59,7 @@ class ContinuousSparsification(Method):
         if self.parallel:
             ends = yield [self.run(True, lambda subnet, s0=s0: self.set_(subnet, s0)) for s0 in self.parallel]
             nearest = min(ends, key=lambda end: abs(above_zero(end.scores) - (1 - self.sparsity)))
-            assert nearest.rewind is not None  # each of these runs takes one
-            subnet.set_start_(nearest.rewind, nearest.rewind_epoch)
+            subnet.set_start_(nearest.rewind or {}, nearest.rewind_epoch)  # each of these runs takes one
             self.set_(subnet, self.parallel[ends.index(nearest)])
             subnet.load_scores_(nearest.scores)
         else:
@@ -78,7 +77,7 @@ class ContinuousSparsification(Method):
 
     def tell(self, subnet: Subnet) -> None:
         """Note what the scores alone would keep, beside what the ticket keeps, and warn where it keeps more."""
-        found = above_zero(subnet.live_scores())
+        found = above_zero(subnet.device_scores())
         subnet.notes.append({"density_of_scores_above_zero": found, "density": 1 - subnet.sparsity})
         if 1 - subnet.sparsity > found:
             warn(
@@ -95,13 +94,14 @@ class ContinuousSparsification(Method):
             rewind=self.rewind if first else None,
             setup=setup or (lambda subnet: harden_(subnet.gates, 1)),
             on_loss=self.penalised,
-            after_step=lambda run: harden_(run.subnet.gates, self.final_beta**run.progress),  # exponential, from 1
+            schedule=lambda progress: {"beta": self.final_beta**progress},  # exponential, from 1
+            each_step=lambda run: harden_(run.subnet.gates, run.subnet.now["beta"]),
             settle=self.settle_,
         )
 
     def set_(self, subnet: Subnet, s0: float) -> None:
         """Every score at s0, and c = 1 / sigmoid(s0), so that weights pass unchanged at the start, where beta is 1."""
-        subnet.load_scores_(Lazy(subnet.names, lambda name: torch.full(subnet.mask[name].shape, s0)))
+        subnet.load_scores_(Lazy(subnet.names, lambda name: torch.full(subnet.gates[name].mask.shape, s0)))
         subnet.scale_gates_(dict.fromkeys(subnet.names, 1 + math.exp(-s0)))
         harden_(subnet.gates, 1)
 
@@ -112,9 +112,9 @@ class ContinuousSparsification(Method):
 
     def settle_(self, subnet: Subnet) -> None:
         """The hard mask of the scores as they are now."""
-        scores = subnet.live_scores()
-        masks = self.cut(all_kept(subnet.mask), scores) if self.meet == "top" else {n: s > 0 for n, s in scores.items()}
-        subnet.set_mask_(revived(masks, full_masks(scores), scores) if self.collapse == "prevent" else masks)
+        scores = subnet.device_scores()
+        masks = self.cut(all_kept(scores), scores) if self.meet == "top" else {n: s > 0 for n, s in scores.items()}
+        subnet.set_mask_(revived(masks, all_kept(scores), scores) if self.collapse == "prevent" else masks)
 
     def runs(self, subnet: Subnet) -> int:
         return len(self.parallel) or self.rounds

@@ -16,7 +16,8 @@ from ..pruning.method import Method
 from ..pruning.registry import register_pruner
 from ..pruning.run import Run
 from ..pruning.run_end import End
-from ..sparse.gates import ranked_gate
+from ..pruning.training import Training
+from ..sparse.gates import ranked_gate, scale_of
 from ..sparse.prunable import norms
 from ..sparse.random_start import FirstScores, draw_scores_, draw_weights_, frozen_patterns, reset_norms_
 from ..sparse.subnet import Subnet
@@ -69,7 +70,7 @@ class EdgePopup(Method):
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         self.begin_(subnet)
-        yield [Run(after_step=lambda run: self.settle_(run.subnet), weight_decay=self.weight_decay)]
+        yield [Run(each_step=self.step_, weight_decay=self.weight_decay)]
         self.settle_(subnet)
         subnet.restart_()
         subnet.bake_()
@@ -91,21 +92,22 @@ class EdgePopup(Method):
         reset_norms_(subnet, affine=self.norm_affine, trained=self.train_rest)
         self.settle_(subnet)
 
+    def step_(self, run: Training) -> None:
+        self.settle_(run.subnet)
+
     def settle_(self, subnet: Subnet) -> None:
         """Cut the mask from the scores as they are now, and scale what it keeps."""
         masks = self.mask_of_scores(subnet)
         subnet.set_mask_(masks)
         if self.scale == "none":
             return
-        whole = kept(masks) / total(masks) if self.scale == "static" else None
-        density = {name: whole or int(mask.sum()) / mask.numel() for name, mask in masks.items()}
-        subnet.scale_gates_({n: 1 / math.sqrt(d) if d else 1.0 for n, d in density.items()})
+        whole = 1 / math.sqrt(kept(masks) / total(masks)) if self.scale == "static" else None
+        subnet.scale_gates_({name: whole or scale_of(mask) for name, mask in masks.items()})
 
     def mask_of_scores(self, subnet: Subnet) -> Masks:
         """Keep the largest |scores|: exactly the asked number, ties to the first."""
-        scores = subnet.live_scores()  # read several times where all layers' are compared: not from the device then
-        scores = magnitude(dict(scores) if self.scope == "global" else scores)
-        return self.cut(all_kept(subnet.mask), scores)
+        scores = subnet.device_scores()
+        return self.cut(all_kept(scores), magnitude(scores))
 
     def frozen_counts(self, subnet: Subnet) -> dict[str, tuple[int, int]] | None:
         """How many weights of each layer leave the search as pruned and as kept; nothing does where None."""

@@ -98,12 +98,11 @@ class FrozenSLT(EdgePopup):
 
     def mask_of_scores(self, subnet: Subnet) -> Masks:
         """Keep the locked and, of the free, the largest |scores|: exactly the asked number of weights is pruned."""
-        masks, frozen = subnet.mask, self.frozen_counts(subnet)
+        masks, frozen = subnet.device_mask(), self.frozen_counts(subnet)
         keep = keep_count(total(masks), self.sparsity) - sum(locked for _, locked in frozen.values())
         bare = [name for name, (_, locked) in frozen.items() if self.collapse == "prevent" and not locked]
         # Flat, as the gates have them: in the weights' shapes half of them would be zeros of frozen weights.
-        scores = subnet.free_scores()
-        scores = magnitude(dict(scores) if self.scope == "global" else scores)
-        found = self.cut(all_kept({name: gate.score for name, gate in subnet.gates.items()}), scores, keep, spare=bare)
+        scores = subnet.device_scores(free=True)
+        found = self.cut(all_kept(scores), magnitude(scores), keep, spare=bare)
         free: Any = {name: gate.free for name, gate in subnet.gates.items()}  # all of them have one, from `prepare_`
-        return {name: mask.masked_scatter(free[name].cpu(), found[name]) for name, mask in masks.items()}
+        return {n: mask.masked_scatter(free[n].to(mask.device), found[n]) for n, mask in masks.items()}

@@ -44,23 +44,24 @@ class Gradual(OneShot):
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         yield [Run(after_step=self.step_)]
-        if self.kept(subnet.mask) > keep_count(self.total(subnet.mask), self.sparsity):
+        mask = subnet.device_mask()
+        if self.kept(mask) > keep_count(self.total(mask), self.sparsity):
             warn(
                 f"gradual: its run ended at sparsity {subnet.sparsity:.4f}, not at the asked {self.sparsity}; the rest "
                 "is pruned now, and what is left has not trained since. Create the pruner with the epochs that are "
                 "trained"
             )
         # However long the run was, the asked sparsity is met.
-        subnet.set_mask_(self.cut(subnet.mask, magnitude(subnet.weights_on_cpu())))
+        subnet.set_mask_(self.cut(mask, magnitude(subnet.device_weights())))
         subnet.restart_()
 
     def step_(self, run: Training) -> None:
         if run.step % run.every(self.interval, (self.end - self.begin) / 20) and run.progress < 1:
             return
-        subnet = run.subnet
-        keep = keep_count(self.total(subnet.mask), self.scheduled(run.progress))
-        if keep < self.kept(subnet.mask):
-            subnet.set_mask_(self.cut(subnet.mask, magnitude(subnet.weights_on_cpu()), keep))
+        subnet, mask = run.subnet, run.subnet.device_mask()
+        keep = keep_count(self.total(mask), self.scheduled(run.progress))
+        if keep < self.kept(mask):
+            subnet.set_mask_(self.cut(mask, magnitude(subnet.device_weights()), keep))
 
     def scheduled(self, progress: float) -> float:
         """Sparsity after this fraction of training (equation 1, from 0)."""

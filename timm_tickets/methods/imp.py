@@ -36,12 +36,12 @@ class IMP(Method):
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         for round, keep in enumerate(self.kept_counts(subnet)):
             yield [Run(rewind=self.rewind if round == 0 else None, from_rewind=round > 0)]
-            subnet.set_mask_(self.cut(subnet.mask, magnitude(subnet.weights_on_cpu()), keep))
+            subnet.set_mask_(self.cut(subnet.device_mask(), magnitude(subnet.device_weights()), keep))
             subnet.rewind_()
 
     def kept_counts(self, subnet: Subnet) -> list[int]:
         """Weights kept after each round; the last is what the asked sparsity keeps."""
-        remaining = self.total(subnet.mask)
+        remaining = self.total(subnet.device_mask())
         goal = keep_count(remaining, self.sparsity)
         counts: list[int] = []
         while not counts or remaining > goal:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from ..core.lazy import Lazy
-from ..core.masks import all_kept, full_masks, swap
+from ..core.masks import all_kept, full_masks, swaps
 from ..core.scores import magnitude
 from ..core.warn import warn
 from ..pruning.method import Method
@@ -75,19 +75,24 @@ class Jackpot(Method):
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
         # One global magnitude threshold: it decides how many each layer keeps, for good, and the first mask.
-        subnet.set_mask_(self.cut(all_kept(subnet.mask), magnitude(subnet.weights_on_cpu())))
-        subnet.load_scores_(Lazy(subnet.names, lambda name: torch.where(subnet.mask[name], 1.0, self.low_score)))
+        weights = subnet.device_weights()
+        subnet.set_mask_(self.cut(all_kept(weights), magnitude(weights)))
+        mask = subnet.device_mask()
+        subnet.load_scores_(Lazy(subnet.names, lambda name: torch.where(mask[name], 1.0, self.low_score)))
         # A claim only: a model knows its tag whether or not it was built with pretrained=True. The ticket checks it.
         tag = pretrained_tag(subnet.model)
         subnet.origin = {"start": "pretrained", "tag": tag} if tag else {}
-        yield [Run(after_step=self.step_, weight_decay=self.weight_decay)]
+        yield [Run(schedule=self.numbers, each_step=self.step_, weight_decay=self.weight_decay)]
         subnet.restart_()
         subnet.bake_()
 
+    def numbers(self, progress: float) -> dict[str, float]:
+        return {"rate": self.scheduled(progress)}
+
     def step_(self, run: Training) -> None:
-        rate = self.scheduled(run.progress)
-        scores, masks = run.subnet.live_scores(), run.subnet.mask
-        run.subnet.set_mask_({name: swap(mask, scores[name], rate) for name, mask in masks.items()})
+        masks, scores = run.subnet.device_mask(), run.subnet.device_scores()
+        found = swaps(list(masks.values()), list(scores.values()), run.subnet.now["rate"])
+        run.subnet.set_mask_(dict(zip(masks, found, strict=True)))
 
     def scheduled(self, progress: float) -> float:
         """Share of the due swaps to make after this fraction of training: the short restriction."""

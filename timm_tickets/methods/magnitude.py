@@ -23,5 +23,5 @@ class Magnitude(OneShot):
     """
 
     def search(self, subnet: Subnet) -> Generator[list[Run], list[End], None]:
-        subnet.set_mask_(self.cut(subnet.mask, magnitude(subnet.weights_on_cpu())))
+        subnet.set_mask_(self.cut(subnet.device_mask(), magnitude(subnet.device_weights())))
         yield from ()

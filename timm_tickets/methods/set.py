@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.errors import SettingError
 from ..core.lazy import Lazy
-from ..core.masks import Distribution, exchange, keep_count, total
+from ..core.masks import Counted, Distribution, exchange, keep_count, total
 from ..core.scores import magnitude, random
 from ..core.seeds import seed_from
 from ..pruning.method import OneShot
@@ -64,6 +64,7 @@ class SET(OneShot):
                 f"{total(others)}; lower the sparsity, or set it to false"
             )
         subnet.set_mask_(first | self.cut(others, noise, keep))
+        subnet.counts()  # asked for now, and not at the first exchange
 
     def step_(self, run: Training) -> None:
         if run.step % self.every(run) == 0 and run.progress < self.until:
@@ -75,11 +76,14 @@ class SET(OneShot):
 
     def exchange_(self, run: Training, grow: Mapping[str, Tensor], rate: float) -> None:
         """In every layer drop this fraction of the kept weights, the smallest, and grow as many of the best."""
-        subnet, old = run.subnet, run.subnet.mask
-        drop = magnitude(subnet.weights_on_cpu())
-        new = {n: exchange(mask, drop[n], grow[n].cpu(), round(rate * int(mask.sum()))) for n, mask in old.items()}
-        subnet.set_mask_(new)
-        run.forget_(Lazy(new, lambda name: new[name] & ~old[name]))  # what has grown: it begins anew
+        subnet, old, counts = run.subnet, run.subnet.device_mask(), run.subnet.counts()
+        drop = magnitude(subnet.device_weights())
+        found = {
+            n: exchange(mask, drop[n], grow[n].to(mask.device), round(rate * counts[n]), counts[n])
+            for n, mask in old.items()
+        }
+        run.forget_(Lazy(found, lambda name: found[name] & ~old[name]))  # what has grown: it begins anew
+        subnet.set_mask_(Counted(found, counts))
 
     def runs(self, subnet: Subnet) -> int:
         return 1

@@ -146,7 +146,7 @@ def tell_training(run: "Training", first_mask: str) -> None:
     own = "the method's penalty" if asked.on_loss is not None else None if run.classes is None else "its classes alone"
     if own is not None and not run.heard and run.stepped:
         warn(f"{run.name} was trained without {own}, as nobody called `run.loss`; {loss}")
-    if (asked.after_step is None and not run.start_epoch) or run.reads_only:
+    if (not asked.moves and not run.start_epoch) or run.reads_only:
         return
     if run.batches_per_epoch is not None:
         over = run.position - run.schedule_epochs

@@ -39,17 +39,25 @@ class Clock:
         Raises:
             RuntimeError: Nobody has said how long an epoch is.
         """
+        return self._at(self.batches)
+
+    def _at(self, batches: int) -> float:
         if self.batches_per_epoch is None:
             raise RuntimeError(
                 "the run's schedule needs the length of an epoch: train on `run.subset(loader)`, or set "
                 "`run.batches_per_epoch` before the first step"
             )
-        return self.start_epoch + self.batches / self.batches_per_epoch
+        return self.start_epoch + batches / self.batches_per_epoch
 
     @property
     def progress(self) -> float:
         """Fraction of the schedule that is done, in [0, 1]: `position` over `schedule_epochs`."""
         return min(1.0, self.position / self.schedule_epochs)
+
+    @property
+    def ahead(self) -> float:
+        """What `progress` will be once the next step is taken."""
+        return min(1.0, self._at(self.batches + max(1, self._pending)) / self.schedule_epochs)
 
     @property
     def complete(self) -> bool:

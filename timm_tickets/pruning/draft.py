@@ -40,14 +40,15 @@ class Draft:
     def final(self, start: State) -> Ticket:
         """The ticket of a search that has ended: nobody will rewind to what is pruned now, so the start becomes it."""
         subnet = self.subnet
-        values = subnet.pruned_state(start, subnet.mask)
+        mask = subnet.hand_over_mask_()
+        values = subnet.pruned_state(start, mask)
         live = {_memory(value) for value in map(local, subnet.model.state_dict().values()) if value.is_cpu}
         for name in start:
             if _memory(start[name]) in live:  # a method has made the model's own tensors the start
                 start[name] = values[name].clone()
             else:
                 start[name].copy_(values[name])
-        return replace(self.ticket(subnet.mask, start, subnet.start_epoch), values=dict(start))
+        return replace(self.ticket(mask, start, subnet.start_epoch), values=dict(start))
 
     def ticket(self, mask: Mapping[str, Tensor], start: Mapping[str, Tensor], start_epoch: float) -> Ticket:
         """The ticket of a mask over a start, whose values are made as they are read."""

@@ -60,7 +60,12 @@ class Run:
         on_loss: Given the training and its loss, before backward; returns the loss to go backward from (a penalty
             added).
         before_step: Called before each optimizer step, when the gradients are there, masked, to be added to.
-        after_step: Called after each optimizer step.
+        schedule: Given the fraction of the schedule that is done, in [0, 1]; returns numbers by name. They are put
+            beside the weights before each step (`subnet.now`), as they are to be once it is taken, and never read back.
+        each_step: Called after each optimizer step with tensors alone, so that it can be a part of a step that is
+            compiled or captured: what moves with the steps it reads from `subnet.now`, nothing is counted or decided in
+            Python.
+        after_step: Called after each optimizer step, and after ``each_step``, in Python: for what is seldom done.
         settle: Called before the model is scored and at the end: brings the mask up to date with learned scores.
         weight_decay: Of learned scores; the optimizer's own goes on for everything else.
     """
@@ -76,9 +81,16 @@ class Run:
     setup: Callable[[Subnet], None] | None = None
     on_loss: "Callable[[Training, Tensor], Tensor] | None" = None
     before_step: "Callable[[Training], None] | None" = None
+    schedule: Callable[[float], dict[str, float]] | None = None
+    each_step: "Callable[[Training], None] | None" = None
     after_step: "Callable[[Training], None] | None" = None
     settle: Callable[[Subnet], None] | None = None
     weight_decay: float = 0.0
+
+    @property
+    def moves(self) -> bool:
+        """Whether something of the method happens with the steps: its mask may move within the run."""
+        return self.each_step is not None or self.after_step is not None
 
     def __repr__(self) -> str:
         asked = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}

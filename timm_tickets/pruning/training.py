@@ -16,10 +16,11 @@ from ..core.states import State, digest, not_finite, sharing
 from ..core.warn import warn
 from ..data.subset import Selection, is_loader, slice_classes, subset_of
 from ..distributed.collectives import mean_over_processes, share_buffers_
-from ..distributed.fsdp2 import local, reshard_, shard_of
+from ..distributed.fsdp2 import reshard_
 from ..distributed.processes import world_size
 from ..sparse.blind import Reached
-from ..sparse.optimizers import plain_optimizer, reset_, separate_
+from ..sparse.holder import Holder
+from ..sparse.optimizers import forget_, plain_optimizer, reset_, separate_
 from ..sparse.subnet import Subnet
 from ..tweaks.base import Tweaks
 from .checks import tell_training
@@ -44,8 +45,10 @@ class Training(Clock):
         request: What the method asked for.
         subnet: The model with its mask.
         metrics: For the trainer to fill; kept with the run and in its ticket. JSON types.
-        scores: What the method gathers while the run goes on (`add_scores_`): a tensor a weight, given back in its end.
+        scores: What the method gathers while the run goes on (`add_scores_`): a tensor a weight; its end has them.
         optimizer: The optimizer that changes the weights, once attached.
+        holder: What holds the masks since then; a trainer without hooks applies it.
+        slice: Takes the run's classes of logits and targets, in place of its own way, where a trainer sets it.
         tweaks: Retraining tweaks, taken back at its end; they change the loss and anneal with its steps.
         reads_only: Whether it reads gradients and is no training; it is not scored.
     """
@@ -65,6 +68,8 @@ class Training(Clock):
         self.metrics: dict[str, Any] = {}
         self.scores: Scores = {}
         self.optimizer: Optimizer | None = None
+        self.holder: Holder | None = None
+        self.slice: Callable[[Any, Tensor], tuple[Any, Tensor]] | None = None
         self.tweaks: Tweaks | None = None
         self._rewind: tuple[State, float] | None = None  # the rewind point that was taken, and its epoch
         self._again: LossAgain | None = None
@@ -114,7 +119,7 @@ class Training(Clock):
         """Sparsity of the mask now being trained, in [0, 1)."""
         return self.subnet.sparsity
 
-    def attach(self, optimizer: Any, reset: bool = True) -> Any:
+    def attach(self, optimizer: Any, reset: bool = True, hooks: bool = True, whole: bool = False) -> Any:
         """Start the run on an optimizer: its state cleared, earlier hooks gone, pruned weights held at exactly zero.
 
         Its hyper-parameters stay as they are, but for a learning rate that a schedule has moved: it returns to where
@@ -124,6 +129,7 @@ class Training(Clock):
             optimizer: A torch optimizer over the model's parameters, or Accelerate's wrapper of one.
             reset: Whether to clear its state and put the learning rate back; False for one that is fresh, or holds
                 the state of this very run from a checkpoint.
+            hooks: False for a trainer that applies `holder` itself and calls `follow_step_`; ``whole`` is the holder's.
 
         Returns:
             The same optimizer.
@@ -134,8 +140,8 @@ class Training(Clock):
             separate_(self.optimizer, [gate.score for gate in self.subnet.gates.values()], self.request.weight_decay)
         if reset:
             reset_(self.optimizer)
-        before = self.request.before_step
-        self.subnet.hold_(optimizer, self._stepped, None if before is None else partial(before, self))
+        before = self.request.before_step and partial(self.request.before_step, self)
+        self.holder = self.subnet.hold_(optimizer, self._stepped, before, hooks, whole)
         return optimizer
 
     def subset(self, data: Any) -> Any:
@@ -170,21 +176,22 @@ class Training(Clock):
         Raises:
             ValueError: A target outside the run's classes: train on `subset`.
         """
-        if self.tweaks is not None:
-            criterion = self.tweaks.criterion(criterion)
-        loss = self._sliced(criterion, output, target)
+        criterion = criterion if self.tweaks is None else self.tweaks.criterion(criterion)
+        loss = self.sliced(criterion, output, target)
         if not torch.is_grad_enabled():  # scoring a validation batch must neither add a penalty nor be read
             return loss
         asked, again = self.request, self._again
         if asked.read is not None and again is not None and (asked.limit is None or self.taken < asked.limit):
             with exact_derivatives(loss.device):
-                asked.read(self, lambda temperature=1.0: self._sliced(criterion, again.output(temperature), target))
+                asked.read(self, lambda temperature=1.0: self.sliced(criterion, again.output(temperature), target))
         self.count_batch_()
         return loss if asked.on_loss is None else asked.on_loss(self, loss)
 
-    def _sliced(self, criterion: Callable[[Tensor, Tensor], Tensor], output: Any, target: Tensor) -> Tensor:
+    def sliced(self, criterion: Callable[[Tensor, Tensor], Tensor], output: Any, target: Tensor) -> Tensor:
+        """The criterion on this run's classes, nothing counted and nothing added."""
         if self.classes is not None:
-            output, target = slice_classes(output, target, self.classes)
+            cut = self.slice or partial(slice_classes, classes=self.classes)
+            output, target = cut(output, target)
         return criterion(output, target)
 
     def add_scores_(self, readings: Mapping[str, Tensor]) -> None:
@@ -208,21 +215,35 @@ class Training(Clock):
         Args:
             weights: Bool, True for those to forget, by parameter name.
         """
-        if self.optimizer is None:
-            return
-        for name, parameter in self.subnet.parameters().items():
-            gone = shard_of(weights[name], parameter)
-            for value in self.optimizer.state[parameter].values():
-                if getattr(value, "shape", None) == parameter.shape:
-                    local(value).masked_fill_(gone, 0)
+        if self.optimizer is not None:
+            forget_(self.optimizer, self.subnet.parameters(), weights)
 
     def _stepped(self) -> None:
+        self.set_numbers_()
+        if self.request.each_step is not None:
+            self.request.each_step(self)
+        self.follow_step_()
+        self.tell_unreached()
+
+    def set_numbers_(self) -> None:
+        """Put the numbers that move with the steps where `Run.each_step` finds them."""
+        if self.request.schedule is not None:
+            self.subnet.put_(self.request.schedule(self.ahead))
+
+    def tell_unreached(self) -> None:
+        """Name, once, layers whose scores got no gradient in the first steps; this waits for the device."""
+        if self._reached is not None:
+            self._reached.tell()
+
+    def follow_step_(self) -> None:
+        """Count a step that was taken, and do what comes after it in Python: what no compiled step has in it."""
         self.count_step_()
         if self._reached is not None:
             self._reached.look({name: gate.score.grad for name, gate in self.subnet.gates.items()})
         if self.request.after_step is not None:
             self.request.after_step(self)
-        self._anneal()
+        if self.tweaks is not None:
+            self.tweaks.at_(self.progress)
         if self._rewind is None and self.request.rewind is not None and self.passed(self.request.rewind):
             reached = 0.0 if self.batches_per_epoch is None else self.position
             share_buffers_(self.subnet.model)
@@ -233,17 +254,13 @@ class Training(Clock):
         if self.place.single:  # at once, so that the point before is freed: each is a copy of the model
             self.subnet.set_start_(state, epoch)
 
-    def _anneal(self) -> None:
-        if self.tweaks is not None:
-            self.tweaks.at_(self.progress)
-
     def begin_(self) -> None:
         """Bring the model to the run's starting state."""
         asked, subnet = self.request, self.subnet
         if asked.setup is not None:
             asked.setup(subnet)
         subnet.apply_()
-        self._first_mask = digest(subnet.mask) if asked.after_step is not None and not self.reads_only else ""
+        self._first_mask = digest(subnet.mask) if asked.moves and not self.reads_only else ""
         if subnet.gates:
             self._reached = Reached(self.name, subnet.gates)
         if self.reads_only:
@@ -252,7 +269,16 @@ class Training(Clock):
             self._take_rewind_point_(sharing(subnet.live_state(), subnet.start or {}), 0.0)
 
     def settle_(self) -> None:
-        """Bring the mask up to date with learned scores; before scoring a model in the middle of a run."""
+        """Bring the mask up to date with learned scores; before scoring a model in the middle of a run.
+
+        Raises:
+            TrainingError: A score is not finite: no step on a card asks, so that it is said here. It stays so.
+        """
+        if (name := not_finite(self.subnet.device_scores(free=True), {})) is not None:
+            raise TrainingError(
+                f"{self.name}: the learned scores of {name} are not finite, NaN or infinite, after step {self.step}; "
+                "lower the learning rate or clip gradients, and train it again"
+            )
         if self.request.settle is not None:
             self.request.settle(self.subnet)
 
@@ -270,7 +296,8 @@ class Training(Clock):
         share_buffers_(self.subnet.model)  # not in `end`: a checkpoint may be one process's alone
         end = self.end()
         # A caller may keep this object: it is not to keep what is as large as the model alive.
-        self.optimizer, self._rewind, self.scores = None, None, {}
+        self.optimizer = self._rewind = self.holder = None
+        self.scores = {}
         self.request = replace(self.request, read=None)
         return end
 
@@ -315,8 +342,7 @@ class Training(Clock):
     def progress_state(self) -> dict[str, Any]:
         """What a checkpoint within the run must hold besides model and optimizer: tensors and primitives."""
         gates = {name: dict(gate.named_buffers()) for name, gate in self.subnet.gates.items()}
-        mask, tap = self.subnet.mask, self.subnet.tap.open
-        method = {"mask": mask, "gates": gates, "scores": dict(self.scores), "tap": tap}
+        method = {"mask": self.subnet.mask, "gates": gates, "scores": dict(self.scores), "tap": self.subnet.tap.open}
         return self.counters() | method | {"taken": self._rewind}
 
     def load_progress_(self, saved: dict[str, Any]) -> None:
@@ -329,4 +355,5 @@ class Training(Clock):
         for name, gate in self.subnet.gates.items():
             for key, value in gate.named_buffers():
                 value.copy_(saved["gates"][name][key])
-        self._anneal()
+        if self.tweaks is not None:
+            self.tweaks.at_(self.progress)

@@ -2,23 +2,25 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ..core.warn import warn
 from ..distributed.fsdp2 import local
 
 
-def flat(gradient: Tensor | None) -> bool:
+def flat(gradient: Tensor | None) -> Tensor:
     """Whether a gradient tells no weight from another: zero, or, where a penalty adds to it, the same everywhere.
 
-    A part without elements, as FSDP2 may leave a process, tells nothing and is not flat.
+    A part without elements, as FSDP2 may leave a process, tells nothing and is not flat. The answer is a bool tensor on
+    the gradient's device, which is not waited for.
     """
     if gradient is None:
-        return True
+        return torch.tensor(True)
     gradient = local(gradient)
-    return (gradient.numel() > 1 and bool(gradient.min() == gradient.max())) or (
-        gradient.numel() == 1 and not gradient.any()
-    )
+    if gradient.numel() < 2:
+        return (gradient == 0).all() if gradient.numel() else torch.tensor(False)
+    return gradient.min() == gradient.max()
 
 
 def warn_of_blind_layers(who: str, blind: Iterable[str], layers: int, so: str) -> None:
@@ -61,14 +63,19 @@ class Reached:
     STEPS = 3
 
     def __init__(self, who: str, layers: Iterable[str]):
-        self.who, self.blind = who, list(layers)
-        self.layers, self.left = len(self.blind), self.STEPS
+        self.who, self.layers, self.left = who, list(layers), self.STEPS
+        self.blind: list[list[Tensor]] = []  # of each look, whether it found each layer's gradient flat
 
     def look(self, gradients: Mapping[str, Tensor | None]) -> None:
-        """Look at one step's gradients, and say after the last look what was never reached."""
-        if not self.left or not self.layers:
+        """Look at one step's gradients; the device is not waited for."""
+        if self.left and self.layers:
+            self.blind.append([flat(gradients[name]) for name in self.layers])
+            self.left -= 1
+
+    def tell(self) -> None:
+        """Say, once and after the last look, what was never reached; this waits for the device."""
+        if self.left or not self.blind:
             return
-        self.blind = [name for name in self.blind if flat(gradients[name])]
-        self.left -= 1
-        if not self.left:
-            warn_of_blind_layers(self.who, self.blind, self.layers, "so their masks are not learned")
+        never = [name for name, *looks in zip(self.layers, *self.blind, strict=True) if all(map(bool, looks))]
+        self.blind = []
+        warn_of_blind_layers(self.who, never, len(self.layers), "so their masks are not learned")

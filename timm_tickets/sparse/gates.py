@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..core import topk
+from ..core.counting import wide
 from ..core.private import changes_of, forget_flat_weights_
 from ..distributed.fsdp2 import gathered, is_split
 from .standardised import centred, deviations, prune_
@@ -60,15 +62,8 @@ class Gate(nn.Module):
         self.register_buffer("scale", torch.ones((), dtype=score.dtype), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _Product.apply(weight, self.scale, self.value(weight.dtype), self.standardised)
-
-    def value(self, dtype: torch.dtype) -> Tensor:
-        """What the weight is multiplied with, but for the scale."""
-        ranked = self.score.abs() if self.by_magnitude else self.score
-        through = ranked - ranked.detach()  # zero, with the gradient of the score
-        if self.free is not None:
-            through = torch.zeros_like(self.mask, dtype=through.dtype).masked_scatter(self.free, through)
-        return self.mask.to(dtype) + through.to(dtype)
+        through = self.by_magnitude, self.standardised
+        return _Straight.apply(weight, self.scale, self.score, self.mask, self.free, *through)
 
     @torch.no_grad()
     def kept(self, weight: Tensor) -> Tensor:
@@ -106,6 +101,60 @@ def ranked_gate(weight: Tensor, pattern: tuple[Tensor, Tensor] | None = None) ->
     return Gate(new_scores(weight, int(free.sum())), ~pruned, by_magnitude=True, free=free)
 
 
+def scale_of(mask: Tensor) -> Tensor:
+    """The factor that makes up for what a mask prunes, 1 / sqrt(density), where it is; 1 where it keeps nothing."""
+    density = mask.sum().to(wide(mask.device)) / mask.numel()
+    return torch.where(density > 0, 1 / density.sqrt(), 1.0)
+
+
+class _Straight(torch.autograd.Function):
+    """``weight * scale * mask``, whose gradient reaches the scores as if the mask were they.
+
+    Nothing is kept for the backward pass but what is there. Where the layer standardises it, ``weight * scale`` is
+    `centred`; the stretch is a constant to the backward, as standardising takes it out again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, score: Tensor, mask: Tensor, free: Tensor | None, *how: bool
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale, score, mask, free)
+        ctx.how = how
+        scaled = weight * scale
+        return (centred(scaled, mask)[0] if how[1] else scaled).mul_(mask)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        weight, scale, score, mask, free = ctx.saved_tensors
+        by_weight, _, by_score, *_ = ctx.needs_input_grad
+        by_magnitude, standardised = ctx.how
+        scaled = weight * scale
+        if standardised:
+            gradient = deviations(gradient, mask)
+            scaled, stretch = centred(scaled, mask)
+            scale = scale * stretch
+        to_weight = times(gradient * mask, scale) if by_weight else None
+        if not by_score:
+            return to_weight, *(None,) * 6
+        to_score = times(scaled, gradient).to(score.dtype)
+        to_score = to_score if free is None else only(to_score, free, score.numel())
+        return to_weight, None, times(to_score, score.sgn()) if by_magnitude else to_score, *(None,) * 4
+
+
+def times(made: Tensor, other: Tensor) -> Tensor:
+    """Their product, in the memory of the first, unless it is to be differentiated."""
+    return made * other if torch.is_grad_enabled() else made.mul_(other)
+
+
+def only(values: Tensor, where: Tensor, count: int) -> Tensor:
+    """The values where a mask is True, in memory order; it is known how many, so that no device is asked."""
+    if topk.on_host(values):
+        return values[where]
+    place = torch.where(where, where.flatten().cumsum(0).view_as(where) - 1, count)
+    return values.new_zeros(count + 1).scatter(0, place.flatten(), values.flatten())[:count]
+
+
 class _Product(torch.autograd.Function):
     """``weight * scale * value``, whose backward makes ``weight * scale`` again instead of keeping it.
 
@@ -118,7 +167,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(weight, scale, value if weight.requires_grad or standardised else None)
         ctx.standardised = standardised
         scaled = weight * scale
-        return (centred(scaled, value)[0] if standardised else scaled) * value
+        return (centred(scaled, value)[0] if standardised else scaled).mul_(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
@@ -131,9 +180,9 @@ class _Product(torch.autograd.Function):
             scaled, stretch = centred(scaled, value)
             scale = scale * stretch
         return (
-            gradient * value * scale if by_weight else None,
+            times(gradient * value, scale) if by_weight else None,
             None,
-            gradient * scaled if by_value else None,
+            times(scaled, gradient) if by_value else None,
             None,
         )
 
@@ -144,23 +193,28 @@ class SigmoidSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, beta: Tensor, score: Tensor) -> Tensor:
         ctx.save_for_backward(beta, score)
-        return torch.sigmoid(beta * score).sum()
+        return (beta * score).sigmoid_().sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         (gradient,) = gradients
         beta, score = ctx.saved_tensors
-        soft = torch.sigmoid(beta * score)
-        return None, torch.ops.aten.sigmoid_backward(gradient.expand_as(soft), soft) * beta
+        soft = (beta * score).sigmoid_()
+        return None, times(torch.ops.aten.sigmoid_backward(gradient.expand_as(soft), soft), beta)
 
 
 class SigmoidGate(Gate):
     """``weight * scale * sigmoid(beta * score)`` in training and evaluation; ``weight * scale * mask`` if not soft.
 
     Source: Savarese et al. 2019, 1912.04427, section 3.
+
+    Attributes:
+        early: Whether the sum is made before the forward pass, which takes less memory; a captured step has to make it
+            within.
     """
 
     beta: Tensor
+    early: bool = True
 
     def __init__(self, score: Tensor, mask: Tensor):
         super().__init__(score, mask, by_magnitude=False)
@@ -168,11 +222,11 @@ class SigmoidGate(Gate):
         self.soft = True
         self._sum: tuple[Tensor, Any] | None = None
 
-    def harden_(self, beta: float) -> None:
-        """Set beta for the next step."""
+    def harden_(self, beta: float | Tensor) -> None:
+        """Set beta for the next step; to what a tensor holds without reading it."""
         self.beta.fill_(beta)
         self._sum = None
-        if is_split(self.score):
+        if is_split(self.score) or not self.early or torch.compiler.is_compiling():
             return
         # Backward goes by age. From a sum that is older than the forward pass it reaches the scores last, when the
         # layers have let go of what they held; otherwise all their gradients come first and wait beside that. So it is
@@ -182,6 +236,8 @@ class SigmoidGate(Gate):
 
     def sum(self) -> Tensor:
         """The sum of ``sigmoid(beta * score)``, a scalar to go backward from."""
+        if torch.compiler.is_compiling():
+            return SigmoidSum.apply(self.beta, self.score)
         (early, then), self._sum = self._sum or (None, None), None
         if early is not None and then == self._now():
             return early
@@ -194,12 +250,13 @@ class SigmoidGate(Gate):
         # What the model is wrapped in, a move to a device or loaded scores may have changed.
         return id(self.score), self.score.device, changes_of(self.score), changes_of(self.beta)
 
-    def value(self, dtype: torch.dtype) -> Tensor:
-        return (torch.sigmoid(self.beta * self.score) if self.soft else self.mask).to(dtype)
+    def forward(self, weight: Tensor) -> Tensor:
+        value = (self.beta * self.score).sigmoid_() if self.soft else self.mask
+        return _Product.apply(weight, self.scale, value.to(weight.dtype), self.standardised)
 
 
-def harden_(gates: Mapping[str, Any], beta: float) -> None:
-    """Set beta of soft gates."""
+def harden_(gates: Mapping[str, Any], beta: float | Tensor) -> None:
+    """Set beta of soft gates; a tensor's is not read."""
     for gate in gates.values():
         gate.harden_(beta)
 

@@ -71,6 +71,8 @@ class Holder:
         optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
         then: Called after each optimizer step, once the masks are applied.
         before: Called before each, inside any wrapper: what a gradient scaler unscales is unscaled then.
+        hooks: Whether hooks do this; else whoever steps calls `mask_gradients_` and `mask_weights_`, and ``then`` and
+            ``before`` too.
 
     Raises:
         ValueError: The optimizer trains another model.
@@ -84,6 +86,7 @@ class Holder:
         optimizer: Any,
         then: Callable[[], None] | None = None,
         before: Callable[[], None] | None = None,
+        hooks: bool = True,
     ):
         model = weights.model
         weights.check_supported()  # again: it may have been prepared since
@@ -92,34 +95,42 @@ class Holder:
         _check_optimizer(model, optimizer)
         self._held: dict[str, Tensor] = {}  # on the weights' devices
         self.take_(masks)
+        self._trained = {n: p for n, p in now.items() if p.requires_grad and n not in weights.gates}
+        self._all = None if hooks else now
+        _hooks[model] = self._hooks(optimizer, then, before) if hooks else []
+
+    def _hooks(self, optimizer: Any, then: Callable[[], None] | None, before: Callable[[], None] | None) -> list[Any]:
         hooks: list[Any] = [
             parameter.register_post_accumulate_grad_hook(partial(self._mask_gradient, name))
-            for name, parameter in now.items()
-            if parameter.requires_grad and name not in weights.gates
+            for name, parameter in self._trained.items()
         ]
         plain = plain_optimizer(optimizer)
         if before is not None:
             hooks.append(plain.register_step_pre_hook(lambda *_: before()))
-        hooks.append(plain.register_step_post_hook(self._mask_weights))
+        hooks.append(plain.register_step_post_hook(self.mask_weights_))
         # Slow weights remember what a mask that has since moved let through.
-        hooks += after_slow(optimizer, self._mask_weights)
+        hooks += after_slow(optimizer, self.mask_weights_)
         if then is not None:
             hooks.append(after_step(optimizer, then))
-        _hooks[model] = hooks
+        return hooks
 
     def take_(self, masks: Mapping[str, Tensor]) -> None:
-        """Hold these masks from here on. A layer that keeps everything needs none."""
+        """Hold these masks from here on, beside those held already: themselves, or this process's parts."""
         gated = self._weights.gates
-        moved = {n: mask for n, mask in masks.items() if n not in gated and (n in self._held or not bool(mask.all()))}
-        if not moved:  # as after every step behind gates
-            return
-        parameters = self._weights.parameters()
-        for name, mask in moved.items():
-            now = shard_of(mask, parameters[name])
-            if name in self._held:
-                self._held[name].copy_(now)
-            else:
-                self._held[name] = now.clone()
+        parameters = self._weights.parameters() if masks else {}
+        for name, mask in masks.items():
+            if name not in gated:
+                part = shard_of(mask, parameters[name])
+                if name in self._held and is_split(parameters[name]):
+                    self._held[name].copy_(part)
+                else:
+                    self._held[name] = part
+
+    @torch.no_grad()
+    def mask_gradients_(self) -> None:
+        """Mask the gradients, after each backward pass, where no hooks do."""
+        for name, parameter in self._trained.items():
+            self._mask_gradient(name, parameter)
 
     def _mask_gradient(self, name: str, parameter: Tensor) -> None:
         # This hook must return None.
@@ -132,9 +143,10 @@ class Holder:
             self._hold_(name, parameter.grad, held)
 
     @torch.no_grad()
-    def _mask_weights(self, *_: Any) -> None:
+    def mask_weights_(self, *_: Any) -> None:
+        """Mask the weights, after each step, where no hooks do."""
         # After a step FSDP2's parameters are parts already, and to make sure would walk through the whole model.
-        parameters = dict(self._weights.model.named_parameters())
+        parameters = self._all or dict(self._weights.model.named_parameters())
         for name in self._held:
             weight = parameters[name].detach()
             self._hold_(name, weight, self._on(weight.device, name))

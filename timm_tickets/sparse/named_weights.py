@@ -1,8 +1,9 @@
 """A model's prunable weights by timm's names, wherever they are now."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..distributed.fsdp2 import check_supported, reshard_
@@ -24,6 +25,8 @@ class NamedWeights:
         gates: The gates before the weights, by name, while a search learns its masks.
         standardised: Names of the weights that their layers standardise: what is kept of them has mean zero in every
             output channel of which something is pruned.
+        now: Numbers that move with the steps (`Run.schedule`), by name: scalars beside the weights, the same tensors in
+            all runs, so that a compiled or captured step can read them.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
@@ -31,6 +34,7 @@ class NamedWeights:
         check_supported(self.model)  # before names are looked up, which FSDP1 changes
         self.names = tuple(names)
         self.gates: dict[str, Gate] = {}
+        self.now: dict[str, Tensor] = {}
         self._aliases = aliases(self.model, self.names)
         self.standardised = {n for n in self.names if any(isinstance(m, STANDARDISED) for m, _ in self._owners(n))}
         self.check_supported()
@@ -73,6 +77,24 @@ class NamedWeights:
     def _all_names(self, name: str) -> tuple[str, ...]:
         """This name and the others of the same weight, where it is shared."""
         return name, *self._aliases.get(name, ())
+
+    def state_there(self) -> dict[str, Tensor]:
+        """The state dict under timm's names, where it is, not copied: weights as before their gates, without scores."""
+        reshard_(self.model)
+        state = {name: value.detach() for name, value in self.model.state_dict().items()}
+        for name in self.gates:
+            for one in self._all_names(name):
+                state[one] = state.pop(self._behind_gate(one))
+        return {n: v for n, v in state.items() if not n.endswith(".score") or ".parametrizations." not in f".{n}"}
+
+    def put_(self, numbers: Mapping[str, float]) -> None:
+        """Put numbers that move with the steps where the weights are; see `now`."""
+        for name, number in numbers.items():
+            if name not in self.now:
+                device = next(self.model.parameters()).device
+                exact = torch.float32 if device.type == "mps" else torch.float64
+                self.now[name] = torch.zeros((), dtype=exact, device=device)
+            self.now[name].fill_(number)
 
     def weights(self) -> dict[str, Tensor]:
         """The prunable weights, detached, not copied; under FSDP2, this process's parts as DTensors."""

@@ -1,14 +1,15 @@
 """Optimizers: what lies inside Accelerate's and Lookahead's wrappers, calls after a step, state put back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..core.errors import SettingError
 from ..core.private import inside_lookahead
+from ..distributed.fsdp2 import local, shard_of
 
 
 def plain_optimizer(optimizer: Any) -> Optimizer:
@@ -91,6 +92,7 @@ _made: WeakKeyDictionary[Optimizer, dict[Tensor, dict[str, Any]]] = WeakKeyDicti
 def reset_(optimizer: Optimizer) -> None:
     """Clear an optimizer's state, as if it had never stepped.
 
+    A state that begins as zeros is zeroed in place: what a compiled or captured step uses stays where it is.
     Hyper-parameters stay as they are, but for a learning rate that a schedule has moved: it returns to where the
     schedule began, or torch's next cosine would anneal the last one's zero. State that a constructor makes (Adagrad,
     Adahessian) is put back, not only dropped, and step counters that live in the parameter groups (Lamb, Lookahead)
@@ -100,7 +102,13 @@ def reset_(optimizer: Optimizer) -> None:
         counters = [[v for k, v in state.items() if str(k).endswith("step")] for state in optimizer.state.values()]
         unused = all(found and not any(found) for found in counters)
         _made[optimizer] = {p: _copy(state) for p, state in optimizer.state.items()} if unused else {}
-    optimizer.state.clear()
+    if begins_at_zero(optimizer):
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    local(value).zero_()
+    else:
+        optimizer.state.clear()
     for parameter, state in _made[optimizer].items():
         optimizer.state[parameter] = _copy(state)
     for group in optimizer.param_groups:
@@ -111,6 +119,31 @@ def reset_(optimizer: Optimizer) -> None:
                 group[key] = optimizer.defaults[key]
             else:
                 del group[key]
+
+
+def begins_at_zero(optimizer: Optimizer) -> bool:
+    """Whether a state of zeros is what an optimizer begins with, to the bit: torch's SGD, Adam and AdamW.
+
+    SGD's first momentum is the gradient itself, which zeros give too, but for dampening.
+    """
+    if type(optimizer) is SGD:
+        return not any(group["dampening"] for group in optimizer.param_groups)
+    return type(optimizer) in (Adam, AdamW)
+
+
+def forget_(optimizer: Optimizer, parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Zero, in place, what an optimizer remembers of these weights.
+
+    Args:
+        optimizer: The optimizer.
+        parameters: Its parameters, by name.
+        weights: Bool, True for those to forget, by the same names.
+    """
+    for name, parameter in parameters.items():
+        gone = shard_of(weights[name], parameter)
+        for value in optimizer.state[parameter].values():
+            if getattr(value, "shape", None) == parameter.shape:
+                local(value).masked_fill_(gone, 0)
 
 
 def separate_(optimizer: Optimizer, parameters: Sequence[Tensor], weight_decay: float) -> None:

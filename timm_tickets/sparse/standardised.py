@@ -13,6 +13,7 @@ import torch
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor
 
+from ..core.counting import wide
 from ..core.errors import SettingError
 from ..distributed.fsdp2 import is_split
 
@@ -44,9 +45,9 @@ def deviations(gradient: Tensor, value: Tensor) -> Tensor:
 
 
 def _centred(weight: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.float32 if weight.device.type == "mps" else torch.float64
-    rows, by = weight.flatten(1).to(wide), value.flatten(1).to(wide)
-    tiny, rounding = torch.finfo(wide).tiny, max(torch.finfo(weight.dtype).eps, 16 * torch.finfo(wide).eps)
+    exact = wide(weight.device)
+    rows, by = weight.flatten(1).to(exact), value.flatten(1).to(exact)
+    tiny, rounding = torch.finfo(exact).tiny, max(torch.finfo(weight.dtype).eps, 16 * torch.finfo(exact).eps)
     kept, size = rows * by, by.sum(1, keepdim=True).clamp(min=tiny)
     mean = kept.sum(1, keepdim=True) / size
     moves = (mean.abs() > rounding * kept.abs().sum(1, keepdim=True) / size) & (by < 1).any(1, keepdim=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.lazy import Lazy
-from ..core.masks import Masks, Scores, full_masks, kept, sparsity, total
+from ..core.masks import Counted, Scores, kept, total
 from ..core.states import State
 from ..distributed.collectives import mean_over_processes
 from ..distributed.fsdp2 import gathered, load_state_, local, reshard_, shard_of
@@ -19,25 +19,23 @@ from ..distributed.processes import world_size
 from .describe import model_name
 from .gates import Gate, put_gate_, take_gate_
 from .holder import GradientTap, Holder, release_
-from .named_weights import NamedWeights
-from .standardised import prune_
+from .masked import MaskedWeights
 
 
-class Subnet(NamedWeights):
+class Subnet(MaskedWeights):
     """A model with a mask over its prunable weights and the state they rewind to.
 
     Args:
         model: The model, wrapped or not; it is changed in place.
         names: Names of the prunable weights.
 
-    Attributes: those of `NamedWeights`, and
+    Attributes: those of `MaskedWeights`, and
         strange: Of the state that the search began with, the tensors with NaN or an infinity in them.
         notes: What a method has to tell of its search, one record after the other, in JSON types; kept in the ticket.
         origin: Where the start comes from, as a method knows it, in JSON types; `starts.Origin` describes it. A ticket
             checks it bit for bit before it leaves a value out.
         tap: Keeps the gradients of the steps that a method asks for with `tap_`.
         sealed: Whether the search has ended and its gates stay, as they do in a model that FSDP2 has split.
-        changes: How often the mask was set: whoever keeps a copy of the model masks that again when it grows.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
@@ -49,18 +47,21 @@ class Subnet(NamedWeights):
         self.origin: dict[str, Any] = {}
         self.tap = GradientTap()
         self.sealed = False
-        self.changes = self._loads = 0
+        self._loads = 0
         self._frozen: list[nn.Parameter] = []
-        self._mask = full_masks(self.weights())
-        self._holder: Holder | None = None
 
     def __repr__(self) -> str:
-        return f"Subnet({model_name(self.model)}, {kept(self._mask):,} of {total(self._mask):,} weights kept)"
+        mask = self.device_mask()
+        return f"Subnet({model_name(self.model)}, {kept(mask):,} of {total(mask):,} weights kept)"
 
     def weights_on_cpu(self) -> Lazy:
-        """The prunable weights, whole, on the CPU, where scores are compared; each as it is when it is read."""
+        """The prunable weights, whole, on the CPU; each as it is when it is read."""
         weights = self.weights()
         return self._present(self.names, lambda name: gathered(weights[name]).cpu())
+
+    def device_weights(self) -> Lazy:
+        """As `weights_on_cpu`, but where they are, not copied; on the CPU where FSDP2 has split them."""
+        return Lazy(self.names, self.weights().__getitem__) if not reshard_(self.model) else self.weights_on_cpu()
 
     def _present(self, names: Collection[str], make: Callable[[str], Tensor]) -> Lazy:
         """Tensors made of the model's; at once where it is split, as every process has to give its parts."""
@@ -69,40 +70,9 @@ class Subnet(NamedWeights):
         return Lazy(names, {name: make(name) for name in names}.__getitem__)
 
     @property
-    def mask(self) -> Masks:
-        """The present mask, bool on the CPU; replace it with `set_mask_`."""
-        return dict(self._mask)
-
-    def live_mask(self) -> Lazy:
-        """As `mask`, but each as it is when it is read: this keeps none alive that has been replaced."""
-        return Lazy(self.names, lambda name: self._mask[name])
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the prunable weights now pruned, in [0, 1)."""
-        return sparsity(self._mask)
-
-    def set_mask_(self, masks: Mapping[str, Tensor]) -> None:
-        """Replace the mask and zero what it prunes; behind a gate, let through what it keeps. Hooks follow at once."""
-        self._mask = {name: masks[name].detach().to("cpu", torch.bool) for name in self.names}
-        for name, gate in self.gates.items():
-            gate.mask.copy_(self._mask[name])
-        if self._holder is not None:
-            self._holder.take_(self._mask)
-        self.changes += 1
-        self.apply_()
-
-    @property
     def version(self) -> int:
         """Grows whenever a mask, a state or scores are put on the model: earlier views of it are stale then."""
         return self.changes + self._loads
-
-    @torch.no_grad()
-    def apply_(self) -> None:
-        """Set every pruned weight to exactly zero; not behind a gate, where the gate does that."""
-        for name, weight in self.weights().items():
-            if name not in self.gates:
-                prune_(local(weight), shard_of(self._mask[name], weight), name in self.standardised)
 
     def mask_(self, other: nn.Module) -> None:
         """Zero in another copy of the model, such as its moving average, what is pruned here now.
@@ -112,7 +82,7 @@ class Subnet(NamedWeights):
         """
         if self.gates:
             raise RuntimeError("mask_: the masks are still being learned; mask the copy when the search has ended")
-        Subnet(other, self.names).set_mask_(self.mask)
+        Subnet(other, self.names).set_mask_(self.device_mask())
 
     def state(self) -> State:
         """A copy of the whole state dict under timm's names, contiguous, on the CPU; weights as before their gates."""
@@ -120,15 +90,9 @@ class Subnet(NamedWeights):
 
     def live_state(self) -> Lazy:
         """As `state`, but a tensor at a time: each is copied when it is read, as it then is."""
-        reshard_(self.model)
-        state = self.model.state_dict()
-        for name in self.gates:
-            for one in self._all_names(name):
-                state[one] = state.pop(self._behind_gate(one))
-        names = [name for name in state if not name.endswith(".score") or ".parametrizations." not in f".{name}"]
+        state = self.state_there()
         return self._present(
-            names,
-            lambda name: gathered(state[name].detach()).to("cpu", copy=True, memory_format=torch.contiguous_format),
+            state, lambda name: gathered(state[name]).to("cpu", copy=True, memory_format=torch.contiguous_format)
         )
 
     @torch.no_grad()
@@ -164,9 +128,20 @@ class Subnet(NamedWeights):
         """As `scores`, but a layer at a time: each is copied when it is read, as it then is."""
         return self._present(self.gates, lambda name: self.gates[name].full_score().to("cpu", copy=True))
 
-    def free_scores(self) -> Lazy:
-        """As `live_scores`, but only those of weights that are not frozen, in a row as the gates have them."""
-        return self._present(self.gates, lambda name: gathered(self.gates[name].score.detach()).cpu())
+    def device_scores(self, free: bool = False) -> Lazy:
+        """As `live_scores`, but where they are, not copied; on the CPU where FSDP2 has split them.
+
+        Args:
+            free: Only those of weights that are not frozen, in a row as the gates have them.
+        """
+        split = reshard_(self.model)
+
+        def make(name: str) -> Tensor:
+            gate = self.gates[name]
+            score = gathered(gate.score.detach()) if free else gate.full_score()
+            return score.cpu() if split else score
+
+        return self._present(self.gates, make)
 
     @torch.no_grad()
     def load_scores_(self, scores: Mapping[str, Tensor]) -> None:
@@ -189,9 +164,10 @@ class Subnet(NamedWeights):
             for module, leaf in self._owners(name):
                 put_gate_(module, leaf, gate)
             self.gates[name] = gate
-            self._mask[name] = gate.mask.to("cpu", copy=True)
+            del self._mask[name]
+        self._known = Counted({}, None)
 
-    def scale_gates_(self, scales: Mapping[str, float]) -> None:
+    def scale_gates_(self, scales: Mapping[str, float | Tensor]) -> None:
         """Set what gates multiply their weights with beside their masks, by name."""
         for name, gate in self.gates.items():
             gate.scale.fill_(scales[name])
@@ -227,7 +203,6 @@ class Subnet(NamedWeights):
         FSDP2 finds a parameter where it has split it, so there the gates stay, let through what they keep as it is, and
         nothing is trained behind them any more: `sealed`.
         """
-        mask = self.mask
         if reshard_(self.model):
             self.sealed = True
             for name, gate in self.gates.items():
@@ -240,8 +215,9 @@ class Subnet(NamedWeights):
             value = gate.hard(self.parameters()[name])
             for module, leaf in self._owners(name):
                 take_gate_(module, leaf, value)
-            del self.gates[name]
-        self.set_mask_(mask)
+            self._mask[name] = self.gates.pop(name).mask
+        self.changes += 1
+        self.apply_()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
@@ -302,12 +278,16 @@ class Subnet(NamedWeights):
             )
         self.load_(self._start)
 
-    def hold_(self, optimizer: Any, then: Any = None, before: Any = None) -> None:
+    def hold_(
+        self, optimizer: Any, then: Any = None, before: Any = None, hooks: bool = True, whole: bool = False
+    ) -> Holder:
         """Keep pruned weights exactly zero from here on, as `holder.Holder` does.
 
         Args:
             optimizer: A torch optimizer, or Accelerate's or Lookahead's wrapper of one.
             then: Called after each optimizer step, once the masks are applied; ``before`` is called before each.
+            hooks: Whether hooks apply the masks; else whoever steps does, and calls ``then`` and ``before`` too.
+            whole: Whether to hold masks that keep everything, too, so that later ones are held in the same memory.
 
         Raises:
             ValueError: The optimizer trains another model.
@@ -319,7 +299,9 @@ class Subnet(NamedWeights):
                 "again, apply the ticket to it, shard it and train that"
             )
         self.release_()
-        self._holder = Holder(self, self._mask, self.tap, optimizer, then, before)
+        masks = self._to_hold(ask=True, whole=whole)
+        self._holder = Holder(self, masks, self.tap, optimizer, then, before, hooks)
+        return self._holder
 
     def tap_(self, open: bool) -> None:
         """Keep the next step's gradients as they are before the mask, for `dense_gradients`, or keep none.

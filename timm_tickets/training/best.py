@@ -38,7 +38,7 @@ class Best:
         run = self.run
         if self.folder is None:
             return
-        moves = run.request.after_step is not None
+        moves = run.request.moves
         found = {"mask": digest(run.subnet.mask) if moves else "", "top1": val["top1"], "epoch": epoch + 1}
         before = self.done.get("kept")
         if before is not None and before["mask"] == found["mask"] and before["top1"] >= found["top1"]:

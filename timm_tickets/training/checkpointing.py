@@ -126,6 +126,7 @@ class Saving:
         if prepared.splits:  # every process has to give its part
             state = {name: gathered(value).cpu() for name, value in state.items()}
         steps = optimizer_state(prepared.optimizer)
+        steps["param_groups"] = [{**group, "lr": float(group["lr"])} for group in steps["param_groups"]]
         if rank() != 0:
             return
         saved = {

@@ -40,7 +40,8 @@ class EpochLog:
         run: The run.
         folder: The run's own; nothing is written where None.
         done: How far the run is, as its checkpoints have it. Of the epoch so far, ``loss`` is the sum of the losses and
-            their number and ``lr`` the last step's, so that an epoch that is gone on with has its whole row.
+            their number and ``lr`` the last step's, which the trainer sets, so that an epoch that is gone on with has
+            its whole row.
         continued: Whether the run goes on from a checkpoint.
     """
 
@@ -51,11 +52,13 @@ class EpochLog:
         if self.path is not None and continued:
             self._rows += [row for row in rows_of(self.path.parent) if int(row["epoch"]) <= done["epoch"]]
 
-    def see(self, loss: Tensor, optimizer: Any) -> None:
+    def see(self, loss: Tensor) -> None:
         """A batch's loss, before its step; the device is not waited for."""
-        loss = loss.detach().double()
-        self.done["loss"] = self.done["loss"].to(loss.device) + torch.stack([loss, torch.ones_like(loss)])
-        self.done["lr"] = max(float(group["lr"]) for group in optimizer.param_groups)
+        if self.done["loss"].device != loss.device:  # once an epoch
+            self.done["loss"] = self.done["loss"].to(loss.device)
+        total, count = self.done["loss"].unbind()
+        total.add_(loss.detach())
+        count.add_(1)
 
     def end_epoch(self, epoch: int, val: Mapping[str, float], seconds: float) -> dict[str, Any]:
         """Write the row of an epoch that has ended; every process has to call it.

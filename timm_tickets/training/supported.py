@@ -1,6 +1,8 @@
 """What Accelerate trains with: refused at the start where masks cannot be kept in it, and made deterministic."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from ..config.recipe import Recipe
 from ..core.errors import SettingError
 from ..core.warn import warn
+from ..distributed.cards import refuse_sharing
 from ..distributed.processes import world_size
 
 
@@ -18,14 +21,15 @@ def check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
     """Refuse, before anything is trained, what `accelerate launch` was told and cannot be done.
 
     Raises:
-        SettingError: DeepSpeed, Megatron or FSDP1; a batch that the processes cannot share; or a part of the recipe
-            that FSDP2 cannot do.
+        SettingError: DeepSpeed, Megatron or FSDP1; a batch that the processes cannot share; cards that they share; or a
+            part of the recipe that FSDP2 cannot do.
     """
     if accelerator.num_processes != world_size():
         raise SettingError(
             f"accelerate: it counts {accelerator.num_processes} processes where {world_size()} work together, so each "
             "would train on everything; let `timm_tickets.processes.join_processes()` be the first to ask Accelerate"
         )
+    refuse_sharing(accelerator.num_processes)
     size, count = recipe.training.batch_size, accelerator.num_processes
     if size % count:
         raise SettingError(
@@ -59,9 +63,27 @@ def check_engine(accelerator: Accelerator, recipe: Recipe) -> None:
     plugin.cpu_ram_efficient_loading = False
 
 
-def be_deterministic() -> None:
-    """Ask cuDNN and cuBLAS for algorithms that give the same bits each time."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+@contextmanager
+def deterministic(asked: bool | None, device: torch.device) -> Iterator[None]:
+    """Within the block, algorithms that give the same bits each time, or the fastest; afterwards as it was before.
+
+    Args:
+        asked: The setting; None is True for CPUs, False for others.
+        device: What is trained on.
+    """
+    on = device.type == "cpu" if asked is None else asked
+    backend: Any = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic  # pyright: ignore[reportAttributeAccessIssue]
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, fills = backend.benchmark, memory.fill_uninitialized_memory
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # stays: cuBLAS reads it when it is first used
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        backend.benchmark = memory.fill_uninitialized_memory = False
+    elif device.type == "cuda" and not before[0]:  # whoever has asked torch for them gets them
+        backend.benchmark = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        backend.benchmark, memory.fill_uninitialized_memory = benchmark, fills

@@ -19,7 +19,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..config.recipe import Recipe
@@ -39,7 +39,8 @@ from .epoch_log import EpochLog, nothing_yet
 from .finite_check import Watch
 from .randomness import Epoch, own_generator
 from .scoring import run_metrics, top1_and_loss
-from .supported import be_deterministic, check_engine
+from .step import Step
+from .supported import check_engine, deterministic
 
 
 class Trainer:
@@ -65,8 +66,6 @@ class Trainer:
         if precision == "fp16" and self.accelerator.scaler is None:
             raise SettingError("training.amp_dtype: float16 needs a GPU; set bfloat16, or training.amp=false")
         check_engine(self.accelerator, recipe)
-        if self.accelerator.device.type == "cuda":
-            be_deterministic()
         if t.channels_last:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if t.sync_bn and self.accelerator.num_processes > 1:
@@ -77,7 +76,7 @@ class Trainer:
                 )
             model = convert_sync_batchnorm(model)
         with building("data"):
-            train_set, val_set, test_set = data.train_set(model), data.val_set(model), data.test_set(model)
+            train_set, val_set, test_set = data.sets(model, self.accelerator.device)
         prepare = self.accelerator.prepare_data_loader
         self.unreadable = data.unreadable
         self.input_size = (channels_of(recipe, model), *data.input_size(model))
@@ -88,14 +87,15 @@ class Trainer:
         self.test_loader = prepare(loader_of(test_set, t.batch_size, workers))
         with building("training"):
             optimizer = create_optimizer_v2(model, **optimizer_kwargs(t))
-            if t.torchcompile:
+            if t.torchcompile and t.step != "compiled":
                 model = torch.compile(model, backend=t.torchcompile)  # pyright: ignore[reportAssignmentType]
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self._second_order = getattr(optimizer, "is_second_order", False)
         scaler = self.accelerator.scaler
         self._fresh_scaler = None if scaler is None else scaler.state_dict()
         self.mixup = mixup_of(t, data.num_classes)
         self.criterion = criterion_of(t)
+        self.step = Step(t, self.accelerator, self.model, self.optimizer, data.num_classes)
+        self._good: dict[str, Tensor] = {}  # the last good state, in the same memory over all runs
 
     @property
     def splits(self) -> bool:
@@ -121,7 +121,8 @@ class Trainer:
             SettingError: The schedule cannot be built, or leaves no step to train.
         """
         try:
-            return self._fit(run, folder, progress or Silent())
+            with deterministic(self.settings.deterministic, self.accelerator.device):
+                return self._fit(run, folder, progress or Silent())
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"training.batch_size: {self.settings.batch_size} images a step take more memory than the device has; "
@@ -142,7 +143,7 @@ class Trainer:
     def _begun(self, run: Training, folder: Path | None, progress: Progress) -> "_Going":
         """The run made ready to train: from its beginning, or from where its checkpoint is."""
         t, accelerator = self.settings, self.accelerator
-        run.attach(self.optimizer)
+        self.step.begin_(run, progress.say)
         if (draws := own_generator(self.optimizer)) is not None:
             draws.generator.manual_seed(draws.seed)  # or a run would depend on those that this process trained before
         base = run.subset(self.train_loader)
@@ -175,8 +176,8 @@ class Trainer:
             scheduler.step(done["epoch"])
             scheduler.step_update(done["update"])
         best = Best(run, folder if t.keep_best else None, done, continued)
-        log = EpochLog(run, folder, done, continued)
-        return _Going(run, prepared, saving, scheduler, Watch(run, accelerator.device, folder), log, best, len(loader))
+        log, watch = EpochLog(run, folder, done, continued), Watch(run, accelerator.device, folder, self._good)
+        return _Going(run, prepared, saving, scheduler, watch, log, best, len(loader))
 
     def _starting_at(self, run: Training, updates: int) -> dict[str, Any]:
         """How far a run is before its first step: late rewinding goes on from its point of the schedule.
@@ -195,22 +196,17 @@ class Trainer:
         return place | {"best": {"top1": -1.0}, "val": {}, "seconds": 0.0, **nothing_yet()}
 
     def _train_epoch(self, going: "_Going", epoch: int, progress: Progress) -> None:
-        run, saving, done, accelerator = going.run, going.saving, going.done, self.accelerator
+        run, saving, done = going.run, going.saving, going.done
         self._mix(epoch)
         self.model.train()
         # Runs that only read see the same images, each augmented alike.
         seed = seed_from(self.seed, 0 if run.reads_only else run.index, epoch)
         for images, target in going.prepared.epochs.batches(seed, done["batch"], saving.states):
-            images, target = self._mixed(images, target)
-            with accelerator.accumulate(self.model):
-                loss = run.loss(self.criterion, self.model(images), target)
-                going.watch.see(loss)
-                going.log.see(loss, self.optimizer)
-                accelerator.backward(loss, create_graph=self._second_order)
-                self._step()
+            stepped = self.step.take(*self._mixed(images, target), self.criterion, going.see)
+            done["lr"] = self.step.lr
             done["batch"] += 1
             progress.step()
-            if accelerator.sync_gradients:
+            if stepped:
                 done["update"] += 1
                 if going.scheduler is not None:
                     going.scheduler.step_update(done["update"])
@@ -220,18 +216,10 @@ class Trainer:
         if hasattr(self.optimizer.optimizer, "sync_lookahead"):
             self.optimizer.optimizer.sync_lookahead()
         run.subnet.apply_()
+        run.tell_unreached()
         going.watch.keep()
         if self.unreadable is not None:
             self.unreadable.look(progress.say)
-
-    def _step(self) -> None:
-        """Clip and step; where gradients are being accumulated, Accelerate's optimizer does neither."""
-        t, accelerator = self.settings, self.accelerator
-        if t.clip_grad is not None and accelerator.sync_gradients:
-            accelerator.unscale_gradients(self.optimizer)
-            dispatch_clip_grad(self.model.parameters(), t.clip_grad, mode=t.clip_mode)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def _end_epoch(self, going: "_Going", epoch: int, progress: Progress) -> None:
         """Validate, and save where it is time to."""
@@ -286,7 +274,8 @@ class Trainer:
     def score(self, run: Training) -> dict[str, Any]:
         """The metrics of the model as it is, without training: of a ticket that its search has trained."""
         began = time.monotonic()
-        val, test = (self.evaluate(loader, run) for loader in (self.val_loader, self.test_loader))
+        with deterministic(self.settings.deterministic, self.accelerator.device):
+            val, test = (self.evaluate(loader, run) for loader in (self.val_loader, self.test_loader))
         run.metrics |= run_metrics(val, val, test, time.monotonic() - began)
         return run.metrics
 
@@ -334,6 +323,11 @@ class _Going:
     def done(self) -> dict[str, Any]:
         """How far it is."""
         return self.saving.done
+
+    def see(self, loss: Tensor) -> None:
+        """A batch's loss, when there is one; the device is not waited for."""
+        self.watch.see(loss)
+        self.log.see(loss)
 
 
 class _Through:
