@@ -24,6 +24,7 @@ WITHOUT_TORCH = [
     (["train", "digit_imp"], 2, "did you mean 'digits_imp'"),
     (["transfer", "a.ticket", "digit_imp"], 2, "did you mean 'digits_imp'"),
     (["search", "digits_imp", "--set", "sparsity"], 2, "write key=value"),
+    (["report", "nowhere"], 2, "nowhere is no folder"),
     (["export", "a.ticket", "--to", "onxx"], 2, "did you mean 'onnx'"),
 ]
 

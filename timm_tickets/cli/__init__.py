@@ -1,9 +1,9 @@
 """The command line: each command is one function of the package. torch is imported only when a command needs it."""
 
-from . import recipes, scripts, tickets, deploy, models  # isort: skip  # in the order of --help
+from . import recipes, scripts, tickets, reports, deploy, models  # isort: skip  # in the order of --help
 from .app import app
 
-__all__ = ["app", "deploy", "main", "models", "recipes", "scripts", "tickets"]
+__all__ = ["app", "deploy", "main", "models", "recipes", "reports", "scripts", "tickets"]
 
 
 def main() -> None:

@@ -104,6 +104,30 @@ def _acquire(folder: Path, say: Callable[[str], None]) -> tuple[int | None, str 
     return descriptor, None
 
 
+def held(folder: Path) -> bool:
+    """Whether a command works in a folder now: its lock is tried, and let go of at once."""
+    if fcntl is None:
+        return False
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without such locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def left_behind(folder: Path) -> bool:
+    """Whether the last command in a folder that nobody holds was killed: it had no time to say that it has ended."""
+    return (folder / _HOLDER).is_file()
+
+
 def _refusal(folder: Path) -> str:
     return f"{folder} is in use: {_holder(folder)} works in it. Wait until it has ended, or choose another output="
 

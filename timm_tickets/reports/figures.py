@@ -1,0 +1,335 @@
+"""The figures of a report: legible on light and dark, in print, and without telling colours apart."""
+
+import io
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.errors import shown
+from .masks import Overlap, TicketFile
+from .statistics import Interval, interval, percent
+from .tasks import Series, Task
+
+# Okabe and Ito's, without yellow, which white swallows; each with a marker and a line style of its own.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_MARKERS, _LINES = "osD^vPX*<>hd", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_INK, _FAINT = "#101112", "#b0b1b2"  # in the page, what they stand for follows the reader's choice of light or dark
+_MOST = 12  # lines of a figure
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "timm-tickets",
+    "text.parse_math": False,  # a folder's name may have a $
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.4,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture.
+
+    Attributes:
+        name: Of its files, without a suffix.
+        title: A line.
+        alt: What it shows, in numbers.
+        inline: An SVG for the page, in the page's colours.
+        svg: The same as a file of its own, on white.
+        png: The same for what reads no SVG.
+    """
+
+    name: str
+    title: str
+    alt: str
+    inline: str
+    svg: bytes
+    png: bytes
+
+
+def accuracy(task: Task, name: str) -> Figure | None:
+    """Test top-1 against sparsity: a point a seed, a line through the means, their intervals, the dense network's."""
+    by_label: dict[str, dict[float, dict[int, list[float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    (epochs, dense), bases = task.dense, {}
+    for series in task.series:
+        for one in series.experiments:
+            other = one.weights_trained or one.epochs
+            label = f"{series.label}, {other} epochs" if dense and other != epochs else series.label
+            bases[label] = series.label
+            for run in one.points:
+                place = series.target if run is one.final else round(run.sparsity, 4)
+                by_label[label][place][one.seed].append(run.top1 or 0.0)
+    if not by_label:
+        return None
+
+    def draw(axes: Any) -> str:
+        told = []
+        for label, places in [*by_label.items()][:_MOST]:
+            number, looks = _looks(task, bases[label])
+            means = {place: _seeds(seeds) for place, seeds in sorted(places.items())}
+            x = [(1 - place) * 1.025 ** (number - len(by_label) / 2) for place in means]  # side by side
+            for density, seeds in zip(x, (places[place] for place in means), strict=True):
+                scores = [sum(each) / len(each) for each in seeds.values()]
+                axes.plot([density] * len(scores), scores, **looks | {"linestyle": "", "markersize": 3, "alpha": 0.5})
+            axes.plot(x, [one.mean for one in means.values()], label=label, **looks)
+            _bars(axes, x, [*means.values()], looks["color"])
+            told.append(f"{label}: " + ", ".join(f"{_said(one)} at sparsity {p:.4g}" for p, one in means.items()))
+        if dense:
+            found = percent([*dense.values()])
+            axes.axhline(found.mean, color=_INK, linestyle=(0, (1, 1)), linewidth=1.2, label=f"dense, {epochs} epochs")
+            if found.low is not None:
+                axes.axhspan(found.low, found.high, color=_FAINT, alpha=0.35, linewidth=0)
+            told.append(f"dense, {epochs} epochs: {_said(found)}")
+        places = sorted({1 - place for each in by_label.values() for place in each}, reverse=True)
+        axes.set_xscale("log")
+        axes.invert_xaxis()
+        axes.minorticks_off()
+        axes.set_xticks(places, [f"{1 - one:.3g}" for one in places], rotation=50 if len(places) > 5 else 0)
+        axes.set_xlabel("sparsity (log scale of what remains)")
+        axes.set_ylabel("test top-1 (%)")
+        return "; ".join(told)
+
+    return _figure(name, f"Accuracy against sparsity: {task.title}", draw)
+
+
+def trainings(task: Task, name: str) -> Figure | None:
+    """Test top-1 against what finding and training a ticket took, in epochs of all images."""
+    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for series in task.series:
+        for one, final in series.finals:
+            if one.kind == "search" and (spent := one.spent) is not None:
+                found[series.label].append((spent, final.top1 or 0.0, series.target))
+    if not found:
+        return None
+
+    def draw(axes: Any) -> str:
+        told = []
+        most = max(spent for points in found.values() for spent, *_ in points)
+        for label, points in [*found.items()][:_MOST]:
+            number, looks = _looks(task, label)
+            looks, shift = looks | {"linestyle": ""}, most * 0.008 * (number - len(found) / 2)
+            targets = sorted({target for *_, target in points})
+            for target in targets:
+                ys = [score for _, score, of in points if of == target]
+                spent = sum(spent for spent, _, of in points if of == target) / len(ys)
+                x, mean = spent + shift, percent(ys)
+                axes.plot([x] * len(ys), ys, **looks | {"markersize": 3, "alpha": 0.5})
+                axes.plot([x], [mean.mean], label=label if target == targets[0] else None, **looks)
+                _bars(axes, [x], [mean], looks["color"])
+                told.append(f"{label} at sparsity {target:.4g}: {_said(mean)} for {spent:.4g} epochs")
+        epochs, dense = task.dense
+        if dense:
+            mean = percent([*dense.values()])
+            axes.plot([epochs], [mean.mean], color=_INK, marker="_", markersize=14, linestyle="", label="dense")
+            _bars(axes, [epochs], [mean], _INK)
+            told.append(f"dense: {_said(mean)} for {epochs} epochs")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("epochs of all images, search and ticket")
+        axes.set_ylabel("test top-1 (%)")
+        return "; ".join(told)
+
+    return _figure(name, f"Accuracy against trainings spent: {task.title}", draw)
+
+
+def density(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Figure | None:
+    """What each layer keeps, the mean over seeds."""
+    found = {series: [one for one in each if one.kept.keys() == each[0].kept.keys()] for series, each in files.items()}
+    if not any(found.values()):
+        return None
+
+    def draw(axes: Any) -> str:
+        told, deepest = [], 0
+        names = _names(task)
+        for series, each in [(s, f) for s, f in found.items() if f][:_MOST]:
+            means = {layer: sum(one.density[layer] for one in each) / len(each) for layer in each[0].density}
+            deepest = max(deepest, len(means))
+            label, looks = names[series], _looks(task, series.label)[1] | {"markersize": 4}
+            axes.plot(range(1, len(means) + 1), [*means.values()], label=label, **looks)
+            least, most = (how(means, key=lambda layer: means[layer]) for how in (min, max))
+            told.append(
+                f"{label}: from {means[least]:.3g} in {shown(least, 60)} to {means[most]:.3g} in {shown(most, 60)}"
+            )
+        _whole(axes)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(f"layer, of {deepest} in the network's order")
+        axes.set_ylabel("share of its weights kept")
+        return "; ".join(told)
+
+    return _figure(name, f"Density by layer: {task.title}", draw)
+
+
+def overlaps(task: Task, found: Sequence[Overlap], name: str) -> Figure | None:
+    """What masks of two searches share, beside what chance would share."""
+    groups: dict[str, list[Overlap]] = defaultdict(list)
+    labels = {one: name for series, name in _names(task).items() for one in series.experiments}
+    for pair in found:
+        first, second = sorted([labels[pair.first], labels[pair.second]])
+        groups[f"{first}, two seeds" if pair.first.seed != pair.second.seed else f"{first} &\n{second}"].append(pair)
+    if not groups:
+        return None
+    ordered = sorted(groups.items(), key=lambda one: ("&" in one[0], -one[1][0].iou + one[1][0].by_chance))
+    rows = ordered[: _MOST + 4]
+
+    def draw(axes: Any) -> str:
+        told = []
+        for place, (label, pairs) in enumerate(rows):
+            values, chance = interval([one.iou for one in pairs]), interval([one.by_chance for one in pairs])
+            axes.plot([one.iou for one in pairs], [place] * len(pairs), "o", color=_COLOURS[0], markersize=5)
+            axes.plot([chance.mean], [place], "|", color=_COLOURS[1], markersize=16, markeredgewidth=2)
+            told.append(f"{' '.join(label.split())}: {values.mean:.3f} shared, {chance.mean:.3f} by chance")
+        axes.plot([], [], "o", color=_COLOURS[0], label="a pair of masks")
+        axes.plot([], [], "|", color=_COLOURS[1], markersize=12, markeredgewidth=2, label="chance, same layer counts")
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("kept by both / by either")
+        return "; ".join(told)
+
+    return _figure(name, f"Overlap of masks: {task.title}", draw, height=1.6 + 0.4 * len(rows))
+
+
+def rounds(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Figure | None:
+    """What COLT's copies keep in common, round by round, beside what chance would keep."""
+    found = {series: [one.rounds for one in each if one.rounds] for series, each in files.items()}
+    found = {series: each for series, each in found.items() if each}
+    if not found:
+        return None
+
+    def draw(axes: Any) -> str:
+        told = []
+        for number, (series, each) in enumerate([*found.items()][:_MOST]):
+            label, looks = _names(task)[series], _looks(task, series.label)[1]
+            for place, one in enumerate(each):
+                x = range(1, len(one) + 1)
+                axes.plot(x, [kept for kept, _ in one], label=label if not place else None, **looks)
+                chance = {"color": _INK, "linestyle": ":", "label": "by chance" if not number + place else None}
+                axes.plot(x, [by_chance for _, by_chance in one], **chance)
+            last = each[0][-1]
+            told.append(f"{label}: {last[0]:.3f} kept by all in round {len(each[0])}, {last[1]:.3f} by chance")
+        _whole(axes)
+        axes.set_xlabel("cut of the search")
+        axes.set_ylabel("share kept by all copies")
+        return "; ".join(told)
+
+    return _figure(name, f"What COLT's copies agree on: {task.title}", draw)
+
+
+def curves(task: Task, name: str) -> Figure | None:
+    """Validation top-1 by epoch: of every search its last training so far, and of dense networks."""
+    lines: dict[str, dict[int, list[tuple[int, float]]]] = defaultdict(dict)
+    states: dict[str, Counter[str]] = defaultdict(Counter)
+    for label, one in [(s.label, one) for s in task.series for one in s.experiments] + [
+        ("dense", one) for one in task.experiments
+    ]:
+        if label == "dense":
+            names = [run.name for run in one.dense if run.name in one.curves]
+        else:
+            names = sorted(name for name in one.curves if name not in ("dense", "random"))
+            states[label][one.state] += 1
+        if names:
+            lines[label].setdefault(one.seed, one.curves[names[0 if label == "dense" else -1]])
+    if not lines:
+        return None
+
+    def draw(axes: Any) -> str:
+        told = []
+        for label, each in [*lines.items()][-_MOST:]:
+            looks = {"color": _INK, "linestyle": ":"} if label == "dense" else _looks(task, label)[1]
+            state = ", ".join(f"{count} {name}" for name, count in states[label].items() if name != "finished")
+            state = f" ({state})" if state else ""
+            for place, curve in enumerate(each.values()):
+                once = {"label": label + state if not place else None, "markersize": 3, "linewidth": 1}
+                axes.plot([epoch for epoch, _ in curve], [score for _, score in curve], **looks | once)
+            ends = percent([curve[-1][1] for curve in each.values()])
+            told.append(f"{label}{state}: {_said(ends)} after epoch {max(curve[-1][0] for curve in each.values())}")
+        _whole(axes)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("validation top-1 (%)")
+        return "; ".join(told)
+
+    return _figure(name, f"Training curves, of each search the last training: {task.title}", draw)
+
+
+def _figure(name: str, title: str, draw: Any, height: float = 3.7) -> Figure:
+    """Draw once, and write it for the page, as an SVG and as a PNG."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    with matplotlib.rc_context(_STYLE):
+        canvas = Canvas(figsize=(5.4, min(height, 14)), layout="constrained")
+        FigureCanvasAgg(canvas)
+        axes = canvas.add_subplot()
+        alt = f"{title}. {draw(axes)}"
+        handles, labels = axes.get_legend_handles_labels()
+        if handles:
+            canvas.legend(handles, labels, loc="outside lower center", ncols=2 if len(labels) > 1 else 1)
+
+        out = io.StringIO(), io.BytesIO()
+        told: Any = {"metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))}
+        canvas.savefig(out[0], format="svg", transparent=True, **told)
+        canvas.savefig(out[1], format="png", dpi=150)
+    svg = out[0].getvalue()
+    white = re.sub(r"(<svg [^>]*>)", r'\1<rect width="100%" height="100%" fill="white"/>', svg, count=1)
+    return Figure(name, title, alt, _themed(svg, name), white.encode(), out[1].getvalue())
+
+
+def _themed(svg: str, name: str) -> str:
+    """An SVG as a part of a page: without a prologue, its names its own, its colours the page's."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg).replace("xlink:href", "href")
+    for number, colour in enumerate(_COLOURS):
+        svg = svg.replace(colour, f"var(--c{number})")
+    svg = svg.replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
+    return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+
+
+def _looks(task: Task, label: str) -> tuple[int, dict[str, Any]]:
+    """A line's number and looks, the same in all figures of a task."""
+    number = [*dict.fromkeys(one.label for one in task.series)].index(label)
+    return number, {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _LINES[number % len(_LINES)],
+        "markersize": 6,
+    }
+
+
+def _names(task: Task) -> dict[Series, str]:
+    """What tells series apart: labels, with the sparsity where several share one."""
+    labels = Counter(one.label for one in task.series)
+    return {one: one.label if labels[one.label] == 1 else f"{one.label} {one.target:.4g}" for one in task.series}
+
+
+def _whole(axes: Any) -> None:
+    """Label an axis of numbers with whole ones alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _seeds(seeds: dict[int, list[float]]) -> Interval:
+    """Mean and interval over seeds, each counted once."""
+    return percent([sum(each) / len(each) for each in seeds.values()])
+
+
+def _bars(axes: Any, x: Sequence[float], means: Sequence[Interval], colour: str) -> None:
+    for place, one in zip(x, means, strict=True):
+        if one.low is not None and one.high is not None:
+            axes.errorbar([place], [one.mean], [[one.mean - one.low], [one.high - one.mean]], color=colour, capsize=3)
+
+
+def _said(one: Interval) -> str:
+    if one.low is None:
+        return f"{one.mean:.2f} % ({one.count} seed{'s' * (one.count > 1)}, no interval)"
+    return f"{one.mean:.2f} % (95 % interval {one.low:.2f} to {one.high:.2f}, {one.count} seeds)"

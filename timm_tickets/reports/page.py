@@ -1,0 +1,223 @@
+"""The report: one HTML file that asks for nothing outside, and the same in Markdown with its figures beside it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..core.errors import SettingError, TicketError, shown
+from ..storage.files import is_writer, read_bytes, write_bytes
+from . import figures, masks
+from .figures import Figure
+from .masks import TicketFile, costs, ticket_file
+from .read import Experiment, read_all
+from .statistics import percent
+from .tasks import Series, Task, tasks
+from .verdicts import verdicts
+
+NAME = "report"
+_MARK = b"timm-tickets report"  # in what was written here, and may be written again
+_ROWS = 500  # of a table
+
+
+@dataclass(frozen=True)
+class Table:
+    """Words in rows; the first column names the row."""
+
+    heads: tuple[str, ...]
+    rows: list[list[str]]
+
+
+@dataclass
+class Section:
+    """What is said of one task."""
+
+    title: str
+    about: str
+    verdicts: Table
+    tickets: Table
+    figures: list[Figure] = field(default_factory=list)
+
+
+def report(folders: Sequence[Path], output: Path, margin: float = 0.5) -> tuple[list[Path], list[str]]:
+    """Write a report about run folders.
+
+    Args:
+        folders: Of searches, trainings and transfers, finished or not; or folders above them.
+        output: The folder that it goes into.
+        margin: Points below the dense network that still count as matching it.
+
+    Returns:
+        The files, the page first; and a sentence on everything that was left out.
+
+    Raises:
+        SettingError: A folder holds no experiment, or the output holds somebody else's report.
+        OSError: It cannot be written.
+    """
+    for name in (f"{NAME}.html", f"{NAME}.md"):
+        if _MARK not in (read_bytes(output / name, most=4_000) or _MARK):
+            raise SettingError(
+                f"output: {shown(str(output / name), 300)} was not written by this command; choose another"
+            )
+    found, left = read_all(folders)
+    sections = [_section(task, f"{number}_", margin, left) for number, task in enumerate(tasks(found), 1)]
+    left += [note for one in found for note in dict.fromkeys(one.notes)]
+    page = {
+        "sections": sections,
+        "folders": _folders(found),
+        "summary": _summary(found, left),
+        "left": left[:_ROWS],
+        "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}, timm-tickets {version('timm-tickets')}",
+        "margin": f"{margin:g}",
+    }
+    loader = jinja2.PackageLoader(__package__ or "", "templates")
+    strict: Any = {"loader": loader, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    html = jinja2.Environment(autoescape=True, **strict).get_template("report.html").render(page)
+    plain = jinja2.Environment(autoescape=False, **strict)
+    plain.filters["md"] = markdown
+    files = {f"{NAME}.html": html.encode(), f"{NAME}.md": plain.get_template("report.md").render(page).encode()}
+    for one in sections:
+        for each in one.figures:
+            files |= {f"{each.name}.svg": each.svg, f"{each.name}.png": each.png}
+    if is_writer():
+        for name, data in files.items():
+            write_bytes(output / name, data)
+    return [output / name for name in files], left
+
+
+def markdown(text: str) -> str:
+    """Text as Markdown shows it literally, in a table too.
+
+    >>> markdown("a|b <i> `c` [d](e)")
+    'a\\\\|b \\\\<i\\\\> \\\\`c\\\\` \\\\[d\\\\]\\\\(e\\\\)'
+    """
+    return re.sub(r"([\\`*_{}\[\]()<>#|!~&$])", r"\\\1", " ".join(text.split()))
+
+
+def _section(task: Task, name: str, margin: float, left: list[str]) -> Section:
+    files: dict[Series, list[TicketFile]] = {}
+    whole: list[list[Experiment]] = []
+    for series in task.series:
+        files[series] = []
+        whole.append([])
+        for one, _ in series.finals:
+            try:
+                files[series].append(ticket_file(one))
+                whole[-1].append(one)
+            except (TicketError, OSError) as error:
+                left.append(f"{shown(str(one.folder), 300)}: its ticket is left out: {shown(str(error), 300)}")
+    try:
+        shared, more = masks.overlaps(whole)
+    except (TicketError, OSError) as error:
+        shared, more = [], 0
+        left.append(f"the overlap of masks is left out: {shown(str(error), 300)}")
+    if more:
+        left.append(f"{task.title}: the overlap of {more:,} more pairs of masks is left out")
+    drawn = [
+        figures.accuracy(task, f"{name}accuracy"),
+        figures.trainings(task, f"{name}trainings"),
+        figures.curves(task, f"{name}curves"),
+        figures.density(task, files, f"{name}density"),
+        figures.overlaps(task, shared, f"{name}overlap"),
+        figures.rounds(task, files, f"{name}rounds"),
+    ]
+    said = [
+        [f"{one.series.label} at {one.series.target:.4g}", one.text[0].upper() + one.text[1:] + ".", _tests(one)]
+        for one in verdicts(task, margin)
+    ]
+    tickets = [row for series in task.series if (row := _ticket(series, files[series]))]
+    return Section(
+        task.title,
+        _about(task),
+        Table(("ticket", "verdict", "tests"), said[:_ROWS]),
+        Table(_COLUMNS, tickets[:_ROWS]),
+        [one for one in drawn if one is not None],
+    )
+
+
+_COLUMNS = (
+    *("ticket", "seeds", "test top-1 (%)", "95 % interval", "epochs spent", "time", "file", "of the checkpoint"),
+    *("parameters kept", "MACs kept"),
+)
+
+
+def _ticket(series: Series, files: Sequence[TicketFile]) -> list[str]:
+    """A row on one ticket over its seeds: accuracy, cost, size."""
+    finals = series.finals
+    if not finals:
+        return []
+    score = percent([*{one.seed: final.top1 or 0.0 for one, final in finals}.values()])
+    spent = [one.spent for one, _ in finals if one.spent is not None and one.kind == "search"]
+    found = costs(finals[0][0]) if files else None
+    size, dense = (files[0].bytes, files[0].checkpoint) if files else (None, 1)
+    return [
+        f"{series.label} at {series.target:.4g}",
+        f"{score.count}",
+        f"{score.mean:.2f}",
+        "none" if score.low is None else f"{score.low:.2f} to {score.high:.2f}",
+        f"{sum(spent) / len(spent):.4g}" if spent else "not known",
+        _time(sum(one.seconds for one, _ in finals) / len(finals)),
+        "not known" if size is None else f"{size:,} bytes",
+        "" if size is None else f"{size / dense:.1%}",
+        "not known" if found is None else f"{found.kept_parameters:,} of {found.parameters:,}",
+        "not known" if found is None else f"{found.kept_macs:,} of {found.macs:,}",
+    ]
+
+
+def _tests(one: Any) -> str:
+    if one.found is None or one.corrected is None:
+        return ""
+    return f"t: p = {one.corrected:.2g} (Holm); permutation: p = {one.found.permuted:.2g}"
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 600
+        else f"{seconds / 60:.0f} min"
+        if seconds < 36_000
+        else f"{seconds / 3600:.0f} h"
+    )
+
+
+def _about(task: Task) -> str:
+    """How fine the test set measures, and how long the dense network was trained."""
+    counts = task.experiments[0].images.get("test")
+    try:
+        count = sum(int(each[0]) for each in counts.values()) if isinstance(counts, dict) else 0
+    except (TypeError, ValueError, LookupError, ArithmeticError):  # a stranger's
+        count = 0
+    epochs, dense = task.dense
+    fine = f"{count:,} test images: one of them is {100 / count:.2g} points. " if 0 < count < 10**12 else ""
+    score = percent([*dense.values()]) if dense else None
+    if score is None:
+        return f"{fine}No dense network has been trained."
+    width = "no interval" if score.low is None else f"95 % interval {score.low:.2f} to {score.high:.2f}"
+    seeds = f"{score.count} seed{'s' * (score.count > 1)}"
+    return f"{fine}The dense network: {score.mean:.2f} % after {epochs} epochs ({width}, {seeds})."
+
+
+def _folders(found: Sequence[Experiment]) -> Table:
+    rows = []
+    for one in found[:_ROWS]:
+        done = f"{len(one.trained)} training{'s' * (len(one.trained) != 1)} done"
+        if one.state != "finished" and one.curves:
+            name, curve = [*one.curves.items()][-1]
+            done += f"; {name} at epoch {curve[-1][0]}, validation {curve[-1][1]:.2f} %"
+        again = "; the same command continues" if one.state in ("killed", "stopped") else ""
+        pruner = "" if one.kind == "dense" else one.recipe.pruner["name"]
+        facts = (one.kind, pruner, "" if one.target is None else f"{one.target:.4g}", f"{one.seed}")
+        rows.append([shown(str(one.folder), 200), one.state, *facts, done + again])
+    return Table(("folder", "state", "experiment", "pruner", "sparsity", "seed", "so far"), rows)
+
+
+def _summary(found: Sequence[Experiment], left: Sequence[str]) -> str:
+    states = [one.state for one in found]
+    counts = [f"{states.count(state)} {state}" for state in ("finished", "running", "killed", "stopped")]
+    told = ", ".join(one for one in counts if not one.startswith("0 "))
+    return f"{len(found)} run folders: {told}" + (f"; {len(left)} things are left out, see below" if left else "")

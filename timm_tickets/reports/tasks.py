@@ -1,0 +1,158 @@
+"""Which run folders may stand in one figure, and which are seeds of one ticket."""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ..core.errors import TicketError, shown
+from ..pruning.registry import get_method
+from .masks import ticket_file
+from .read import Experiment, Trained
+
+_SCORED = ("img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "input_img_mode", "in_chans", "classes")
+_OF_A_SEED = ("seed", "name", "pruner.seed", "dense", "data.workers")  # what runs of one series may have otherwise
+
+
+@dataclass(eq=False)
+class Series:
+    """Searches of one recipe at several seeds, at one asked sparsity, or tickets trained again.
+
+    Attributes:
+        label: Short, and of no other series of the task.
+        experiments: In the order of their seeds.
+        beside: The same trainings of these very tickets once more, by `transfer`, beside controls.
+    """
+
+    label: str
+    experiments: list[Experiment]
+    beside: list[Experiment] = field(default_factory=list)
+
+    @property
+    def target(self) -> float:
+        return next((one.target for one in self.experiments if one.target is not None), 0.0)
+
+    @property
+    def finals(self) -> list[tuple[Experiment, Trained]]:
+        return [(one, final) for one in self.experiments if (final := one.final) is not None and final.top1 is not None]
+
+
+@dataclass(eq=False)
+class Task:
+    """Experiments that may stand in one figure: of one network, scored on the same test images in the same way."""
+
+    experiments: list[Experiment]
+    which: str = ""  # where two have the same title
+
+    @property
+    def title(self) -> str:
+        recipe = self.experiments[0].recipe
+        start = ", pretrained" * recipe.model.pretrained
+        return f"{recipe.model.model}{start} on {shown(recipe.data.dataset, 60)}{self.which}"
+
+    @cached_property
+    def series(self) -> list[Series]:
+        found = {one.fingerprint: one for one in self.experiments if one.kind == "search" and one.final is not None}
+        again = {one for one in self.experiments if one.of in found and _repeats(one, found[one.of])}
+        groups: dict[tuple[str, str], list[Experiment]] = defaultdict(list)
+        for one in self.experiments:
+            if one.kind != "dense" and one not in again:
+                key = [one.kind != "search" and one.target, _settings(one, *_OF_A_SEED)]
+                groups[_pruner(one), json.dumps(key, default=str)].append(one)
+        made = []
+        for label, group in zip(_labels(groups), groups.values(), strict=True):
+            of = {each.fingerprint for each in group}
+            group.sort(key=lambda one: one.seed)
+            made.append(Series(label, group, [each for each in again if each.of in of]))
+        return sorted(made, key=lambda one: (one.label, one.target))
+
+    @cached_property
+    def dense(self) -> tuple[int, dict[int, float]]:
+        """Epochs and test top-1 by seed of the dense networks that were trained as most of the tickets are."""
+        found: dict[tuple[int, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        count: Counter[tuple[int, str]] = Counter()
+        for one in self.experiments:
+            how = _training(one)
+            for run in one.dense:
+                found[run.epochs, how][one.seed].append(run.top1 or 0.0)
+            count[one.epochs, how] += 1
+        for key, _ in count.most_common():
+            if key in found:
+                return key[0], {seed: mean_of(scores) for seed, scores in sorted(found[key].items())}
+        return 0, {}
+
+
+def tasks(experiments: Iterable[Experiment]) -> list[Task]:
+    """Experiments by network and test images: others never share a figure, nor those whose images nobody knows."""
+    found: dict[str, list[Experiment]] = defaultdict(list)
+    for one in experiments:
+        test = one.images.get("test") or str(one.folder)
+        how = {key: getattr(one.recipe.data, key) for key in _SCORED}
+        found[json.dumps([one.recipe.model.model_dump(mode="json"), test, how], default=str)].append(one)
+    made = [Task(group) for group in found.values()]
+    titles = [one.title for one in made]
+    for number, one in enumerate(made):
+        if titles.count(titles[number]) > 1:
+            one.which = f", test set {1 + titles[:number].count(titles[number])}"
+    return made
+
+
+def _pruner(one: Experiment) -> str:
+    """Who found a ticket, and that it was trained again where that is so."""
+    if one.kind == "search":
+        return one.recipe.pruner["name"]
+    try:
+        return f"{ticket_file(one).pruner}, {one.kind}"
+    except (TicketError, OSError):
+        return f"ticket, {one.kind}"
+
+
+def _repeats(one: Experiment, source: Experiment) -> bool:
+    """Whether a transfer is the training that a search ends with once more: of the same seed, images and settings."""
+    if get_method(source.recipe.pruner["name"]).ends_trained:
+        return False  # that was none
+    same = (one.kind, one.seed, one.epochs, one.images) == ("transfer", source.seed, source.epochs, source.images)
+    return same and not differing(one, source)
+
+
+def differing(one: Experiment, other: Experiment) -> list[str]:
+    """In words, which settings of model, data and training differ, the epochs apart."""
+    ours, theirs = (_settings(each, "training.epochs", "data.workers") for each in (one, other))
+    keys = [key for key in {**ours, **theirs} if key.startswith(("training.", "data.", "model."))]
+    told = {
+        key: [shown(each.get(key), 30) for each in (ours, theirs)] for key in keys if ours.get(key) != theirs.get(key)
+    }
+    return [f"{key} {' and '.join(each)}" for key, each in told.items()]
+
+
+def _labels(groups: Mapping[tuple[str, str], Sequence[Experiment]]) -> list[str]:
+    """The pruner's name, and what tells groups of one name apart."""
+    flat = [(name, _settings(group[0], *_OF_A_SEED, "pruner.sparsity")) for (name, _), group in groups.items()]
+    out = []
+    for name, mine in flat:
+        alike = [other for its, other in flat if its == name]
+        keys = [key for key in mine if any(other.get(key) != mine[key] for other in alike)]
+        said = [f"{key.rpartition('.')[2]} {shown(mine[key], 20)}" for key in keys]
+        out.append(name + (f" ({', '.join([*dict.fromkeys(said)][:3])})" if said else ""))
+    return out
+
+
+def _settings(one: Experiment, *without: str) -> dict[str, Any]:
+    return {key: value for key, value in one.recipe.compared().items() if key not in without}
+
+
+def _training(one: Experiment) -> str:
+    """What trainings have to share, the epochs apart, to be averaged over."""
+    settings = {
+        key: value
+        for key, value in _settings(one, "training.epochs", "data.workers").items()
+        if key.startswith(("training.", "data."))
+    }
+    return hashlib.sha256(json.dumps([settings, dict(one.images)], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def mean_of(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,221 @@
+"""What is compared with what, and the one sentence on each that the data support."""
+
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..core.errors import TicketError, shown
+from ..pruning.registry import get_method
+from .masks import ticket_file
+from .read import Experiment, Trained
+from .statistics import Difference, difference, holm, paired
+from .tasks import Series, Task, differing, mean_of
+
+ALPHA = 0.05
+CONTROLS = {
+    "dense": "the dense network",
+    "random mask": "a random mask with the same layer counts",
+    "random": "the pruner `random`, whose layers keep other counts",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A ticket beside a control.
+
+    Attributes:
+        series: The ticket's.
+        control: A key of `CONTROLS`.
+        text: The sentence.
+        found: The numbers behind it, where seeds could be compared.
+        corrected: p of the paired t test, corrected for the tickets that are compared with this control.
+    """
+
+    series: Series
+    control: str
+    text: str
+    found: Difference | None = None
+    corrected: float | None = None
+
+
+def verdicts(task: Task, margin: float) -> list[Verdict]:
+    """A sentence on each ticket and control, each control's corrected for how many tickets are compared with it.
+
+    Args:
+        task: What may be compared.
+        margin: Points below the dense network that still count as matching it.
+    """
+    out = []
+    for control in CONTROLS:
+        pairs = [(series, _Pairs(task, series, control)) for series in task.series]
+        found = [difference(one.differences, margin) if one.differences else None for _, one in pairs]
+        tested = [one for one in found if one is not None and one.p is not None]
+        p = dict(zip(map(id, tested), holm([one.p or 0.0 for one in tested]), strict=True))
+        worse = dict(zip(map(id, tested), holm([one.not_worse or 0.0 for one in tested]), strict=True))
+        for (series, pair), one in zip(pairs, found, strict=True):
+            key = id(one)
+            text = pair.problem if one is None else sentence(control, one, p.get(key), worse.get(key), margin, len(p))
+            if text:
+                out.append(Verdict(series, control, "; ".join([text, *pair.left]), one, p.get(key)))
+    return sorted(out, key=lambda one: task.series.index(one.series))
+
+
+def sentence(
+    control: str, found: Difference, p: float | None, not_worse: float | None, margin: float, tests: int
+) -> str:
+    """What paired differences support, in words.
+
+    Args:
+        control: A key of `CONTROLS`.
+        found: The differences.
+        p: Corrected, of the t test against no difference.
+        not_worse: Corrected, of the t test against being worse by the margin.
+        margin: In points.
+        tests: How many tickets were corrected for.
+    """
+    name, mean = CONTROLS[control], found.mean
+    side = f"{abs(mean):.1f} points {'above' if mean >= 0 else 'below'}"
+    by = f"{side} it"
+    if found.low is None or found.high is None or p is None or not_worse is None:
+        if found.count == 1:
+            return f"{side} {name} with one seed, which gives no interval and does not say which is better"
+        return f"not distinguishable from {name}: {by} with each of {found.count} seeds, which gives no interval"
+    seeds = f"95 % interval {found.low:.1f} to {found.high:.1f}, {found.count} seeds"
+    if p < ALPHA:
+        return f"{'better' if mean > 0 else 'worse'} than {name} by {abs(mean):.1f} points ({seeds})"
+    if control == "dense" and not_worse < ALPHA / 2:
+        return f"matches dense: {by} ({seeds}), and less than {margin:g} below"
+    corrected = f", once corrected for the {tests} tickets compared" if found.low > 0 or found.high < 0 else ""
+    return f"not distinguishable from {name}: {by} ({seeds}){corrected}"
+
+
+class _Pairs:
+    """Scores of a ticket and a control with the same seeds, and why others are no pairs.
+
+    Attributes:
+        differences: A seed each, in points.
+        left: What was left out, a clause each.
+        problem: Why there is none, where there is none; empty where nobody would ask.
+    """
+
+    def __init__(self, task: Task, series: Series, control: str):
+        self.task, self.series = task, series
+        unfair: dict[int, str] = {}
+        scores: dict[int, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+        for one in series.experiments:
+            got = False
+            for other, run in self._controls(one, control):
+                mine = (
+                    one if other is one or other.of is None else other
+                )  # a transfer has its own training of the ticket
+                if mine.final is None or mine.final.top1 is None or run.top1 is None:
+                    continue
+                if why := _unfair(mine, other, run):
+                    unfair.setdefault(one.seed, why)
+                    continue
+                scores[one.seed][0].append(mine.final.top1)
+                scores[one.seed][1].append(run.top1)
+                got = True
+                break
+            if got:
+                unfair.pop(one.seed, None)
+        both = {seed: (mean_of(ones), mean_of(others)) for seed, (ones, others) in scores.items()}
+        seeds: dict[int, float | None] = {one.seed: None for one in series.experiments}
+        ours, theirs = ({**seeds, **{seed: pair[side] for seed, pair in both.items()}} for side in (0, 1))
+        self.differences, missing = paired(ours, theirs)
+        self.left = [f"seed {seed} is not a fair comparison ({why})" for seed, why in unfair.items()]
+        many = [seed for seed, count in Counter(one.seed for one in series.experiments).items() if count > 1]
+        self.left += [f"seed {seed} stands in several folders and counts once, as their mean" for seed in many]
+        if states := self._without(set(missing) - unfair.keys()):
+            self.left.append(states)
+        self.problem = ""
+        if self.differences:
+            return
+        if unfair:
+            self.problem, self.left = (
+                f"not a fair comparison with {CONTROLS[control]}: {next(iter(unfair.values()))}",
+                [],
+            )
+        elif series.finals and (control == "dense" or (control == "random mask" and not _is_random(series))):
+            self.problem, self.left = _absent(series, control), []
+        elif control == "dense":
+            self.problem, self.left = f"no ticket yet: {self._without(set(seeds))}", []
+
+    def _controls(self, one: Experiment, control: str) -> Iterable[tuple[Experiment, Trained]]:
+        """Candidates, the best first: of the same folder, of a transfer of this ticket, of another folder."""
+        same = [each for each in self.task.experiments if each.seed == one.seed and each is not one]
+        if control == "dense":
+            yield from ((one, run) for run in sorted(one.dense, key=lambda run: run.epochs != one.weights_trained))
+            others = [(each, run) for each in same if each.of is None for run in each.dense]
+            yield from sorted(others, key=lambda pair: bool(_unfair(one, *pair)))
+        elif control == "random mask":
+            beside = [one, *(each for each in self.series.beside if each.of == one.fingerprint)]
+            yield from ((each, run) for each in beside if (run := each.named("random")) is not None)
+            yield from self._random(one, same, True)
+        else:
+            yield from self._random(one, same, False)
+
+    def _random(self, one: Experiment, same: Iterable[Experiment], alike: bool) -> Iterable[tuple[Experiment, Trained]]:
+        """Tickets of the pruner `random` at the same sparsity, with the same layer counts or with others."""
+        for each in same:
+            final = each.final if each.kind == "search" and each.recipe.pruner["name"] == "random" else None
+            if final is None or _is_random(self.series) or each.target != one.target:
+                continue
+            try:
+                counts = [ticket_file(of).kept for of in (one, each)]
+            except (TicketError, OSError):
+                continue
+            if (counts[0] == counts[1]) is alike:
+                yield each, final
+
+    def _without(self, seeds: set[int]) -> str:
+        """In words, which seeds have no pair, and what became of their searches."""
+        of = [one for one in self.series.experiments if one.seed in seeds]
+        told = [
+            f"seed {one.seed} is {one.state}" if one.final is None else f"seed {one.seed} has no such control"
+            for one in of
+        ]
+        return ", ".join(told)
+
+
+def _unfair(one: Experiment, other: Experiment, run: Trained) -> str:
+    """Why a ticket's training and a control's may not be compared; empty where they may."""
+    length = one.weights_trained or 0
+    if one.kind != "search":
+        try:
+            if ticket_file(one).trained:
+                return "the ticket begins with trained weights"
+        except (TicketError, OSError):
+            return "the ticket cannot be read, so what it begins with is not known"
+    if length != run.epochs:
+        times = max(length, run.epochs) / max(1, min(length, run.epochs))
+        who = "trained" if length > run.epochs else "the control was trained"
+        return f"{who} {times:.3g} times as long ({length} and {run.epochs} epochs)"
+    if one is other:
+        return ""
+    if one.images != other.images or not one.images:
+        return "other images were trained or validated on"
+    return ", ".join(differing(one, other)[:3])
+
+
+def _absent(series: Series, control: str) -> str:
+    """That a control is not there, and the command that adds it: the folder's own recipe has all settings."""
+    one = series.finals[0][0]
+    folder, ticket = (shlex.quote(shown(str(path), 200)) for path in (one.folder, one.ticket))
+    if control == "dense":
+        long = f"--set training.epochs={one.weights_trained} --set output={folder}_dense"
+        return f"no dense network was trained as long: add it with `timm-tickets train {folder}/recipe.yaml {long}`"
+    try:
+        if (one.kind == "search" and get_method(one.recipe.pruner["name"]).ends_trained) or ticket_file(one).trained:
+            return "no random mask can be trained as it was: its search trained before the mask was found"
+    except (TicketError, OSError) as error:
+        return f"no random mask was trained, and none can be: {shown(str(error), 300)}"
+    return (
+        f"no random mask was trained: add it with `timm-tickets transfer {ticket} "
+        f"{folder}/recipe.yaml --control random --set output={folder}_random`, for every seed"
+    )
+
+
+def _is_random(series: Series) -> bool:
+    return series.experiments[0].recipe.pruner["name"] == "random"
