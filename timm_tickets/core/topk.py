@@ -196,7 +196,8 @@ def _bounds(read: Callable[[], Iterable[Tensor]], count: int) -> tuple[float, fl
 
 def _highest(values: NDArray[Any], rank: int) -> Any:
     """The value that so many are as high as, 1 for the highest."""
-    return np.partition(values, len(values) - rank)[len(values) - rank]
+    # numpy's selection is a little faster, but 20 times slower where most are equal, as jackpot's scores begin.
+    return torch.from_numpy(values).kthvalue(len(values) - rank + 1).values.item()
 
 
 def _best(values: NDArray[Any], count: int) -> NDArray[np.bool_]:

@@ -120,3 +120,34 @@ class Place:
     single: bool = True
     processes: int | None = None
     follows: str | None = None
+
+
+class Placed:
+    """What a run says of its place."""
+
+    place: Place
+
+    @property
+    def name(self) -> str:
+        """Name of its folder: ``round_00``, or ``round_00_part_1`` where a round has several."""
+        return self.place.name
+
+    @property
+    def index(self) -> int:
+        """Its number in the whole search, from 0."""
+        return self.place.index
+
+    @property
+    def round(self) -> int:
+        """Number of its round, from 0."""
+        return self.place.round
+
+    @property
+    def part(self) -> int:
+        """Its number within the round, from 0."""
+        return self.place.part
+
+    @property
+    def processes(self) -> int | None:
+        """How many processes train it by themselves (within `processes.apart`); None where all of them do."""
+        return self.place.processes

@@ -26,11 +26,11 @@ from ..tweaks.base import Tweaks
 from .checks import tell_training
 from .clock import Clock
 from .loss_again import LossAgain, exact_derivatives
-from .run import Place, Run, rewind_parts
+from .run import Place, Placed, Run, rewind_parts
 from .run_end import End, fresh_view, plain_metrics
 
 
-class Training(Clock):
+class Training(Placed, Clock):
     """A run that goes on: what iterating a pruner gives.
 
     Args:
@@ -78,31 +78,6 @@ class Training(Clock):
 
     def __repr__(self) -> str:
         return f"Training({self.name!r}, epochs={self.epochs}, step={self.step}, sparsity={self.sparsity:.4f})"
-
-    @property
-    def name(self) -> str:
-        """Name of its folder: ``round_00``, or ``round_00_part_1`` where a round has several."""
-        return self.place.name
-
-    @property
-    def index(self) -> int:
-        """Its number in the whole search, from 0."""
-        return self.place.index
-
-    @property
-    def round(self) -> int:
-        """Number of its round, from 0."""
-        return self.place.round
-
-    @property
-    def part(self) -> int:
-        """Its number within the round, from 0."""
-        return self.place.part
-
-    @property
-    def processes(self) -> int | None:
-        """How many processes train it by themselves (within `processes.apart`); None where all of them do."""
-        return self.place.processes
 
     @property
     def classes(self) -> Sequence[int] | None:
