@@ -6,8 +6,10 @@ import torch
 import torch_pruning as tp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from packaging.version import Version
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch._dynamo.utils import counters
 
 import timm_tickets as tt
 from timm_tickets.core import private
@@ -116,3 +118,25 @@ def test_a_regulariser_of_torch_prunings_needs_no_graph_of_its_own():
     read = {name for name in vars(own) if name in tp.pruner.GroupNormPruner.regularize.__wrapped__.__code__.co_names}
     assert read <= vars(made).keys(), "torch-pruning's regularize reads more than core/private.py sets"
     assert own._groups, "torch-pruning's regularising pruners no longer keep their groups in _groups"
+
+
+def test_a_function_with_gradients_in_it_is_one_graph_and_what_cannot_be_says_so():
+    class Loss:
+        weight = torch.ones(2, requires_grad=True)
+
+        def gradient(self, x):
+            return torch.autograd.grad((self.weight * x).sum(), [self.weight])[0]
+
+        def asking(self, x):
+            torch._dynamo.graph_break()
+            return x
+
+    counters.clear()
+    found = private.as_one_graph(Loss().gradient, "eager")(torch.tensor([2.0, 3.0]))
+    assert found.tolist() == [2, 3]
+    if Version(torch.__version__) < Version("2.15"):  # an earlier one makes several graphs
+        return
+    assert hasattr(torch._dynamo.config, "trace_autograd_ops"), "torch no longer has trace_autograd_ops"
+    assert counters["stats"]["unique_graphs"] == 1
+    with pytest.raises(private.untraceable()):
+        private.as_one_graph(Loss().asking, "eager")(torch.ones(2))

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from support import forged_files, started
+from support import forged_files
 from support.commands import call
 from support.hostile_files import ESC, tensors_of, with_header
 
@@ -415,7 +415,8 @@ def test_many_forged_files_are_refused_or_hold_what_they_say(tmp_path, each):
     ticket.save(tmp_path / "pretrained.ticket")
     save_file(state, tmp_path / "state.safetensors")
     (tmp_path / KNOWN.name).write_bytes(KNOWN.read_bytes())
-    out = started.run(forged_files.__file__, tmp_path, each)
+    line = [sys.executable, forged_files.__file__, tmp_path, str(each)]
+    out = subprocess.run(line, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     result = json.loads(out.stdout)
     assert result["loaded"] + result["refused"] == result["files"] == 3 * each

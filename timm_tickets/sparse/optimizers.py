@@ -104,8 +104,10 @@ def reset_(optimizer: Optimizer) -> None:
         _made[optimizer] = {p: _copy(state) for p, state in optimizer.state.items()} if unused else {}
     if begins_at_zero(optimizer):
         for state in optimizer.state.values():
+            for name in [name for name in state if name not in _FROM_ZERO]:  # Lookahead's slow weights
+                del state[name]
             for value in state.values():
-                if isinstance(value, Tensor):
+                if value is not None:
                     local(value).zero_()
     else:
         optimizer.state.clear()
@@ -119,6 +121,9 @@ def reset_(optimizer: Optimizer) -> None:
                 group[key] = optimizer.defaults[key]
             else:
                 del group[key]
+
+
+_FROM_ZERO = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def begins_at_zero(optimizer: Optimizer) -> bool:
