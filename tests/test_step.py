@@ -260,6 +260,24 @@ def test_a_step_that_asks_the_host_before_masks_goes_through_python():
     assert set(run.subnet.dense_gradients()) == set(run.subnet.names)
 
 
+@pytest.mark.parametrize("asked", ["auto", "captured"])
+def test_what_a_card_cannot_record_goes_on_by_python_and_says_so(asked, monkeypatch):
+    def refused(*_):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(Step, "_graph", refused)
+    search = Search("imp")
+    search.step.settings, search.step.way = search.settings.model_copy(update={"step": asked}), "captured"
+    if asked == "captured":
+        with pytest.raises(tt.TrainingError, match=r"training\.step: .* when stream is capturing; set auto or eager"):
+            search.go()
+        return
+    search.go()
+    (said,) = search.said
+    assert said.startswith("training.step: eager from here on, as this model's step cannot be recorded as a CUDA graph")
+    same(search.ends, Search("imp").go().ends, exactly=False)
+
+
 @pytest.mark.parametrize(
     ("settings", "opt", "told"),
     [

@@ -16,7 +16,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from ..config.parts import TrainingSettings
-from ..core.errors import SettingError
+from ..core.errors import SettingError, TrainingError, shown
 from ..pruning.training import Training
 from ..sparse.optimizers import begins_at_zero, plain_optimizer
 from .graphs import Captured, Compiled, Parts
@@ -186,10 +186,13 @@ class Step:
                 self._by_python(images, target, seen, last)
                 self._states.keep_()
             return
+        if key not in self.made and not self._make(key, images, target):
+            if self._first:
+                self._plain.zero_grad()
+            self._by_python(images, target, seen, last)
+            return
         run.count_batch_()
         run.set_numbers_()
-        if key not in self.made:
-            self.made[key] = self._graph(images, target)
         seen(self.made[key].learn(images, target))
         if last:
             if batches > 1:
@@ -203,6 +206,26 @@ class Step:
         asked, classes = self.run.request, self.run.classes
         method = identity(asked.on_loss), identity(asked.each_step), None if classes is None else len(classes)
         return images.shape, images.dtype, target.shape, target.dtype, method
+
+    def _make(self, key: Any, images: Tensor, target: Tensor) -> bool:
+        """Make a graph; False where a card cannot record it, and Python goes on.
+
+        Raises:
+            TrainingError: It cannot, and nothing else was asked for.
+        """
+        try:
+            self.made[key] = self._graph(images, target)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what may not be done while a graph is recorded: some model's own code
+            why = shown(str(error).splitlines()[0], 300) if str(error) else type(error).__name__
+            told = f"this model's step cannot be recorded as a CUDA graph: {why}"
+            if self.settings.step != "auto":
+                raise TrainingError(f"training.step: {told}; set auto or eager") from error
+            self._say(f"training.step: eager from here on, as {told}")
+            self.now = self.way = "eager"
+            return False
+        return True
 
     def _graph(self, images: Tensor, target: Tensor) -> Captured | Compiled:
         parts = Parts(self.settings, self.run, self.model, self.optimizer, self.criterion)
