@@ -97,7 +97,7 @@ NEEDS: dict[str, tuple[float, float, str]] = {
     "magnitude": (12, 6, "host: start 4, masks 2"),
     "random": (12, 6, "host: start 4, masks 2"),
 }
-# No accelerator's name: torch would look for one. Nothing in the package treats meta tensors in a way of their own.
+# No accelerator's name: torch would look for one.
 DEVICE = torch.device("meta")
 
 
@@ -105,6 +105,7 @@ class OnDevice(Tensor):
     """A tensor that says it is on `DEVICE`, and whose values are in ``content``, on the CPU."""
 
     content: Tensor
+    is_meta = False  # whose values are nowhere, which is refused  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def __new__(cls, content: Tensor, requires_grad: bool = False) -> "OnDevice":
