@@ -16,6 +16,7 @@ are each at most that, plus 10 %.
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -34,11 +35,15 @@ import timm
 import torch
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_tickets as tt
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+card: Any = importlib.import_module("no_sync")  # the tests have tensors that say they are on another device
+OnCard, computed, on_card_ = card.OnCard, card.computed, card.on_card_
 
 MODEL, PIXELS, BATCH, SPARSITY = "vit_small_patch16_224", 32, 2, 0.9
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -97,39 +102,6 @@ NEEDS: dict[str, tuple[float, float, str]] = {
     "magnitude": (12, 6, "host: start 4, masks 2"),
     "random": (12, 6, "host: start 4, masks 2"),
 }
-# No accelerator's name: torch would look for one.
-DEVICE = torch.device("meta")
-
-
-class OnDevice(Tensor):
-    """A tensor that says it is on `DEVICE`, and whose values are in ``content``, on the CPU."""
-
-    content: Tensor
-    is_meta = False  # whose values are nowhere, which is refused  # pyright: ignore[reportAssignmentType]
-
-    @staticmethod
-    def __new__(cls, content: Tensor, requires_grad: bool = False) -> "OnDevice":
-        out = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            cls,
-            content.shape,
-            strides=content.stride(),
-            storage_offset=content.storage_offset(),
-            dtype=content.dtype,
-            device=DEVICE,
-            requires_grad=requires_grad,
-        )
-        out.content = content
-        return out
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise RuntimeError(f"{func} outside of `Storages`")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        out: Any = self.detach().clone().requires_grad_(self.requires_grad)
-        out._is_param = getattr(self, "_is_param", False)
-        memo[id(self)] = out
-        return out
 
 
 class Storages(TorchDispatchMode):
@@ -148,27 +120,18 @@ class Storages(TorchDispatchMode):
         self._noted = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = [one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor)]
-        for one in given:
+        for one in tree_iter((args, kwargs)):
             self.see(one)
-        device = kwargs.get("device")
-        there = any(isinstance(one, OnDevice) for one in given) if device is None else torch.device(device) == DEVICE
-        inner_args, inner_kwargs = tree_map(
-            lambda one: one.content if isinstance(one, OnDevice) else one, (args, kwargs)
-        )
-        if device is not None and there:
-            inner_kwargs["device"] = torch.device("cpu")
-        out = func(*inner_args, **inner_kwargs)
-        if there:
-            out = tree_map(lambda one: OnDevice(one) if isinstance(one, Tensor) else one, out)
+        out = computed(func, args, kwargs or {})
         for one in tree_iter(out):
-            if isinstance(one, Tensor):
-                self.see(one)
-        return return_and_correct_aliasing(func, args, kwargs, out) if there and given else out
+            self.see(one)
+        return out
 
-    def see(self, tensor: Tensor) -> None:
-        on_device = isinstance(tensor, OnDevice)
+    def see(self, one: Any) -> None:
+        if not isinstance(one, Tensor):
+            return
+        tensor: Any = one
+        on_device = isinstance(tensor, OnCard)
         kind = "device" if on_device else "host"
         storage = (tensor.content if on_device else tensor).untyped_storage()
         key = storage._cdata
@@ -191,24 +154,11 @@ class Storages(TorchDispatchMode):
         self.now[kind] -= size
 
 
-def _plain(one: Any) -> Any:
-    return one.content if isinstance(one, OnDevice) else one
-
-
 def _line() -> str:
     """The innermost lines of this package or benchmark that are being run."""
     frames = [f for f in traceback.extract_stack() if "timm_tickets" in f.filename or f.filename == __file__]
     told = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames if f.name not in {"_line", "see"}]
     return " < ".join(reversed([one for one in told if "__torch_dispatch__" not in one][-4:]))
-
-
-def moved_(model: nn.Module) -> None:
-    """Put a model's tensors on `DEVICE`."""
-    for module in model.modules():
-        for name, value in list(module.named_parameters(recurse=False)):
-            module._parameters[name] = nn.Parameter(value.detach().to(DEVICE), value.requires_grad)
-        for name, value in list(module.named_buffers(recurse=False)):
-            module._buffers[name] = value.to(DEVICE)
 
 
 def train(model: nn.Module, loader: Any, device: bool, epochs: int, run: Any = None) -> None:
@@ -219,7 +169,7 @@ def train(model: nn.Module, loader: Any, device: bool, epochs: int, run: Any = N
     for _ in range(epochs):
         for images, labels in loader:
             if device:
-                images, labels = OnDevice(images), OnDevice(labels)
+                images, labels = OnCard(images), OnCard(labels)
             output = model(images)
             if run is None:
                 loss = nn.functional.cross_entropy(output, labels)
@@ -242,7 +192,7 @@ def search(method: str | None, storages: Storages | None = None, folder: str | N
     model = timm.create_model(MODEL, num_classes=10, img_size=PIXELS)
     weights = sum(model.get_parameter(name).numel() for name in tt.prunable_names(model))
     if storages is not None:
-        moved_(model)
+        on_card_(model)
         storages.peak.clear()  # on the host it was built
     labels = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])
     loader = DataLoader(TensorDataset(torch.randn(len(labels), 3, PIXELS, PIXELS), labels), BATCH)

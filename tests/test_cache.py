@@ -538,7 +538,6 @@ def test_images_of_other_kinds_than_bytes_are_left_to_timm(model, folder):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
 @pytest.mark.parametrize("kept", ["device", "host"])
 @pytest.mark.parametrize("more", [{"crop_padding": 4}, {**EVERYTHING, "remode": "const"}], ids=["padded", "resized"])
 def test_on_a_card_the_images_are_those_of_the_cpu_and_nothing_waits(model, kept, more):

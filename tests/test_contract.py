@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.every_method import (
+    EXPECTED_WARNINGS,
     METHODS,
     OPTIMIZERS,
     SPARSITY,
@@ -19,16 +20,7 @@ from support.every_method import (
 import timm_tickets as tt
 from timm_tickets.structure import units
 
-# Jackpots warn of a model that was never trained; late rewinding of a run of one epoch; timm's zeros of what is before
-# them; high sparsities of emptied layers (tests/test_collapse.py); a few steps do not move every mask.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:jackpot",
-    "ignore:.*without passing its rewind point",
-    "ignore:.*no gradient reaches",
-    "ignore:.*layers are pruned to nothing",
-    "ignore:.*has not moved its mask",
-    "ignore:.*have a score above zero",
-)
+pytestmark = pytest.mark.filterwarnings(*EXPECTED_WARNINGS)
 
 
 @pytest.fixture(autouse=True)

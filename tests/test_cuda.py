@@ -7,34 +7,32 @@ import gc
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import timm
 import torch
 from support.commands import COLT
-from support.every_method import METHODS, OPTIMIZERS, SPARSITY, fresh, ids, loader, of_channels, pruner_of
+from support.every_method import (
+    EXPECTED_WARNINGS,
+    METHODS,
+    OPTIMIZERS,
+    SPARSITY,
+    fresh,
+    ids,
+    loader,
+    of_channels,
+    pruner_of,
+)
 
 import timm_tickets as tt
-from timm_tickets.config.parts import TrainingSettings
 
-# As in test_contract.py; and torch tells of each operation that has no deterministic algorithm.
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.filterwarnings(
-        "ignore:jackpot",
-        "ignore:.*without passing its rewind point",
-        "ignore:.*no gradient reaches",
-        "ignore:.*layers are pruned to nothing",
-        "ignore:.*has not moved its mask",
-        "ignore:.*have a score above zero",
-        "ignore:.*determinis",
-    ),
-]
+# torch tells of each operation that has no deterministic algorithm.
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings(*EXPECTED_WARNINGS, "ignore:.*determinis")]
 DEVICE = "cuda"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHORT = ["training.epochs=2", "pruner.prune_rate=0.6", "pruner.sparsity=0.8", "data.val_fraction=0.7", "dense=false"]
-# Bits are promised by this setting alone, where there is one.
-SAME_BITS = ["training.deterministic=true"] if "deterministic" in TrainingSettings.model_fields else []
+SAME_BITS = "training.deterministic=true"  # by this setting alone are they promised
 
 
 def train(run, model, dtype, check):
@@ -109,7 +107,7 @@ def command(folder, settings, processes=1):
     """A search as a user types it, on one card, in processes of its own: cuBLAS reads its settings once."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     words = [sys.executable, *(launch if processes > 1 else []), "-m", "timm_tickets", "search", "digits_imp"]
-    for one in (*settings, *SAME_BITS, f"output={folder}"):
+    for one in (*settings, SAME_BITS, f"output={folder}"):
         words += ["--set", one]
     env = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
     env["OMP_NUM_THREADS"] = "1"  # as torchrun sets it: what the CPU adds up is the same only with as many threads
@@ -171,7 +169,8 @@ def test_imp_takes_no_more_memory_than_a_plain_loop_and_its_masks():
         pruner = tt.create_pruner("imp", model, sparsity=0.8, prune_rate=0.5, epochs=1)
         for run in pruner:
             optimizer = run.attach(OPTIMIZERS["sgd"](model.parameters()))
-            steps(model, optimizer, lambda output: run.loss(torch.nn.functional.cross_entropy, output, labels))  # noqa: B023
+            loss_of = partial(run.loss, torch.nn.functional.cross_entropy, target=labels)
+            steps(model, optimizer, loss_of)
         counted["weights"] = sum(mask.numel() for mask in pruner.ticket.masks.values())
 
     plain()  # cuDNN and cuBLAS take work space of their own the first time

@@ -73,12 +73,14 @@ def asks_nothing():
         yield
 
 
-# No accelerator's name: torch would look for one. Nothing in the package treats meta tensors in a way of their own.
+# No accelerator's name: torch would look for one.
 CARD = torch.device("meta")
 
 
 class OnCard(Tensor):
     """A tensor that says it is on `CARD`, and whose values are in ``content``, on the CPU."""
+
+    is_meta = False  # such a tensor has no values, and a model of them is refused
 
     @staticmethod
     def __new__(cls, content, requires_grad=False):
@@ -98,8 +100,34 @@ class OnCard(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError(f"{func} outside of `Card`")
 
+    def __deepcopy__(self, memo):
+        out = self.detach().clone().requires_grad_(self.requires_grad)
+        out._is_param = getattr(self, "_is_param", False)
+        memo[id(self)] = out
+        return out
+
     def __repr__(self, **_):
         return f"OnCard({self.content})"
+
+
+def is_there(args, kwargs):
+    """Whether a kernel computes what is on `CARD`."""
+    if kwargs.get("device") is not None:
+        return torch.device(kwargs["device"]) == CARD
+    return any(isinstance(one, OnCard) for one in tree_iter((args, kwargs)))
+
+
+def computed(func, args, kwargs):
+    """What a kernel gives, computed by the CPU."""
+    there = is_there(args, kwargs)
+    inner_args, inner_kwargs = tree_map(lambda one: one.content if isinstance(one, OnCard) else one, (args, kwargs))
+    if there and kwargs.get("device") is not None:
+        inner_kwargs["device"] = torch.device("cpu")
+    out = func(*inner_args, **inner_kwargs)
+    if there:
+        out = tree_map(lambda one: OnCard(one) if isinstance(one, Tensor) else one, out)
+    given = any(isinstance(one, Tensor) for one in tree_iter((args, kwargs)))
+    return return_and_correct_aliasing(func, args, kwargs, out) if there and given else out
 
 
 class Card(TorchDispatchMode):
@@ -120,20 +148,12 @@ class Card(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = [one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor)]
-        device = kwargs.get("device")
-        there = any(isinstance(one, OnCard) for one in given) if device is None else torch.device(device) == CARD
         if self.strict:
             refuse(func, args, kwargs)
-            if there and any(not isinstance(one, OnCard) and one.dim() for one in given):
+            given = [one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor)]
+            if is_there(args, kwargs) and any(not isinstance(one, OnCard) and one.dim() for one in given):
                 raise AssertionError(f"{func} of tensors on two devices")
-        inner_args, inner_kwargs = tree_map(lambda one: one.content if isinstance(one, OnCard) else one, (args, kwargs))
-        if device is not None and there:
-            inner_kwargs["device"] = torch.device("cpu")
-        out = func(*inner_args, **inner_kwargs)
-        if there:
-            out = tree_map(lambda one: OnCard(one) if isinstance(one, Tensor) else one, out)
-        return return_and_correct_aliasing(func, args, kwargs, out) if there and given else out
+        return computed(func, args, kwargs)
 
 
 def on_card_(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 19  # scores that are counted at once: 28 MB beside them
+CHUNK = 1 << 19  # scores that are counted at once: 35 MB beside them
 _BITS = 11
 _COLUMNS = 64  # counters of a digit: with one alone, all that have the digit would wait for one another
 

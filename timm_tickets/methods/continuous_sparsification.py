@@ -32,10 +32,9 @@ class ContinuousSparsification(Method):
     Cost: one training a round. With `parallel` one run for each s0 instead, all in one round; the one whose s > 0 is
     nearest to the asked sparsity is taken. Evaluated within the search, the model is the soft network, as released.
     `meet`: ``top`` keeps the largest s, exactly as many as asked; ``penalty`` keeps s > 0, whatever sparsity that is.
-    `bake_scale`: tickets with c in their values were as good on digits at .95 (99.07 % with, 98.80 without, three
-    seeds) and better after an epoch of CIFAR-10 at .6 (67.7 with, 64.4 without).
-    Departures: beta grows by the step. Between rounds s becomes min(beta s, s0), as the paper says; the released code
-    resets beta first, and so revives what was suppressed. Momentum starts anew each round, in the paper not.
+    `bake_scale`: with c in their values tickets had 99.07 % on digits at .95 (98.80 without it, 3 seeds).
+    Departures: beta grows by the step; s becomes min(beta s, s0) between rounds, as in the paper (the released code
+    resets beta first, and revives what was suppressed); momentum starts anew each round, in the paper not.
     """
 
     s0: Annotated[float, Field(ge=-1, le=1, description="first score of every weight")] = 0.0
@@ -59,7 +58,8 @@ class ContinuousSparsification(Method):
         if self.parallel:
             ends = yield [self.run(True, lambda subnet, s0=s0: self.set_(subnet, s0)) for s0 in self.parallel]
             nearest = min(ends, key=lambda end: abs(above_zero(end.scores) - (1 - self.sparsity)))
-            subnet.set_start_(nearest.rewind or {}, nearest.rewind_epoch)  # each of these runs takes one
+            assert nearest.rewind is not None  # each of these runs takes one
+            subnet.set_start_(nearest.rewind, nearest.rewind_epoch)
             self.set_(subnet, self.parallel[ends.index(nearest)])
             subnet.load_scores_(nearest.scores)
         else:

@@ -104,7 +104,7 @@ class Training(Placed, Clock):
             optimizer: A torch optimizer over the model's parameters, or Accelerate's wrapper of one.
             reset: Whether to clear its state and put the learning rate back; False for one that is fresh, or holds
                 the state of this very run from a checkpoint.
-            hooks: False for a trainer that applies `holder` itself and calls `follow_step_`; ``whole`` is the holder's.
+            hooks: False for a trainer that applies `holder` itself and calls `end_step_`; ``whole`` is the holder's.
 
         Returns:
             The same optimizer.
@@ -194,11 +194,15 @@ class Training(Placed, Clock):
             forget_(self.optimizer, self.subnet.parameters(), weights)
 
     def _stepped(self) -> None:
+        self.end_step_()
+        self.tell_unreached()
+
+    def end_step_(self) -> None:
+        """All that comes after an optimizer step whose weights are masked, in Python."""
         self.set_numbers_()
         if self.request.each_step is not None:
             self.request.each_step(self)
         self.follow_step_()
-        self.tell_unreached()
 
     def set_numbers_(self) -> None:
         """Put the numbers that move with the steps where `Run.each_step` finds them."""

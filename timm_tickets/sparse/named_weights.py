@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.counting import wide
 from ..distributed.fsdp2 import check_supported, reshard_
 from .gates import Gate
 from .standardised import STANDARDISED, check_channels
@@ -92,8 +93,7 @@ class NamedWeights:
         for name, number in numbers.items():
             if name not in self.now:
                 device = next(self.model.parameters()).device
-                exact = torch.float32 if device.type == "mps" else torch.float64
-                self.now[name] = torch.zeros((), dtype=exact, device=device)
+                self.now[name] = torch.zeros((), dtype=wide(device), device=device)
             self.now[name].fill_(number)
 
     def weights(self) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ class Step:
                     + ", or compiled" * (not why)
                 )
             self.way = asked
-        elif on_card and not self.settings.torchcompile:  # on CPUs compiling takes longer than it saves
+        elif on_card and not self.settings.torchcompile:  # whether compiling pays on CPUs was not measured
             self.way = "eager" if why else "captured"
             self._told = why and f"training.step: eager, as {why}"
 
@@ -166,10 +166,7 @@ class Step:
             asked.before_step(run)
         self._plain.step()
         holder.mask_weights_()
-        run.set_numbers_()
-        if asked.each_step is not None:
-            asked.each_step(run)
-        run.follow_step_()
+        run.end_step_()
         if self.now == "eager":
             self._plain.zero_grad()
 
