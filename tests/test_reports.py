@@ -18,6 +18,7 @@ import timm_tickets as tt
 from timm_tickets.config.recipe import load_recipe
 from timm_tickets.experiments.run_folder import claim_folder, experiment_of, write_result
 from timm_tickets.experiments.search import search as searched
+from timm_tickets.reports.figures import accuracy
 from timm_tickets.reports.masks import overlaps
 from timm_tickets.reports.page import markdown, report
 from timm_tickets.reports.read import read_all
@@ -384,6 +385,7 @@ def test_the_page_is_one_file_that_asks_for_nothing_and_says_every_figure_in_num
     assert "round_01 at epoch 1, validation 62.50 %" in page.text
     assert all(one.startswith("#") for one in page.asked)
     assert not re.search(r"url\((?!#)|@import|<script|<link|<img", html)
+    assert '<td data-of="verdict">' in html  # on a phone each cell says what it is
     assert page.tags.count("figure") == len(page.figures) == page.tags.count("svg") > 3
     assert all(re.search(r"\d", one) for one in page.figures)
     assert "imp: 91.00 % (1 seed, no interval) at sparsity 0.5" in page.figures[0]
@@ -392,6 +394,19 @@ def test_the_page_is_one_file_that_asks_for_nothing_and_says_every_figure_in_num
     pictures = re.findall(r"\]\((\d_\w+\.svg)\)", plain)
     assert len(pictures) == len(page.figures)
     assert all((every_state / "report" / name).read_bytes().startswith(b"<?xml") for name in pictures)
+
+
+def test_tickets_of_one_sparsity_stand_side_by_side_in_the_middle(tmp_path):
+    search(tmp_path / "imp", 0, 91.0, 90.0)
+    search(tmp_path / "magnitude", 0, 81.0, 90.0, overrides=["pruner.name=magnitude"])
+    (task,) = tasks(read_all([tmp_path])[0])
+    figure = accuracy(task, "one")
+    assert figure is not None
+    points = re.findall(r'<g clip-path="[^"]*">\s*<use [^>]*?x="([\d.]+)"', figure.svg.decode())
+    places = [float(x) / (5.4 * 72) for x in points]  # of the picture's width
+    assert len(places) == 4  # each with its seed and its mean
+    assert max(places) - min(places) < 0.1
+    assert all(0.3 < place < 0.7 for place in places)
 
 
 def test_somebody_elses_report_is_not_written_over(tmp_path):

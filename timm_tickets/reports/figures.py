@@ -91,7 +91,7 @@ def accuracy(task: Task, name: str) -> Figure | None:
             told.append(f"dense, {epochs} epochs: {_said(found)}")
         places = sorted({1 - place for each in by_label.values() for place in each}, reverse=True)
         axes.set_xscale("log")
-        axes.invert_xaxis()
+        axes.set_xlim(max(places) * 1.25, min(places) / 1.25)  # a single sparsity is a place, not a range
         axes.minorticks_off()
         axes.set_xticks(places, [f"{1 - one:.3g}" for one in places], rotation=50 if len(places) > 5 else 0)
         axes.set_xlabel("sparsity (log scale of what remains)")
@@ -132,7 +132,7 @@ def trainings(task: Task, name: str) -> Figure | None:
             axes.plot([epochs], [mean.mean], color=_INK, marker="_", markersize=14, linestyle="", label="dense")
             _bars(axes, [epochs], [mean], _INK)
             told.append(f"dense: {_said(mean)} for {epochs} epochs")
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, max(most, epochs) * 1.06)
         axes.set_xlabel("epochs of all images, search and ticket")
         axes.set_ylabel("test top-1 (%)")
         return "; ".join(told)
