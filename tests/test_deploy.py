@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from safetensors.torch import load, load_file, save_file
 from support.commands import call
 
@@ -128,9 +129,13 @@ FAMILIES = [
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("arch", ["test_resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])
 def test_onnx_equals_torch_in_another_process(arch, compact, ticket, tmp_path):
-    done = export(
-        ticket(arch, "channel" if compact else "weight", 0.5), "onnx", tmp_path / "model.onnx", compact=compact
-    )
+    file = ticket(arch, "channel" if compact else "weight", 0.5)
+    if Version(torch.__version__) < Version("2.7"):  # its exporter cannot translate batch norm by today's onnxscript
+        with pytest.raises(tt.TicketError, match=r"torch 2\.6.* cannot export this model: .*; a later torch may"):
+            export(file, "onnx", tmp_path / "model.onnx", compact=compact)
+        assert not (tmp_path / "model.onnx").exists()
+        return
+    done = export(file, "onnx", tmp_path / "model.onnx", compact=compact)
     whole = timm.create_model(arch, num_classes=10)
     smaller = sum(one.numel() for one in done.source.model.parameters()) < sum(p.numel() for p in whole.parameters())
     assert smaller == compact

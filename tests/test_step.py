@@ -15,6 +15,8 @@ from torch._dynamo.utils import counters
 
 import timm_tickets as tt
 from timm_tickets.config.parts import TrainingSettings
+from timm_tickets.core.private import traces_gradients
+from timm_tickets.training import step as step_module
 from timm_tickets.training.finite_check import Watch
 from timm_tickets.training.graphs import Parts
 from timm_tickets.training.step import Step
@@ -28,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*has not moved its mask"),
 ]
 CARD = pytest.param("captured", marks=pytest.mark.cuda)
+COMPILES = pytest.mark.skipif(not traces_gradients(), reason="this torch compiles no gradients, so a step refuses it")
 STEPS, CLASSES = 8, 4
 
 
@@ -165,7 +168,7 @@ def graphs():
     return counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
-@pytest.mark.parametrize("way", ["compiled", CARD])
+@pytest.mark.parametrize("way", [pytest.param("compiled", marks=COMPILES), CARD])
 @pytest.mark.parametrize(("method", "opt"), [*((method, "sgd") for method in METHODS), ("imp", "adamw")])
 def test_one_graph_for_all_runs_and_everything_stays_where_it_is(method, opt, way):
     torch._dynamo.reset()
@@ -186,6 +189,7 @@ def test_one_graph_for_all_runs_and_everything_stays_where_it_is(method, opt, wa
     same(search.ends, Search(method, "eager", opt, device=device).go().ends, exactly=False)
 
 
+@COMPILES
 def test_several_batches_a_step_take_two_graphs():
     torch._dynamo.reset()
     counters.clear()
@@ -230,6 +234,7 @@ def test_what_a_capture_records_asks_nothing(method):
     assert any(not torch.equal(value, before[name]) for name, value in copied(search.model).items())
 
 
+@COMPILES
 def test_a_checkpoint_is_loaded_into_the_tensors_that_are_there():
     search = Search("imp", "compiled").go(until=0)
     before, states = search.places(), copy.deepcopy(search.optimizer.optimizer.state_dict())
@@ -247,6 +252,7 @@ def test_a_checkpoint_is_loaded_into_the_tensors_that_are_there():
     assert all((value > 20).any() for value in momentum)  # of what was loaded, a step later
 
 
+@COMPILES
 def test_a_step_that_asks_the_host_before_masks_goes_through_python():
     """A method's tap wants gradients from before they are masked: that step no graph takes."""
     search = Search("imp", "compiled")
@@ -281,7 +287,7 @@ def test_what_a_card_cannot_record_goes_on_by_python_and_says_so(asked, monkeypa
 @pytest.mark.parametrize(
     ("settings", "opt", "told"),
     [
-        ({"step": "captured"}, "sgd", "captured cannot be had here, as it records a CUDA graph; set .* or compiled"),
+        ({"step": "captured"}, "sgd", "captured cannot be had here, as it records a CUDA graph; set auto or eager"),
         ({"step": "compiled"}, "lion", "compiled cannot be had here, as Lion's state cannot be kept in place"),
         ({"step": "compiled"}, "lookahead_adamw", "as several processes, .* Lookahead"),
     ],
@@ -291,6 +297,13 @@ def test_what_cannot_be_had_is_refused(settings, opt, told):
     optimizer = accelerator.prepare(create_optimizer_v2(model, opt, lr=0.1))
     with pytest.raises(tt.SettingError, match=told):
         Step(TrainingSettings(**settings), accelerator, model, optimizer, CLASSES)
+
+
+def test_a_torch_that_compiles_no_gradients_is_refused_beforehand(monkeypatch):
+    monkeypatch.setattr(step_module, "traces_gradients", lambda: False)
+    told = r"compiled cannot be had here, as torch .* compiles no gradients \(2\.11 does\); set auto or eager$"
+    with pytest.raises(tt.SettingError, match=told):
+        Search("imp", "compiled")
 
 
 def test_on_a_cpu_auto_is_eager_and_on_a_card_it_says_why_it_is():

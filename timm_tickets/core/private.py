@@ -60,28 +60,32 @@ def untraceable() -> type[Exception]:
     return TorchDynamoException
 
 
-def as_one_graph(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
-    """A bound method compiled as one graph, gradients that it takes by ``torch.autograd.grad`` included.
+def traces_gradients() -> bool:
+    """Whether torch.compile follows ``torch.autograd.grad``, as it is told to: 2.11 does, 2.6 does not."""
+    from torch._dynamo import config
 
-    Later releases of torch trace those, where they are told to; earlier ones make several graphs. All functions of the
-    same code share a small number of graphs, after which torch compiles no more: so this one gets a code of its own.
+    return hasattr(config, "trace_autograd_ops")
+
+
+def compiled(function: Callable[..., Any], backend: Any, one_graph: bool) -> Callable[..., Any]:
+    """A bound method compiled, gradients that it takes by ``torch.autograd.grad`` included.
+
+    Of a torch that `traces_gradients`. All functions of the same code share a small number of graphs, after which torch
+    compiles no more: so this one gets a code of its own.
 
     Raises:
-        TorchDynamoException: When it is called: it cannot be made one graph.
+        TorchDynamoException: When it is called: it cannot be made one graph, and has to be.
     """
     from torch._dynamo import config
 
     bound: Any = function
     inner = bound.__func__
     own = FunctionType(inner.__code__.replace(), inner.__globals__, inner.__name__, inner.__defaults__)
-    traces = hasattr(config, "trace_autograd_ops")
-    compiled = torch.compile(own.__get__(bound.__self__), backend=backend, fullgraph=traces, dynamic=False)
-    if not traces:
-        return compiled
+    made = torch.compile(own.__get__(bound.__self__), backend=backend, fullgraph=one_graph, dynamic=False)
 
     def traced(*args: Any) -> Any:
         with config.patch(trace_autograd_ops=True):
-            return compiled(*args)
+            return made(*args)
 
     return traced
 

@@ -70,7 +70,8 @@ def exported(model: nn.Module, size: Sequence[int], batch: int | None = None) ->
     except Exception as error:  # the exporter's own, and whatever a model's code raises when it is traced
         fixed = "" if batch else "; a fixed number of images (--batch 1) may be possible"
         raise TicketError(
-            f"torch cannot export this model: {type(error).__name__}: {shown(' '.join(str(error).split()), 600)}{fixed}"
+            f"torch {torch.__version__} cannot export this model: {type(error).__name__}: "
+            f"{shown(' '.join(str(error).split()), 600)}{fixed}; a later torch may export more"
         ) from error
 
 

@@ -13,7 +13,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from ..config.parts import TrainingSettings
-from ..core.private import as_one_graph, untraceable
+from ..core.private import compiled, untraceable
 from ..pruning.training import Training
 from ..sparse.optimizers import plain_optimizer
 
@@ -98,8 +98,12 @@ class Compiled:
 
     def __init__(self, parts: Parts, backend: Any, say: Callable[[str], None]):
         self.parts, self._say, self._backend = parts, say, backend
-        self._learn = as_one_graph(parts.whole if parts.batches == 1 else parts.learn, backend)
-        self._move = as_one_graph(parts.move, backend)
+        self._compile(one_graph=True)
+
+    def _compile(self, one_graph: bool) -> None:
+        parts = self.parts
+        self._learn = compiled(parts.whole if parts.batches == 1 else parts.learn, self._backend, one_graph)
+        self._move = compiled(parts.move, self._backend, one_graph)
 
     def learn(self, images: Tensor, target: Tensor) -> Tensor:
         """A batch; with the whole step where it takes one batch."""
@@ -108,9 +112,7 @@ class Compiled:
         except untraceable() as error:  # nothing was carried out yet
             found = str(error).strip().splitlines()
             self._say(f"training.step: compiled in several graphs, as torch says: {found[0] if found else error!r}")
-            parts = self.parts
-            self._learn = torch.compile(parts.whole if parts.batches == 1 else parts.learn, backend=self._backend)
-            self._move = torch.compile(parts.move, backend=self._backend)
+            self._compile(one_graph=False)
             return self._learn(images, target)
 
     def move(self) -> None:

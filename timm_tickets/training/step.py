@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config.parts import TrainingSettings
 from ..core.errors import SettingError, TrainingError, shown
+from ..core.private import traces_gradients
 from ..pruning.training import Training
 from ..sparse.optimizers import begins_at_zero, plain_optimizer
 from .graphs import Captured, Compiled, Parts
@@ -78,12 +79,17 @@ class Step:
             why = "several processes, float16's gradient scaler, Lookahead and second-order optimizers need Python"
         elif not begins_at_zero(self._plain):
             why = f"{name}'s state cannot be kept in place over runs; that of sgd without dampening, adam and adamw can"
-        reasons = {"eager": "", "compiled": why, "captured": why or ("" if on_card else "it records a CUDA graph")}
+        old = "" if traces_gradients() else f"torch {torch.__version__} compiles no gradients (2.11 does)"
+        reasons = {
+            "eager": "",
+            "compiled": why or old,
+            "captured": why or ("" if on_card else "it records a CUDA graph"),
+        }
         if asked != "auto":
             if reasons[asked]:
                 raise SettingError(
                     f"training.step: {asked} cannot be had here, as {reasons[asked]}; set auto or eager"
-                    + ", or compiled" * (not why)
+                    + ", or compiled" * (not reasons["compiled"])
                 )
             self.way = asked
         elif on_card and not self.settings.torchcompile:  # whether compiling pays on CPUs was not measured
