@@ -105,22 +105,22 @@ def test_sigterm_saves_and_exits_with_143(whole, tmp_path):
 
 
 def test_the_command_says_that_sigterm_stopped_it_and_a_second_one_is_refused(whole, tmp_path):
-    command = [sys.executable, "-m", "timm_tickets", "search", "digits_imp"]
-    for setting in [*SMALL, f"output={tmp_path}"]:
-        command += ["--set", setting]
-    first = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    settings = [word for setting in [*SMALL, f"output={tmp_path}"] for word in ("--set", setting)]
+    command = ["-m", "timm_tickets", "search", "digits_imp", *settings]
+    first = started.start(command, env=ENV)
+    (process,) = first.processes
     while not (tmp_path / "round_00" / BEFORE).exists():
-        assert first.poll() is None
+        assert process.exitcode is None
         time.sleep(0.02)
-    first.send_signal(signal.SIGSTOP)  # or it may have ended before the second one comes
-    second = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    os.kill(process.pid, signal.SIGSTOP)  # or it may have ended before the second one comes
+    second = started.run(*command, env=ENV)
     assert second.returncode == 2
-    assert f"{tmp_path} is in use: process {first.pid} on " in second.stderr.replace("\n", "")
-    first.send_signal(signal.SIGTERM)
-    first.send_signal(signal.SIGCONT)
-    _, said = first.communicate()
-    assert first.returncode == 143
-    assert "stopped by SIGTERM; the same command continues" in said
+    assert f"{tmp_path} is in use: process {process.pid} on " in second.stderr.replace("\n", "")
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGCONT)
+    done = first.ended()
+    assert done.returncode == 143
+    assert "stopped by SIGTERM; the same command continues" in done.stderr
     assert not (tmp_path / lock._HOLDER).exists()
 
 

@@ -2,10 +2,9 @@
 
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
+from support import started
 from support.commands import COLT, ENV, running, searched
 from support.run_folders import leftovers, same
 
@@ -98,9 +97,7 @@ def by_loop(folder, processes, size):
     """What each process tells of the loop."""
     script = folder / "loop.py"
     script.write_text(LOOP)
-    line = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(script)]
-    line += [str(folder / f"run_{processes}"), str(size)]
-    done = subprocess.run([sys.executable, *line], env=ENV, capture_output=True, text=True, timeout=200)
+    done = started.run_together([script, folder / f"run_{processes}", size], processes, env=ENV)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(one) for one in done.stdout.splitlines()]
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from support import started
 from support.commands import COLT, ENV, IMP, command, running, searched
 from support.run_folders import leftovers, same
 
@@ -105,23 +105,16 @@ def test_one_of_two_processes_is_killed_and_the_same_command_continues_to_the_sa
 def test_a_process_that_dies_ends_the_others_which_say_so(tmp_path):
     """By data, with nobody who would end the others: two processes without torchrun."""
     folder = tmp_path / "run"
-    port = str(torch.randint(20000, 40000, (1,)).item())
-    started = []
-    for number in range(2):
-        place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        env = ENV | {key: str(value) for key, value in place.items()}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        settings = [word for one in [*IMP, f"output={folder}"] for word in ("--set", one)]
-        line = [sys.executable, "-m", "timm_tickets", "search", "digits_imp", *settings]
-        started.append(subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-    first, second = started
+    settings = [word for one in [*IMP, f"output={folder}"] for word in ("--set", one)]
+    both = started.start(["-m", "timm_tickets", "search", "digits_imp", *settings], 2, env=ENV)
+    first, second = both.processes
     while not (folder / "round_00" / "checkpoint.pt").exists():
-        assert first.poll() is None
+        assert first.exitcode is None
         time.sleep(0.02)
     second.kill()
-    _, said = first.communicate(timeout=200)
-    second.communicate()
-    assert first.returncode == 2, said
+    first.join(200)
+    (said, _) = both.ended().errs
+    assert first.exitcode == 2, said
     assert "process 0 of 2 has lost another one" in said
     assert "the same command continues" in said
 
@@ -130,15 +123,15 @@ def test_a_process_that_dies_ends_the_others_which_say_so(tmp_path):
 def test_two_machines_on_loopback_find_the_same_ticket(one, tmp_path):
     """Two torchruns, as on two machines with a shared folder."""
     port = str(torch.randint(20000, 40000, (1,)).item())
-    started = []
+    machines = []
     for number in range(2):
         line = command(tmp_path, COLT, 2)
         launch = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", port]
         line[line.index("--standalone") : line.index("--standalone") + 1] = launch
         line[line.index("--nproc_per_node") + 1] = "1"
-        started.append(subprocess.Popen(line, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=280)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+        machines.append(subprocess.Popen(line, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=280)[1] for process in machines]
+    assert [process.returncode for process in machines] == [0, 0], said
     same(tmp_path, one)
     assert not leftovers(tmp_path)
 

@@ -1,11 +1,8 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from support import hostile_recipes
+from support import hostile_recipes, started
 
 import timm_tickets as tt
 from timm_tickets.config.schema import explain, json_schema
@@ -454,8 +451,7 @@ def test_an_override_out_of_bounds_is_refused(override):
 
 @pytest.mark.parametrize("count", [100, pytest.param(300, marks=pytest.mark.slow)])
 def test_hostile_recipes_load_or_are_refused(tmp_path, count):
-    script = Path(hostile_recipes.__file__)
-    out = subprocess.run([sys.executable, script, tmp_path, str(count)], capture_output=True, text=True)
+    out = started.run(hostile_recipes.__file__, tmp_path, count)
     assert out.returncode == 0, out.stderr
     result = json.loads(out.stdout)
     assert result["loaded"] + result["refused"] == result["files"] == count

@@ -2,9 +2,8 @@
 
 import ast
 import json
+import os
 import re
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from support import forged_files
+from support import forged_files, started
 from support.commands import call
 from support.hostile_files import ESC, tensors_of, with_header
 
@@ -21,6 +20,7 @@ from timm_tickets.sparse import pretrained as pretrained_weights
 from timm_tickets.tickets import publish as hub
 from timm_tickets.tickets import reader as ticket_reader
 
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 KNOWN = Path(__file__).parent / "data" / "format_2_seed.ticket"
 
 
@@ -116,8 +116,7 @@ def test_shapes_with_a_zero_take_no_more_memory_than_stated(tmp_path):
     paths = [tmp_path / f"{number}.ticket" for number in range(3)]
     for path, (entry, padding) in zip(paths, list(REST.values())[:3], strict=True):
         write(path, [["w", [1], "float32", 0]], [entry], pretrained(), padding)
-    environment = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path]), "HF_HUB_OFFLINE": "1"}
-    out = subprocess.run([sys.executable, "-c", MEMORY, *paths], capture_output=True, text=True, env=environment)
+    out = started.run("-c", MEMORY, *paths, env=OFFLINE)
     assert out.returncode == 0, out.stderr
     for path, taken in zip(paths, map(int, out.stdout.split()), strict=True):
         assert taken <= 8192 * path.stat().st_size + 128 * 2**20
@@ -415,8 +414,7 @@ def test_many_forged_files_are_refused_or_hold_what_they_say(tmp_path, each):
     ticket.save(tmp_path / "pretrained.ticket")
     save_file(state, tmp_path / "state.safetensors")
     (tmp_path / KNOWN.name).write_bytes(KNOWN.read_bytes())
-    line = [sys.executable, forged_files.__file__, tmp_path, str(each)]
-    out = subprocess.run(line, capture_output=True, text=True)
+    out = started.run(forged_files.__file__, tmp_path, each, env=OFFLINE)
     assert out.returncode == 0, out.stderr
     result = json.loads(out.stdout)
     assert result["loaded"] + result["refused"] == result["files"] == 3 * each

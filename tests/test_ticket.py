@@ -4,8 +4,6 @@ import json
 import os
 import random as python_random
 import resource
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -283,8 +281,7 @@ def test_whatever_hypothesis_does_to_a_file(tmp_path, generator):
 def test_hostile_files_load_exactly_or_are_refused(three_starts, tmp_path, each):
     """And take no more memory than stated: 8 KiB for each byte of the file and 128 MiB."""
     (tmp_path / "known.ticket").write_bytes(KNOWN.read_bytes())
-    script = Path(hostile_files.__file__)
-    out = subprocess.run([sys.executable, script, tmp_path, str(each)], capture_output=True, text=True)
+    out = started.run(hostile_files.__file__, tmp_path, each)
     assert out.returncode == 0, out.stderr
     result = json.loads(out.stdout)
     assert result["files"] == 4 * each
@@ -333,7 +330,7 @@ except tt.TicketError as error:
     }
     tensors = {"masks": torch.zeros(2**20, dtype=torch.uint8), "values.float32": torch.zeros(3)}
     save_file(tensors, tmp_path / "big.ticket", {"timm_tickets": json.dumps(header)})
-    out = subprocess.run([sys.executable, "-c", script, tmp_path / "big.ticket"], capture_output=True, text=True)
+    out = started.run("-c", script, tmp_path / "big.ticket")
     assert out.stdout.startswith("refused:"), out.stderr
 
 
@@ -378,16 +375,18 @@ def test_attach_refuses_a_model_without_the_layers(ticket):
 
 
 MEMORY = """
-import os, resource, sys, timm_tickets as tt
+import os, sys, timm_tickets as tt
+from support.hostile_files import peak
 tt.load_ticket
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak(reset=True)
 ticket = tt.load_ticket(sys.argv[1])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, os.path.getsize(sys.argv[1]))
+print(peak() - before, os.path.getsize(sys.argv[1]))
 """
 
 
 def taken_by(path):
-    out = subprocess.run([sys.executable, "-c", MEMORY, path], capture_output=True, text=True, check=True)
+    out = started.run("-c", MEMORY, path)
+    assert out.returncode == 0, out.stderr
     return map(int, out.stdout.split())
 
 

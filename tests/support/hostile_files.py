@@ -9,7 +9,6 @@ import ctypes
 import json
 import random
 import re
-import resource
 import struct
 import sys
 import tempfile
@@ -129,7 +128,7 @@ def main(folder, count):
     path, result = folder / "damaged", {"files": 0, "exact": 0, "refused": 0, "largest": 0, "slowest": 0.0}
     files = sorted(folder.glob("*.ticket"))
     saved = {file: tt.load_ticket(file, pretrained=state) for file in files}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak(reset=True)
     for file in files:
         data = file.read_bytes()
         for _ in range(count):
@@ -147,7 +146,7 @@ def main(folder, count):
                 assert metadata_too or ticket.metadata == saved[file].metadata, file
                 result["exact"] += 1
             result["slowest"] = max(result["slowest"], time.perf_counter() - begin)
-    result["memory"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    result["memory"] = peak() - before
     print(json.dumps(result))
 
 

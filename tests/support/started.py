@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 
 _forks: Any = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["timm_tickets.experiments.search", "sklearn.model_selection"])
@@ -45,32 +46,48 @@ class Done:
         return "".join(self.errs)
 
 
+class Program:
+    """A program that runs, of one process or several.
+
+    Attributes:
+        processes: To be looked at, stopped and killed one by one.
+    """
+
+    def __init__(self, words: list[str], places: list[dict[str, str]], cwd: str):
+        self.processes, self._folder = [], tempfile.TemporaryDirectory()
+        self._said = [[Path(self._folder.name, f"{name}_{n}") for n in range(len(places))] for name in ("out", "err")]
+        for number, env in enumerate(places):
+            streams = [str(one[number]) for one in self._said]
+            self.processes.append(_forks.Process(target=_become, args=(words, env, cwd, streams)))
+            self.processes[-1].start()
+
+    def ended(self, timeout: float = 280) -> Done:
+        """Wait for it; where one process fails the others are ended."""
+        with self._folder:
+            code = _ended(self.processes, time.monotonic() + timeout)
+            return Done(code, *([path.read_text() for path in one] for one in self._said))
+
+
 def run(*line: Any, **more: Any) -> Done:
-    """As ``python LINE``: a script or ``-c`` and its arguments; for ``env``, ``cwd`` and ``timeout`` see below."""
+    """As ``python LINE``: a script, ``-c`` or ``-m`` and its arguments; for ``env`` and ``cwd`` see `start`."""
     return run_together(line, 1, **more)
 
 
-def run_together(
-    line: Sequence[Any], count: int, env: Mapping[str, str] = os.environ, cwd: Any = None, timeout: float = 280
-) -> Done:
-    """As ``torchrun --standalone --nproc_per_node COUNT LINE``: where one process fails the others are ended."""
-    words, shared = [*map(str, line)], dict(env)
+def run_together(line: Sequence[Any], count: int, timeout: float = 280, **more: Any) -> Done:
+    """As ``torchrun --standalone --nproc_per_node COUNT LINE``."""
+    return start(line, count, **more).ended(timeout)
+
+
+def start(line: Sequence[Any], count: int = 1, env: Mapping[str, str] = os.environ, cwd: Any = None) -> Program:
+    """The same, without waiting for its end."""
+    shared = dict(env)
     if count > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    with tempfile.TemporaryDirectory() as folder:
-        said = [[Path(folder, f"{name}_{rank}") for rank in range(count)] for name in ("out", "err")]
-        processes = []
-        for rank in range(count):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
-            streams = [str(one[rank]) for one in said]
-            process = _forks.Process(target=_become, args=(words, shared | place, str(cwd or os.getcwd()), streams))
-            process.start()
-            processes.append(process)
-        ended = _ended(processes, time.monotonic() + timeout)
-        return Done(ended, *([path.read_text() for path in one] for one in said))
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {} for rank in range(count)]
+    return Program([*map(str, line)], [shared | place for place in places], str(cwd or os.getcwd()))
 
 
 def _ended(processes: list[Any], deadline: float) -> int:
@@ -101,10 +118,14 @@ def _become(words: list[str], env: dict[str, str], cwd: str, streams: list[str])
     os.environ.update(env)
     os.chdir(cwd)
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS", 1)))
+    constants.HF_HUB_OFFLINE = env.get("HF_HUB_OFFLINE") == "1"  # read when it was imported
     first, *rest = words
     if first == "-c":
         sys.argv, sys.path = ["-c", *rest[1:]], ["", *sys.path]
         exec(rest[0], {"__name__": "__main__"})
+    elif first == "-m":
+        sys.argv, sys.path = rest, ["", *sys.path]
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path = words, [str(Path(first).parent), *sys.path]
         runpy.run_path(first, run_name="__main__")
