@@ -1,0 +1,212 @@
+"""Pages of methods and tweaks: from their docstrings and settings, from knowledge.py, and from what was measured."""
+
+import re
+from collections.abc import Iterable
+
+from figures import conditions, curve, measured, memory, rows_of
+from knowledge import GOALS, KINDS
+from knowledge import METHODS as KNOWN
+
+import timm_tickets as tt
+from timm_tickets.config.files import find_recipe, read_recipe
+from timm_tickets.core.errors import SettingError
+from timm_tickets.core.settings import Setting, about, card, explained, schema_of
+
+_ON_CHANNELS = "digits_imp_channels"
+
+
+def _of_this_package(names: Iterable[str], get) -> list[str]:
+    """Not those that the entry points of other installed packages bring."""
+    return [name for name in names if get(name).__module__.startswith("timm_tickets.")]
+
+
+METHODS = _of_this_package(tt.list_pruners(), tt.get_method)
+TWEAKS = _of_this_package(tt.list_tweaks(), tt.get_tweak)
+RECIPES = {name: tt.load_recipe(name) for name in tt.list_recipes()}
+
+if set(METHODS) != set(KNOWN):
+    wrong = sorted(set(METHODS) ^ set(KNOWN))
+    raise SettingError(
+        f"docs/generate/knowledge.py: METHODS and the registered pruners differ by {wrong}; add or remove them"
+    )
+
+
+def settings_table(settings: Iterable[Setting]) -> str:
+    """Settings as a table of Markdown."""
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for one in settings:
+        default = one.default.removeprefix("default ")
+        default = f"`{default}`" if one.default.startswith("default ") else default
+        kind = one.kind.replace("|", "\\|")
+        rows.append(f"| `{one.name}` | {default} | {text(one.about)} ({kind}) |")
+    return "\n".join(rows)
+
+
+def text(words: str) -> str:
+    """A docstring's words as Markdown has them."""
+    words = re.sub(r"``([^`]*)``", r"`\1`", words).replace("|", "\\|")
+    words = re.sub(r"(?<![`\w])((?:\d\d[01]\d)\.\d{4,5})", r"[\1](https://arxiv.org/abs/\1)", words)
+    outside = re.split(r"(`[^`]*`|\]\([^)]*\))", words)
+    return "".join(part if i % 2 else re.sub(r"([*_<])", r"\\\1", part) for i, part in enumerate(outside))
+
+
+def _card(cls) -> str:
+    """What a docstring says, but for its first line, which is the page's first: a paragraph each, labels in bold."""
+    told = []
+    for i, (label, words) in enumerate(card(cls)):
+        if i:
+            told.append(f"**{text(label.rstrip(': '))}**: {text(words)}" if label else text(words))
+        elif rest := words.removeprefix(about(cls)).strip():
+            told.append(text(rest))
+    return "\n\n".join(told)
+
+
+def _own(name: str) -> list[Setting]:
+    every = {one.name: one for one in explained(schema_of(tt.Method))}
+    return [one for one in explained(schema_of(tt.get_method(name))) if every.get(one.name) != one]
+
+
+def _commands(name: str) -> list[str]:
+    """Commands that search by a method on the embedded digits; each is checked, but not carried out, by loading it."""
+    if f"digits_{name}" in RECIPES:
+        recipe, given = f"digits_{name}", []
+    else:
+        recipe, given = _ON_CHANNELS, [f"pruner.name={name}"]
+    tt.load_recipe(recipe, given)
+    more = "".join(f" --set {one}" for one in [*given, *([f"output=output/digits_{name}"] if given else [])])
+    return [f"timm-tickets search {recipe}{more} --dry-run", f"timm-tickets search {recipe}{more}"]
+
+
+def method_page(name: str) -> str:
+    """All there is to know of a method on one page."""
+    cls, (_, when, otherwise) = tt.get_method(name), KNOWN[name]
+    commands = "\n".join([f"timm-tickets list {name}", *_commands(name)])
+    parts = [f"# {name}", text(about(cls)), "## When", f"**Take it**: {when}", f"**Take another one**: {otherwise}"]
+    parts += ["## What it does", _card(cls), "## On digits", _figures(name), "## Try it"]
+    parts += [
+        f"```sh\n{commands}\n```",
+        'In code: `timm_tickets.create_pruner("'
+        + name
+        + '", model, sparsity=0.9)`, then [your loop](../your_loop.md).',
+        "## Settings",
+    ]
+    own = _own(name)
+    parts.append(settings_table(own) if own else "None of its own.")
+    parts.append("And [those of every pruner](index.md#settings-of-every-pruner).")
+    shipped = [one for one, recipe in RECIPES.items() if recipe.pruner["name"] == name and not one.startswith("dense_")]
+    if shipped:
+        parts += ["## Recipes", "\n".join(f"- `{one}`: {text(RECIPES[one].source or '')}" for one in shipped)]
+    parts.append(f"The code: `{cls.__module__.replace('.', '/')}.py`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _figures(name: str) -> str:
+    """What was measured: a curve and its figures, and what it holds in memory."""
+    rows, every, parts = rows_of(name), measured(), []
+    if rows:
+        beside = {title: every[title] for title in ("dense", "random") if title in every and title != name}
+        first = next(iter(rows.values()))
+        parts.append(curve(name, {name: first, **beside}))
+        sparsities = list(first.accuracy)
+        titles = "".join(f" {s} | spent |" for s in sparsities)
+        table = [f"| test top-1 at sparsity |{titles}", "|---|" + "---|---|" * len(sparsities)]
+        for title, row in {**rows, **beside}.items():
+            cells = "".join(f" {row.accuracy[s]:.2f} ± {row.spread[s]:.2f} | {row.spent[s]:g} |" for s in sparsities)
+            table.append(f"| {text(title)} |{cells}")
+        parts.append("\n".join(table))
+        parts.append(
+            f"{text(conditions())}; mean and standard deviation. *Spent*: dense trainings, the ticket's own included. "
+            "Differences of a point are mostly noise here: see `digits_table.md`."
+        )
+    else:
+        parts.append(
+            "It is not in the table of all methods on single weights; whole channels were measured in `structured.md`."
+        )
+    if name in (held := memory()):
+        device, host = held[name]
+        parts.append(
+            f"Memory at the peak of a search: {device} bytes a prunable weight on the device, of which plain training "
+            f"has {held['plain training'][0]}, and {host} on the host (`memory.md`, counted on CPUs)."
+        )
+    return "\n\n".join(parts)
+
+
+def method_nav() -> list:
+    """Methods in the navigation, by kind."""
+    groups = [
+        {title.partition(":")[0]: [f"methods/{n}.md" for n in METHODS if KNOWN[n][0] == kind]}
+        for kind, title in KINDS.items()
+    ]
+    return ["methods/index.md", *groups]
+
+
+def method_pages() -> dict[str, str]:
+    """The text of each method's page, and of the page about all of them, by place."""
+    parts = ["# Methods", "`timm-tickets list` shows them in the terminal. [Choosing](../choosing.md) compares them."]
+    for kind, title in KINDS.items():
+        names = [name for name in METHODS if KNOWN[name][0] == kind]
+        parts.append(
+            f"## {title}\n\n| | |\n|---|---|\n"
+            + "\n".join(f"| `{n}` | {text(about(tt.get_method(n)))} |" for n in names)
+        )
+    parts += ["## Settings of every pruner", settings_table(explained(schema_of(tt.Method)))]
+    index = {"methods/index.md": "\n\n".join(parts) + "\n"}
+    return index | {f"methods/{name}.md": method_page(name) for name in METHODS}
+
+
+def tweak_pages() -> dict[str, str]:
+    """The text of each tweak's page, by place."""
+    out = {}
+    for name in TWEAKS:
+        cls = tt.get_tweak(name)
+        command = f"timm-tickets search digits_imp --set retrain.tweaks=[{name}] --set output=output/{name}"
+        tt.load_recipe("digits_imp", [f"retrain.tweaks=[{name}]"])
+        parts = [
+            f"# {name}",
+            text(about(cls)),
+            _card(cls),
+            "## Try it",
+            f"```sh\ntimm-tickets list {name}\n{command}\n```",
+        ]
+        parts.append(
+            f'In code: `timm_tickets.create_tweaks(model, ["{name}"])`, '
+            "see [your loop](../your_loop.md#retraining-tweaks)."
+        )
+        parts.append("On IMP tickets of digits none of the tweaks helped (`tweaks_digits.md`).")
+        parts += [
+            "## Settings",
+            settings_table(explained(schema_of(cls))),
+            f"The code: `{cls.__module__.replace('.', '/')}.py`.",
+        ]
+        out[f"tweaks/{name}.md"] = "\n\n".join(parts) + "\n"
+    return out
+
+
+def by_goal() -> str:
+    rows = ["| you want | take | because | on digits |", "|---|---|---|---|"]
+    for goal, take, why, command in GOALS:
+        read_recipe(find_recipe(command.split()[2]))
+        rows.append(f"| {goal} | {take} | {why} | `{command}` |")
+    return "\n".join(rows)
+
+
+def by_budget() -> str:
+    """Methods by the trainings they spent, the cheapest first, with what they reached and hold."""
+    every, held = measured(), memory()
+    own = {name: every[name_in] for name in METHODS for name_in in list(rows_of(name))[:1]}
+    sparsities = list(every["dense"].accuracy)
+    middle = sparsities[len(sparsities) // 2]
+    rows = [
+        f"| method | trainings to {sparsities[0]} | to {sparsities[-1]} | top-1 at {middle} | bytes a weight |",
+        "|---|---|---|---|---|",
+    ]
+    for name in sorted(own, key=lambda name: (own[name].spent[middle], name)):
+        row = own[name]
+        spent = f"{row.spent[sparsities[0]]:g} | {row.spent[sparsities[-1]]:g}"
+        rows.append(
+            f"| `{name}` | {spent} | {row.accuracy[middle]:.2f} ± {row.spread[middle]:.2f} | {' + '.join(held[name])} |"
+        )
+    return "\n".join(rows) + f"\n\n({text(conditions())}.)"
+
+
+TABLES = {"made: by goal": by_goal, "made: by budget": by_budget}

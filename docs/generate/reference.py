@@ -1,0 +1,44 @@
+"""Pages of the public names, by area: mkdocstrings fills them in from the docstrings."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "timm_tickets"
+AREAS = {
+    "pruning": "Pruners and runs",
+    "tickets": "Tickets",
+    "core": "Masks and errors",
+    "sparse": "Models",
+    "tweaks": "Retraining tweaks",
+    "config": "Recipes",
+    "experiments": "Searches",
+    "deploy": "Export",
+    "integrations": "timm and torch-pruning",
+}
+MODULES = ("masks", "scores", "networks", "processes")  # public modules, whose names are their own `__all__` or imports
+
+
+def pages() -> dict[str, str]:
+    """The text of each page by place; every public name is on one of them."""
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text("utf-8"))
+    found: dict[str, list[str]] = {area: [] for area in AREAS}
+    modules = []
+    for node in stub.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            area = node.module.partition(".")[0]
+            if area not in found:
+                raise ValueError(
+                    f"docs/generate/reference.py: no title for {area!r}, of which names are public; add it to AREAS"
+                )
+            found[area] += [f"timm_tickets.{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules += [alias.name for alias in node.names]
+    out = {}
+    for area, names in found.items():
+        told = "\n\n".join(f"::: {name}" for name in names)
+        out[f"reference/{area}.md"] = f"# {AREAS[area]}\n\nAll of it is imported from `timm_tickets`.\n\n{told}\n"
+    for module in modules:
+        out[f"reference/{module}.md"] = (
+            f"# timm_tickets.{module}\n\n::: timm_tickets.{module}\n    options: {{show_root_heading: false}}\n"
+        )
+    return out
