@@ -3,12 +3,11 @@
 import re
 from collections.abc import Iterable
 
-from figures import conditions, curve, measured, memory, rows_of
+from figures import Row, conditions, curve, measured, memory, rows_of
 from knowledge import GOALS, KINDS
 from knowledge import METHODS as KNOWN
 
 import timm_tickets as tt
-from timm_tickets.config.files import find_recipe, read_recipe
 from timm_tickets.core.errors import SettingError
 from timm_tickets.core.settings import Setting, about, card, explained, schema_of
 
@@ -47,7 +46,8 @@ def text(words: str) -> str:
     words = re.sub(r"``([^`]*)``", r"`\1`", words).replace("|", "\\|")
     words = re.sub(r"(?<![`\w])((?:\d\d[01]\d)\.\d{4,5})", r"[\1](https://arxiv.org/abs/\1)", words)
     outside = re.split(r"(`[^`]*`|\]\([^)]*\))", words)
-    return "".join(part if i % 2 else re.sub(r"([*_<])", r"\\\1", part) for i, part in enumerate(outside))
+    plain = (re.sub(r"([*_])", r"\\\1", part).replace("<", "&lt;") for part in outside[::2])
+    return "".join(next(plain) if i % 2 == 0 else part for i, part in enumerate(outside))
 
 
 def _card(cls) -> str:
@@ -81,7 +81,13 @@ def method_page(name: str) -> str:
     """All there is to know of a method on one page."""
     cls, (_, when, otherwise) = tt.get_method(name), KNOWN[name]
     commands = "\n".join([f"timm-tickets list {name}", *_commands(name)])
-    parts = [f"# {name}", text(about(cls)), "## When", f"**Take it**: {when}", f"**Take another one**: {otherwise}"]
+    parts = [
+        f"# {name}",
+        text(about(cls)),
+        "## When",
+        f"**Take it when** {_lower(when)}",
+        f"**Take another when** {_lower(otherwise)}",
+    ]
     parts += ["## What it does", _card(cls), "## On digits", _figures(name), "## Try it"]
     parts += [
         f"```sh\n{commands}\n```",
@@ -100,6 +106,14 @@ def method_page(name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _lower(words: str) -> str:
+    return words[0].lower() + words[1:]
+
+
+def _number(row: Row, sparsity: str) -> str:
+    return f"{row.accuracy[sparsity]:.2f}\u00a0±\u00a0{row.spread[sparsity]:.2f}"
+
+
 def _figures(name: str) -> str:
     """What was measured: a curve and its figures, and what it holds in memory."""
     rows, every, parts = rows_of(name), measured(), []
@@ -111,7 +125,7 @@ def _figures(name: str) -> str:
         titles = "".join(f" {s} | spent |" for s in sparsities)
         table = [f"| test top-1 at sparsity |{titles}", "|---|" + "---|---|" * len(sparsities)]
         for title, row in {**rows, **beside}.items():
-            cells = "".join(f" {row.accuracy[s]:.2f} ± {row.spread[s]:.2f} | {row.spent[s]:g} |" for s in sparsities)
+            cells = "".join(f" {_number(row, s)} | {row.spent[s]:g} |" for s in sparsities)
             table.append(f"| {text(title)} |{cells}")
         parts.append("\n".join(table))
         parts.append(
@@ -183,10 +197,10 @@ def tweak_pages() -> dict[str, str]:
 
 
 def by_goal() -> str:
-    rows = ["| you want | take | because | on digits |", "|---|---|---|---|"]
-    for goal, take, why, command in GOALS:
-        read_recipe(find_recipe(command.split()[2]))
-        rows.append(f"| {goal} | {take} | {why} | `{command}` |")
+    rows = ["| you want | take | because | recipe on digits |", "|---|---|---|---|"]
+    for goal, take, why, recipe in GOALS:
+        assert recipe in RECIPES, recipe
+        rows.append(f"| {goal} | {take} | {why} | `{recipe}` |")
     return "\n".join(rows)
 
 
@@ -203,9 +217,7 @@ def by_budget() -> str:
     for name in sorted(own, key=lambda name: (own[name].spent[middle], name)):
         row = own[name]
         spent = f"{row.spent[sparsities[0]]:g} | {row.spent[sparsities[-1]]:g}"
-        rows.append(
-            f"| `{name}` | {spent} | {row.accuracy[middle]:.2f} ± {row.spread[middle]:.2f} | {' + '.join(held[name])} |"
-        )
+        rows.append(f"| `{name}` | {spent} | {_number(row, middle)} | {' + '.join(held[name])} |")
     return "\n".join(rows) + f"\n\n({text(conditions())}.)"
 
 

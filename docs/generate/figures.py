@@ -7,7 +7,7 @@ from typing import NamedTuple
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 TABLE = "digits_table.md"  # the one place that methods' figures come from: name | mean ± spread | spent | mean ± ...
 MEMORY = "memory.md"
-_WIDE, _HIGH, _LEFT, _RIGHT, _TOP, _BOTTOM = 600, 250, 42, 130, 12, 34
+_WIDE, _HIGH, _LEFT, _RIGHT, _TOP, _BOTTOM = 600, 250, 46, 150, 14, 36
 
 
 class Row(NamedTuple):
@@ -93,7 +93,7 @@ def curve(name: str, drawn: dict[str, Row]) -> str:
         ends.append((y(points[-1][1]), title, kind))
     below = 0.0
     for height, title, kind in sorted(ends):  # names at the lines' ends, none over another
-        below = max(height + 4, below + 16)
+        below = max(height + 4, below + 21)
         short = title if len(title) < 18 else title.replace("_", "_\u200b").split("_")[0] + " ..."
         parts.append(f'<text class="{kind}" x="{across[-1] + 12:.1f}" y="{below:.1f}">{short}</text>')
     told = "; ".join(
@@ -101,4 +101,4 @@ def curve(name: str, drawn: dict[str, Row]) -> str:
     )
     label = f"Test top-1 in percent against sparsity on digits: {told}"
     box = f'viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="{label}"'
-    return f'<figure class="curve"><svg {box}>{"".join(parts)}</svg></figure>'
+    return f'<div class="curve"><svg {box}>{"".join(parts)}</svg></div>'

@@ -127,51 +127,51 @@ METHODS = {
     ),
 }
 
-# What is wanted: what to take, why, and a command that does it on the embedded digits.
+# What is wanted: what to take, why, and a recipe that does it on the embedded digits.
 GOALS = (
     (
         "a small file",
         "`frozen_slt`, `edge_popup`",
         "masks and a seed; a frozen ticket of ResNet-18 has 431,523 bytes, its fp32 weights 44,657,408 "
         "(`ticket_size.md`)",
-        "timm-tickets search digits_frozen_slt",
+        "digits_frozen_slt",
     ),
     (
         "fast inference",
         "any that cuts, with `granularity: channel`; `tp_magnitude`",
         "whole channels can be taken out; zeros alone make nothing faster ([Faster](faster.md))",
-        "timm-tickets search digits_imp_channels",
+        "digits_imp_channels",
     ),
     (
         "few trainings",
         "`gradual`; `rigl` or `set` to be sparse from the first step",
         "the ticket is the end of one training, nothing is trained again",
-        "timm-tickets search digits_gradual",
+        "digits_gradual",
     ),
     (
         "no training before the mask",
         "`snip`, `grasp`, `synflow`",
         "a few batches, or none (`synflow`); then one training of the ticket",
-        "timm-tickets search digits_synflow",
+        "digits_synflow",
     ),
     (
         "pretrained weights, as they are",
         "`jackpot`",
         "learns which of them to keep; with weights that may be trained, `imp` or `gradual` and "
         "`model.pretrained=true`",
-        "timm-tickets search digits_jackpot",
+        "digits_jackpot",
     ),
     (
         "transfer to other data",
         "`imp`, `colt`",
         "`timm-tickets transfer` trains the ticket elsewhere, controls beside it; what was measured of it lies within"
         " noise (`transfer.md`)",
-        "timm-tickets search digits_colt",
+        "digits_colt",
     ),
     (
         "a paper's reference",
         "`imp`, with `random` and `magnitude` as controls",
         "what new methods are compared with",
-        "timm-tickets search digits_imp",
+        "digits_imp",
     ),
 )

@@ -1,6 +1,7 @@
 """Pages of the public names, by area: mkdocstrings fills them in from the docstrings."""
 
 import ast
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "timm_tickets"
@@ -15,7 +16,6 @@ AREAS = {
     "deploy": "Export",
     "integrations": "timm and torch-pruning",
 }
-MODULES = ("masks", "scores", "networks", "processes")  # public modules, whose names are their own `__all__` or imports
 
 
 def pages() -> dict[str, str]:
@@ -37,8 +37,8 @@ def pages() -> dict[str, str]:
     for area, names in found.items():
         told = "\n\n".join(f"::: {name}" for name in names)
         out[f"reference/{area}.md"] = f"# {AREAS[area]}\n\nAll of it is imported from `timm_tickets`.\n\n{told}\n"
-    for module in modules:
-        out[f"reference/{module}.md"] = (
-            f"# timm_tickets.{module}\n\n::: timm_tickets.{module}\n    options: {{show_root_heading: false}}\n"
-        )
+    for module in modules:  # a name for one of the package's own
+        (of,) = re.findall(r"from \.([\w.]+) import \*", (PACKAGE / f"{module}.py").read_text("utf-8"))
+        whole = f"::: timm_tickets.{of}\n    options: {{show_root_heading: false, show_root_toc_entry: false}}\n"
+        out[f"reference/{module}.md"] = f"# timm_tickets.{module}\n\n{whole}"
     return out
