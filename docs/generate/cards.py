@@ -1,9 +1,9 @@
 """Pages of methods and tweaks: from their docstrings and settings, from knowledge.py, and from what was measured."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from figures import Row, conditions, curve, measured, memory, rows_of
+from figures import TABLE, Row, conditions, curve, measured, memory, rows_of, spread
 from knowledge import GOALS, KINDS
 from knowledge import METHODS as KNOWN
 
@@ -110,8 +110,18 @@ def _lower(words: str) -> str:
     return words[0].lower() + words[1:]
 
 
-def _number(row: Row, sparsity: str) -> str:
-    return f"{row.accuracy[sparsity]:.2f}\u00a0±\u00a0{row.spread[sparsity]:.2f}"
+def _cell(row: Row, sparsity: str) -> str:
+    return row.words[sparsity].replace(" ", "\u00a0")
+
+
+def _rows(shown: Mapping[str, Row]) -> str:
+    """Rows of what was measured as a table of Markdown."""
+    sparsities = list(next(iter(shown.values())).accuracy)
+    titles = "".join(f" {s} | spent |" for s in sparsities)
+    table = [f"| test top-1 at sparsity |{titles}", "|---|" + "---|---|" * len(sparsities)]
+    for title, row in shown.items():
+        table.append(f"| {text(title)} |" + "".join(f" {_cell(row, s)} | {row.spent[s]} |" for s in sparsities))
+    return "\n".join(table)
 
 
 def _figures(name: str) -> str:
@@ -121,16 +131,10 @@ def _figures(name: str) -> str:
         beside = {title: every[title] for title in ("dense", "random") if title in every and title != name}
         first = next(iter(rows.values()))
         parts.append(curve(name, {name: first, **beside}))
-        sparsities = list(first.accuracy)
-        titles = "".join(f" {s} | spent |" for s in sparsities)
-        table = [f"| test top-1 at sparsity |{titles}", "|---|" + "---|---|" * len(sparsities)]
-        for title, row in {**rows, **beside}.items():
-            cells = "".join(f" {_number(row, s)} | {row.spent[s]:g} |" for s in sparsities)
-            table.append(f"| {text(title)} |{cells}")
-        parts.append("\n".join(table))
+        parts.append(_rows({**rows, **beside}))
         parts.append(
-            f"{text(conditions())}; mean and standard deviation. *Spent*: dense trainings, the ticket's own included. "
-            "Differences of a point are mostly noise here: see `digits_table.md`."
+            f"{text(conditions())}; mean and {spread()}. *Spent*: dense trainings, the ticket's own included. "
+            f"Differences smaller than the spread say nothing: see `{TABLE}`."
         )
     else:
         parts.append(
@@ -214,11 +218,15 @@ def by_budget() -> str:
         f"| method | trainings to {sparsities[0]} | to {sparsities[-1]} | top-1 at {middle} | bytes a weight |",
         "|---|---|---|---|---|",
     ]
-    for name in sorted(own, key=lambda name: (own[name].spent[middle], name)):
+    for name in sorted(own, key=lambda name: (float(own[name].spent[middle].split()[0]), name)):
         row = own[name]
-        spent = f"{row.spent[sparsities[0]]:g} | {row.spent[sparsities[-1]]:g}"
-        rows.append(f"| `{name}` | {spent} | {_number(row, middle)} | {' + '.join(held[name])} |")
+        spent = f"{row.spent[sparsities[0]]} | {row.spent[sparsities[-1]]}"
+        rows.append(f"| `{name}` | {spent} | {_cell(row, middle)} | {' + '.join(held[name])} |")
     return "\n".join(rows) + f"\n\n({text(conditions())}.)"
 
 
-TABLES = {"made: by goal": by_goal, "made: by budget": by_budget}
+def all_rows() -> str:
+    return f"{_rows(measured())}\n\n({text(conditions())}; `{TABLE}` has more.)"
+
+
+TABLES = {"made: all rows": all_rows, "made: by goal": by_goal, "made: by budget": by_budget}

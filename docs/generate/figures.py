@@ -5,17 +5,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-TABLE = "digits_table.md"  # the one place that methods' figures come from: name | mean ± spread | spent | mean ± ...
+TABLE = "digits_table.md"  # the one place that methods' figures come from; a leaderboard's ranking will do as well
 MEMORY = "memory.md"
 _WIDE, _HIGH, _LEFT, _RIGHT, _TOP, _BOTTOM = 600, 250, 46, 150, 14, 36
 
 
 class Row(NamedTuple):
-    """A row of the table: by sparsity its accuracy in percent, the spread over seeds, and the dense trainings spent."""
+    """A row of the table, by sparsity: accuracy in percent, the ends of its spread, both in words, trainings spent."""
 
     accuracy: dict[str, float]
-    spread: dict[str, float]
-    spent: dict[str, float]
+    low: dict[str, float]
+    high: dict[str, float]
+    words: dict[str, str]
+    spent: dict[str, str]
+
+    def add(self, sparsity: str, accuracy: float, low: float, high: float, words: str, spent: str) -> None:
+        for column, value in zip(self, (accuracy, low, high, words, spent), strict=True):
+            column[sparsity] = value
 
 
 def tables(name: str) -> list[list[list[str]]]:
@@ -31,19 +37,26 @@ def tables(name: str) -> list[list[list[str]]]:
 
 
 def measured() -> dict[str, Row]:
-    """Every row of the table by its name."""
+    """Every row of the table by its name; of a ranking, the first columns are those of `reports.ranking.RANKING`."""
     (titles, *rows), *_ = tables(TABLE)
-    at = [i for i, title in enumerate(titles) if re.fullmatch(r"0?\.\d+", title)]
-    out = {}
-    for name, *_ in rows:
-        cells = next(row for row in rows if row[0] == name)
-        numbers = {titles[i]: [float(x) for x in re.findall(r"\d+\.?\d*", cells[i])] for i in at}
-        out[name] = Row(
-            {key: found[0] for key, found in numbers.items()},
-            {key: found[1] for key, found in numbers.items()},
-            {titles[i]: float(cells[i + 1]) for i in at},
-        )
+    out: dict[str, Row] = {}
+    for cells in rows:
+        if titles[0] == "sparsity":
+            sparsity, _, name, mean, interval, spent, *_ = cells
+            ends = [float(x) for x in re.findall(r"\d+\.?\d*", interval)] or [float(mean)] * 2
+            row = out.setdefault(name, Row({}, {}, {}, {}, {}))
+            row.add(sparsity, float(mean), *ends, f"{mean} ({interval})", spent)
+            continue
+        row = out[cells[0]] = Row({}, {}, {}, {}, {})
+        for title, cell, spent in zip(titles[1::2], cells[1::2], cells[2::2], strict=True):
+            mean, spread = (float(x) for x in cell.split("±"))
+            row.add(title, mean, mean - spread, mean + spread, cell, spent.removesuffix(".0"))
     return out
+
+
+def spread() -> str:
+    """What stands beside each mean."""
+    return "95 % interval" if tables(TABLE)[0][0][0] == "sparsity" else "standard deviation"
 
 
 def conditions() -> str:
@@ -53,7 +66,7 @@ def conditions() -> str:
 
 def rows_of(name: str) -> dict[str, Row]:
     """A method's rows: its own first, then its variants, such as ``imp, one shot``."""
-    return {title: row for title, row in measured().items() if re.match(rf"{re.escape(name)}($|,| at )", title)}
+    return {title: row for title, row in measured().items() if re.match(rf"{re.escape(name)}($|,| at | in )", title)}
 
 
 def memory() -> dict[str, tuple[str, str]]:
@@ -65,7 +78,7 @@ def memory() -> dict[str, tuple[str, str]]:
 def curve(name: str, drawn: dict[str, Row]) -> str:
     """Accuracy against sparsity as inline SVG: the method, the dense network and the random mask beside it."""
     sparsities = list(next(iter(drawn.values())).accuracy)
-    lows = [row.accuracy[s] - row.spread[s] for row in drawn.values() for s in sparsities]
+    lows = [row.low[s] for row in drawn.values() for s in sparsities]
     low = max(0.0, 5 * (min(lows) // 5))
     across = [_LEFT + 24 + i * (_WIDE - _LEFT - _RIGHT - 48) / (len(sparsities) - 1) for i in range(len(sparsities))]
 
@@ -82,12 +95,12 @@ def curve(name: str, drawn: dict[str, Row]) -> str:
     ends = []
     for title, row in drawn.items():
         kind = "own" if title == name else "dense" if title == "dense" else "control"
-        points = [(x, row.accuracy[s], row.spread[s]) for x, s in zip(across, sparsities, strict=True)]
-        path = " ".join(f"{x:.1f},{y(mean):.1f}" for x, mean, _ in points)
+        points = [(x, row.accuracy[s], row.low[s], row.high[s]) for x, s in zip(across, sparsities, strict=True)]
+        path = " ".join(f"{x:.1f},{y(mean):.1f}" for x, mean, _, _ in points)
         parts.append(f'<polyline class="{kind}" points="{path}"/>')
         if kind != "dense":
-            for x, mean, spread in points:
-                ends_at = f'y1="{y(mean - spread):.1f}" y2="{y(mean + spread):.1f}"'
+            for x, mean, least, most in points:
+                ends_at = f'y1="{y(least):.1f}" y2="{y(most):.1f}"'
                 parts.append(f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" {ends_at}/>')
                 parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y(mean):.1f}" r="3.5"/>')
         ends.append((y(points[-1][1]), title, kind))

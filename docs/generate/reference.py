@@ -14,6 +14,8 @@ AREAS = {
     "config": "Recipes",
     "experiments": "Searches",
     "deploy": "Export",
+    "reports": "Reports",
+    "leaderboards": "Leaderboards",
     "integrations": "timm and torch-pruning",
 }
 
@@ -34,7 +36,7 @@ def pages() -> dict[str, str]:
         elif isinstance(node, ast.ImportFrom):
             modules += [alias.name for alias in node.names]
     out = {}
-    for area, names in found.items():
+    for area, names in ((area, names) for area, names in found.items() if names):
         told = "\n\n".join(f"::: {name}" for name in names)
         out[f"reference/{area}.md"] = f"# {AREAS[area]}\n\nAll of it is imported from `timm_tickets`.\n\n{told}\n"
     for module in modules:  # a name for one of the package's own
