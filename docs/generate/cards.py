@@ -23,11 +23,16 @@ METHODS = _of_this_package(tt.list_pruners(), tt.get_method)
 TWEAKS = _of_this_package(tt.list_tweaks(), tt.get_tweak)
 RECIPES = {name: tt.load_recipe(name) for name in tt.list_recipes()}
 
-if set(METHODS) != set(KNOWN):
-    wrong = sorted(set(METHODS) ^ set(KNOWN))
-    raise SettingError(
-        f"docs/generate/knowledge.py: METHODS and the registered pruners differ by {wrong}; add or remove them"
-    )
+
+def complete(names: Iterable[str]) -> None:
+    """Refuse to build a site that is silent about a pruner, or tells of one that is gone."""
+    if wrong := sorted({*names} ^ {*KNOWN}):
+        raise SettingError(
+            f"docs/generate/knowledge.py: METHODS and the registered pruners differ by {wrong}; add or remove them"
+        )
+
+
+complete(METHODS)
 
 
 def settings_table(settings: Iterable[Setting]) -> str:
@@ -66,21 +71,21 @@ def _own(name: str) -> list[Setting]:
     return [one for one in explained(schema_of(tt.get_method(name))) if every.get(one.name) != one]
 
 
-def _commands(name: str) -> list[str]:
-    """Commands that search by a method on the embedded digits; each is checked, but not carried out, by loading it."""
+def commands(name: str) -> list[str]:
+    """Commands that show a method and search by it on the embedded digits; the search's recipe is loaded here."""
     if f"digits_{name}" in RECIPES:
         recipe, given = f"digits_{name}", []
     else:
         recipe, given = _ON_CHANNELS, [f"pruner.name={name}"]
     tt.load_recipe(recipe, given)
     more = "".join(f" --set {one}" for one in [*given, *([f"output=output/digits_{name}"] if given else [])])
-    return [f"timm-tickets search {recipe}{more} --dry-run", f"timm-tickets search {recipe}{more}"]
+    search = f"timm-tickets search {recipe}{more}"
+    return [f"timm-tickets list {name}", f"{search} --dry-run", search]
 
 
 def method_page(name: str) -> str:
     """All there is to know of a method on one page."""
     cls, (_, when, otherwise) = tt.get_method(name), KNOWN[name]
-    commands = "\n".join([f"timm-tickets list {name}", *_commands(name)])
     parts = [
         f"# {name}",
         text(about(cls)),
@@ -90,10 +95,8 @@ def method_page(name: str) -> str:
     ]
     parts += ["## What it does", _card(cls), "## On digits", _figures(name), "## Try it"]
     parts += [
-        f"```sh\n{commands}\n```",
-        'In code: `timm_tickets.create_pruner("'
-        + name
-        + '", model, sparsity=0.9)`, then [your loop](../your_loop.md).',
+        "```sh\n" + "\n".join(commands(name)) + "\n```",
+        f'In code: `timm_tickets.create_pruner("{name}", model, sparsity=0.9)`, then [your loop](../your_loop.md).',
         "## Settings",
     ]
     own = _own(name)
@@ -203,7 +206,7 @@ def tweak_pages() -> dict[str, str]:
 def by_goal() -> str:
     rows = ["| you want | take | because | recipe on digits |", "|---|---|---|---|"]
     for goal, take, why, recipe in GOALS:
-        assert recipe in RECIPES, recipe
+        tt.load_recipe(recipe)
         rows.append(f"| {goal} | {take} | {why} | `{recipe}` |")
     return "\n".join(rows)
 

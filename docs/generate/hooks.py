@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import cards
+import notebooks
 import recipe_pages
 import reference
 from mkdocs.structure.files import File
@@ -33,6 +34,7 @@ def on_config(config):
         "<tweaks>": cards.tweak_pages(),
         "<recipes>": recipe_pages.pages(),
         "<reference>": reference.pages(),
+        "<notebooks>": notebooks.pages(),
     }
     for pages in made.values():
         _pages.update(pages)
