@@ -78,7 +78,7 @@ def commands(name: str) -> list[str]:
     else:
         recipe, given = _ON_CHANNELS, [f"pruner.name={name}"]
     tt.load_recipe(recipe, given)
-    more = "".join(f" --set {one}" for one in [*given, *([f"output=output/digits_{name}"] if given else [])])
+    more = "".join(f" --set {one}" for one in [*given, *([f"name=digits_{name}"] if given else [])])
     search = f"timm-tickets search {recipe}{more}"
     return [f"timm-tickets list {name}", f"{search} --dry-run", search]
 
@@ -167,7 +167,7 @@ def method_pages() -> dict[str, str]:
     for kind, title in KINDS.items():
         names = [name for name in METHODS if KNOWN[name][0] == kind]
         parts.append(
-            f"## {title}\n\n| | |\n|---|---|\n"
+            f"## {title}\n\n| method | what it does |\n|---|---|\n"
             + "\n".join(f"| `{n}` | {text(about(tt.get_method(n)))} |" for n in names)
         )
     parts += ["## Settings of every pruner", settings_table(explained(schema_of(tt.Method)))]

@@ -42,12 +42,11 @@ def _shipped() -> str:
         "folder": "ImageNet, or any folder",
     }
     for dataset, title in sets.items():
-        rows = ["| recipe | pruner | sparsity | network | source |", "|---|---|---|---|---|"]
+        rows = []
         for name, one in RECIPES.items():
             if one.data.dataset == dataset:
-                pruner = "none" if name.startswith("dense_") else f"`{one.pruner['name']}`"
-                sparsity = "" if pruner == "none" else f"{one.pruner['sparsity']:g}"
-                rows.append(f"| `{name}` | {pruner} | {sparsity} | {one.model.model} | {text(one.source or '')} |")
+                pruner = "" if name.startswith("dense_") else f"`{one.pruner['name']}` to {one.pruner['sparsity']:g}, "
+                rows.append(f"- `{name}`: {pruner}{text(one.model.model)}; {text(one.source or '')}")
         parts += [f"## {title}", "\n".join(rows)]
     if left := {one.data.dataset for one in RECIPES.values()} - set(sets):
         raise ValueError(f"docs/generate/recipes.py: no title for the data sets {sorted(left)}; add them to `sets`")

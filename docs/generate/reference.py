@@ -18,6 +18,15 @@ AREAS = {
     "leaderboards": "Leaderboards",
     "integrations": "timm and torch-pruning",
 }
+FIRST = (  # on its page, before what it needs and what is like it
+    *("create_pruner", "Pruner", "Training", "Run", "load_ticket", "Ticket", "create_tweaks", "Tweaks"),
+    *("load_recipe", "search", "wrap", "TicketTask", "export", "inspect_model", "Subnet"),
+)
+
+
+def _place(name: str) -> int:
+    last = name.rpartition(".")[2]
+    return FIRST.index(last) if last in FIRST else len(FIRST)
 
 
 def pages() -> dict[str, str]:
@@ -37,6 +46,7 @@ def pages() -> dict[str, str]:
             modules += [alias.name for alias in node.names]
     out = {}
     for area, names in ((area, names) for area, names in found.items() if names):
+        names = sorted(names, key=_place)
         told = "\n\n".join(f"::: {name}" for name in names)
         out[f"reference/{area}.md"] = f"# {AREAS[area]}\n\nAll of it is imported from `timm_tickets`.\n\n{told}\n"
     for module in modules:  # a name for one of the package's own
