@@ -24,7 +24,7 @@ def on_config(config):
     """Make the pages and put them in the navigation, before MkDocs looks for either."""
     _pages.clear()
     _names.clear()
-    _pages.update({place: _moved((ROOT / path).read_text("utf-8")) for place, path in TOP.items()})
+    _pages.update({place: (ROOT / path).read_text("utf-8") for place, path in TOP.items()})
     _pages["index.md"] = _pages["index.md"].partition("\n## Which method\n")[0] + _onwards()
     for path in sorted(ROOT.glob("benchmarks/results/*.md")):
         _pages[f"measured/{path.name}"] = path.read_text("utf-8")
@@ -65,7 +65,7 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Fill in tables that follow from the code, and link the names of methods, tweaks, recipes and measurements."""
     here = page.file.src_uri
-    markdown = _moved(re.sub(r"<!-- not on the site -->.*?<!-- on the site -->", "", markdown, flags=re.DOTALL))
+    markdown = _moved(re.sub(r"<!-- not on the site -->.*?<!-- on the site -->", "", markdown, flags=re.DOTALL), here)
     for marker, made in cards.TABLES.items():
         if f"<!-- {marker} -->" in markdown:
             markdown = markdown.replace(f"<!-- {marker} -->", made())
@@ -89,11 +89,12 @@ def on_page_markdown(markdown, page, config, files):
     return "\n".join(out)
 
 
-def _moved(text):
-    """A file from the top of the repository, as it links from the site's."""
+def _moved(text, here):
+    """A page with its links as the site has them: docs/ and what lies above it are one folder there."""
     text = re.sub(r"\]\(docs/", "](", text)
     for place, path in TOP.items():
-        text = re.sub(rf"\]\((?:\.\./)?{re.escape(path)}(?=[)#])", f"]({place}", text)
+        target = posixpath.relpath(place, posixpath.dirname(here) or ".")
+        text = re.sub(rf"\]\((?:\.\./)*{re.escape(path)}(?=[)#])", f"]({target}", text)
     return text
 
 
