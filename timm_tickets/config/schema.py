@@ -77,7 +77,7 @@ def _keys(
 ) -> Iterator[tuple[Setting, str]]:
     """Every key in a part of a recipe, dotted, and the pruner that it is a setting of, if any."""
     for one in explained(node):
-        default = "" if at + one.name == "name" else one.default  # a file has one of its own
+        default = "" if at + one.name in ("name", "extends") else one.default  # a file has a name of its own
         yield one._replace(name=at + one.name, default=default), of
         child = node["properties"][one.name]
         for inner in (child, *child.get("anyOf", ())):

@@ -27,7 +27,12 @@ class TicketTask(Ticketed, ClassificationTask):
 
     Args:
         model: The model to train, as timm created it; before ``torch.compile`` and DDP.
-        ticket, pruner, start, start_epoch, folder, epochs: As for `wrap`.
+        ticket: As all that follow here, as for `wrap`.
+        pruner: As there.
+        start: As there.
+        start_epoch: As there.
+        folder: As there.
+        epochs: As there.
         **kwargs: As for `ClassificationTask`; all others are settings of the pruner.
 
     Raises:
