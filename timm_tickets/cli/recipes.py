@@ -64,7 +64,7 @@ def transfer(
     set: Set = None,
     control: Annotated[
         list[str] | None,
-        typer.Option(help="train beside it: dense, random, native, none; the first three if not given"),
+        typer.Option(help="train beside it: dense, shuffled_layers, native, none; the first three if not given"),
     ] = None,
     recompute_bn: Annotated[bool, typer.Option("--recompute-bn", help="batch-norm statistics of the target")] = False,
     restart: Restart = False,

@@ -8,12 +8,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import PrivateAttr, field_validator, model_validator
 
-from ..core.errors import SettingError, check
+from ..core.errors import SettingError, check, unknown
 from .files import (
     PARTS,
     find_recipe,
@@ -27,7 +27,19 @@ from .files import (
 )
 from .parts import Count, DataSettings, ModelSettings, Part, RetrainSettings, Seed, TrainingSettings
 
-__all__ = ["Recipe", "list_recipes", "load_recipe", "recipes_folder"]
+__all__ = ["Control", "Recipe", "list_recipes", "load_recipe", "recipes_folder"]
+
+Control = Literal[
+    "dense",
+    "random_mask",
+    "shuffled_layers",
+    "random_reinit",
+    "equal_epochs",
+    "one_shot",
+    "equal_rate_imp",
+    "equal_cost",
+]
+CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
 class Recipe(Part):
@@ -46,8 +58,12 @@ class Recipe(Part):
     folder), 'data' splits every batch, 'auto' does the first in rounds of several runs and the second in others"""
     processes_per_run: Count = 1
     """how many processes train a run together where runs are handed out: a divisor of the number of processes"""
-    dense: bool = True
-    """train the dense network as long as the ticket, where no run of the search does: what tickets are compared with"""
+    controls: tuple[Control, ...] = ("dense",)
+    """what is trained beside the ticket, as the ticket is, to compare it with. dense: the whole network, where no run
+    of the search is that; random_mask: as many weights, drawn from all layers together; shuffled_layers: the ticket's
+    mask shuffled within each layer; random_reinit: its mask over another random start; equal_epochs: the whole network,
+    as long as the ticket's weights were trained in all. Searches of their own: one_shot: IMP in one step;
+    equal_rate_imp: IMP that prunes as much a round; equal_cost: gradual pruning for all epochs of search and ticket"""
     model: ModelSettings
     """the timm model to prune"""
     data: DataSettings = DataSettings()
@@ -66,6 +82,18 @@ class Recipe(Part):
         if not value or value in (".", "..") or "/" in value or "\\" in value:
             raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '-' and '_'")
         return value
+
+    @field_validator("controls", mode="before")
+    @classmethod
+    def _known_controls(cls, value: Any) -> Any:
+        """One or several, each once."""
+        value = (value,) if isinstance(value, str) else value
+        if not isinstance(value, list | tuple):
+            return value
+        for one in value:
+            if one not in CONTROLS:
+                raise ValueError(unknown("control", str(one), CONTROLS))
+        return tuple(dict.fromkeys(value))
 
     @field_validator("data", "training", "retrain", mode="before")
     @classmethod
@@ -121,11 +149,11 @@ class Recipe(Part):
         """The part that decides the result, flat: ``{'training.lr': 0.1, ...}``.
 
         Where the output goes, how often checkpoints are written, what is logged and kept beside the last weights, what
-        several processes share, where images are kept, when a training is refused and, but for rounding, how a step is
-        carried out do not. Workers do: in them each image draws its own augmentation, without them all draw from one
-        stream.
+        several processes share, what is trained beside the ticket, where images are kept, when a training is refused
+        and, but for rounding, how a step is carried out do not. Workers do: in them each image draws its own
+        augmentation, without them all draw from one stream.
         """
-        free = {"output", "source", "parallel", "processes_per_run", "data.unreadable"}
+        free = {"output", "source", "parallel", "processes_per_run", "controls", "data.unreadable"}
         free |= {f"training.{key}" for key in ("checkpoint_interval", "keep_best", "log_with", "step", "deterministic")}
         values = _flat(self.model_dump(mode="json"))
         if values["data.cache"] != "none":
@@ -176,6 +204,8 @@ def _hint(key: str) -> str:
     """Where a setting is that was looked for elsewhere."""
     from ..pruning.registry import get_method, list_pruners
 
+    if key == "dense":
+        return "it is one of the controls: controls=[] is what dense=false was, controls=[dense] is the default."
     if key in ("device", "gpu", "cuda"):
         return "Accelerate takes a GPU where there is one; set ACCELERATE_USE_CPU=true in the environment for the CPU."
     parts = (Recipe.model_fields[part].annotation for part in PARTS)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..config.recipe import Recipe, load_recipe
+from ..config.recipe import CONTROLS, Recipe, load_recipe
 from ..core.errors import SettingError, TicketError
 from ..core.warn import warn
 from ..distributed.processes import decided, ending_with_others, join_processes, wait_for_others
@@ -39,7 +39,7 @@ IMAGES = "images.json"  # what is in the splits
 _RECIPE, _KIND = "recipe.yaml", "experiment.json"
 _MARK = b"# timm-tickets: the resolved recipe of this folder's results."
 _CHECKSUM = b" sha256 "
-_RUN_FOLDER = re.compile(r"dense|ticket|random|round_\d+(_part_\d+)?")
+_RUN_FOLDER = re.compile(rf"{'|'.join(CONTROLS)}|ticket|round_\d+(_part_\d+)?")
 
 
 @contextmanager
@@ -266,7 +266,7 @@ def write_result(folder: Path, rows: list[dict[str, Any]], fingerprint: str, fil
 
 
 def records(folder: Path, lineage: Collection[str | None] = ()) -> list[dict[str, Any]]:
-    """The finished trainings of a folder, in order: dense first, then by round and part.
+    """The finished trainings of a folder, in order: controls first, then by round and part.
 
     Args:
         folder: The run folder.
@@ -283,4 +283,8 @@ def records(folder: Path, lineage: Collection[str | None] = ()) -> list[dict[str
         if record is not None and record["scored"]:
             del record["whole"]
             found.append(record)
-    return sorted(found, key=lambda row: (row["name"] != "dense", row["round"], row["part"]))
+    return sorted(found, key=lambda row: (*_place(row["name"]), row["round"], row["part"]))
+
+
+def _place(name: str) -> tuple[bool, int]:
+    return (False, CONTROLS.index(name)) if name in CONTROLS else (True, 0)

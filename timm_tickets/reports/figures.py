@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..config.recipe import CONTROLS
 from ..core.errors import shown
 from .masks import Overlap, TicketFile
 from .statistics import Interval, interval, percent
@@ -233,7 +234,7 @@ def curves(task: Task, name: str) -> Figure | None:
         if label == "dense":
             names = [run.name for run in one.dense if run.name in one.curves]
         else:
-            names = sorted(name for name in one.curves if name not in ("dense", "random"))
+            names = sorted(name for name in one.curves if name not in CONTROLS)
             states[label][one.state] += 1
         if names:
             lines[label].setdefault(one.seed, one.curves[names[0 if label == "dense" else -1]])

@@ -14,7 +14,7 @@ from .masks import ticket_file
 from .read import Experiment, Trained
 
 _SCORED = ("img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "input_img_mode", "in_chans", "classes")
-_OF_A_SEED = ("seed", "name", "pruner.seed", "dense", "data.workers")  # what runs of one series may have otherwise
+_OF_A_SEED = ("seed", "name", "pruner.seed", "data.workers")  # what runs of one series may have otherwise
 
 
 @dataclass(eq=False)
