@@ -6,7 +6,7 @@ when a search is continued. What is saved with it leaves out what nobody has cho
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,6 +40,7 @@ Control = Literal[
     "equal_cost",
 ]
 CONTROLS: tuple[Control, ...] = get_args(Control)
+SEARCHED: tuple[Control, ...] = ("one_shot", "equal_rate_imp", "equal_cost")  # searches of their own
 
 
 class Recipe(Part):
@@ -193,6 +194,17 @@ def load_recipe(recipe: "str | Path | Recipe", overrides: Sequence[str] = ()) ->
     given = read_overrides(overrides)
     switch_(values, given)
     return check(Recipe, resolved(merged(values, given, "--set")), hint=_hint)
+
+
+def with_pruner(recipe: Recipe, pruner: Mapping[str, Any], others: Mapping[str, Any]) -> Recipe:
+    """A recipe with another pruner, of which nothing is filled in from the one before.
+
+    Args:
+        recipe: The recipe.
+        pruner: Its registered name and its settings.
+        others: Settings of the recipe's own, by name, in place of its.
+    """
+    return check(Recipe, {**{key: getattr(recipe, key) for key in Recipe.model_fields}, **others, "pruner": pruner})
 
 
 # What other programs call a setting of ours.
