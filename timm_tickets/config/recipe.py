@@ -14,17 +14,8 @@ import yaml
 from pydantic import PrivateAttr, field_validator, model_validator
 
 from ..core.errors import SettingError, check, unknown
-from .files import (
-    PARTS,
-    find_recipe,
-    list_recipes,
-    merged,
-    read_overrides,
-    read_recipe,
-    recipes_folder,
-    resolved,
-    switch_,
-)
+from .files import PARTS, merged, read_overrides, read_recipe, resolved, switch_
+from .find import find_recipe, list_recipes, recipes_folder
 from .parts import Count, DataSettings, ModelSettings, Part, RetrainSettings, Seed, TrainingSettings
 
 __all__ = ["Control", "Recipe", "list_recipes", "load_recipe", "recipes_folder"]
@@ -40,7 +31,6 @@ Control = Literal[
     "equal_cost",
 ]
 CONTROLS: tuple[Control, ...] = get_args(Control)
-SEARCHED: tuple[Control, ...] = ("one_shot", "equal_rate_imp", "equal_cost")  # searches of their own
 
 
 class Recipe(Part):
@@ -50,6 +40,8 @@ class Recipe(Part):
     """names the run folder, output/<name>; the file's name where not given"""
     output: Path | None = None
     """the run folder itself, where it is not output/<name>"""
+    label: str | None = None
+    """what reports call the ticket; the pruner's name, and what tells it from others, where not given"""
     source: str | None = None
     """where the settings come from: the paper and its expected number"""
     seed: Seed = 42
@@ -154,7 +146,7 @@ class Recipe(Part):
         and, but for rounding, how a step is carried out do not. Workers do: in them each image draws its own
         augmentation, without them all draw from one stream.
         """
-        free = {"output", "source", "parallel", "processes_per_run", "controls", "data.unreadable"}
+        free = {"output", "label", "source", "parallel", "processes_per_run", "controls", "data.unreadable"}
         free |= {f"training.{key}" for key in ("checkpoint_interval", "keep_best", "log_with", "step", "deterministic")}
         values = _flat(self.model_dump(mode="json"))
         if values["data.cache"] != "none":
@@ -193,18 +185,16 @@ def load_recipe(recipe: "str | Path | Recipe", overrides: Sequence[str] = ()) ->
     values = recipe.plain() if isinstance(recipe, Recipe) else read_recipe(find_recipe(recipe))
     given = read_overrides(overrides)
     switch_(values, given)
-    return check(Recipe, resolved(merged(values, given, "--set")), hint=_hint)
+    return recipe_of(merged(values, given, "--set"))
 
 
-def with_pruner(recipe: Recipe, pruner: Mapping[str, Any], others: Mapping[str, Any]) -> Recipe:
-    """A recipe with another pruner, of which nothing is filled in from the one before.
+def recipe_of(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that these settings are, as a file has them.
 
-    Args:
-        recipe: The recipe.
-        pruner: Its registered name and its settings.
-        others: Settings of the recipe's own, by name, in place of its.
+    Raises:
+        SettingError: A setting is wrong.
     """
-    return check(Recipe, {**{key: getattr(recipe, key) for key in Recipe.model_fields}, **others, "pruner": pruner})
+    return check(Recipe, resolved(dict(values)), hint=_hint)
 
 
 # What other programs call a setting of ours.
@@ -218,6 +208,8 @@ def _hint(key: str) -> str:
 
     if key == "dense":
         return "it is one of the controls: controls=[] is what dense=false was, controls=[dense] is the default."
+    if key in ("seeds", "sparsities", "entries"):
+        return "a file with it is a leaderboard: `timm-tickets leaderboard FILE`."
     if key in ("device", "gpu", "cuda"):
         return "Accelerate takes a GPU where there is one; set ACCELERATE_USE_CPU=true in the environment for the CPU."
     parts = (Recipe.model_fields[part].annotation for part in PARTS)

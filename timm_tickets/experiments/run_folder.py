@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..config.recipe import CONTROLS, SEARCHED, Recipe, load_recipe
+from ..config.recipe import CONTROLS, Recipe, load_recipe
 from ..core.errors import SettingError, TicketError
 from ..core.warn import warn
 from ..distributed.processes import decided, ending_with_others, join_processes, wait_for_others
@@ -99,7 +99,7 @@ def _check_folder(folder: Path, recipe: Recipe, kind: str, restart: bool) -> Non
             f"{lost}, so whether {folder} holds results of this recipe cannot be told. If it does, delete {stored} and "
             f"{folder / _KIND} to continue; else choose another output=, or begin again with --restart"
         )
-    changed = _changed(stored, recipe) if lost is None else []
+    changed = changes(stored, recipe) if lost is None else []
     if there.kind not in (None, kind):
         changed.append(f"experiment: {there.kind} there, {kind} now")
     if changed:
@@ -122,7 +122,7 @@ def _check_free(folder: Path) -> None:
             raise SettingError(f"{folder / name} was not written by timm-tickets; choose another output=")
 
 
-def _changed(stored: Path, recipe: Recipe) -> list[str]:
+def changes(stored: Path, recipe: Recipe) -> list[str]:
     """What a stored recipe has otherwise than this one."""
     try:
         old = load_recipe(stored).compared()  # resolved again: settings newer than the folder have their defaults
@@ -201,11 +201,6 @@ def _clear(folder: Path, recipe: Recipe) -> None:
             remove_temporaries(path)
             with suppress(OSError):  # something of the user's is in it
                 path.rmdir()
-    for name in ("native", *SEARCHED):  # controls that are searches of their own
-        if _lost_recipe(folder / name / _RECIPE)[1]:
-            _clear(folder / name, recipe)
-            with suppress(OSError):
-                (folder / name).rmdir()
     ours = (RESULT, f"{recipe.name}.ticket", "start.state", "pruner.json", "summary.csv", "accuracy.png", _KIND)
     for name in (*ours, MODEL, CONFIG, BEST, EPOCHS, IMAGES, _RECIPE):
         _remove(folder / name)
@@ -232,29 +227,30 @@ def finished(folder: Path, ticket: Path | None = None) -> dict[str, Any] | None:
         folder: The run folder.
         ticket: The final ticket, where the experiment leaves one.
     """
+    return decided(lambda: whole_result(folder, ticket))
 
-    def whole() -> dict[str, Any] | None:
-        try:
-            if (stored := read_record(folder / RESULT)) is None:
-                return None
-            done, _ = stored
-            done.setdefault("files", {})
-            try:
-                _Result.model_validate(done)
-            except ValidationError:
-                raise DamagedError(f"{folder / RESULT} is damaged (it is no experiment's result)") from None
-            if done["experiment"] != _experiment(folder).name:
-                raise DamagedError(f"{folder / RESULT} is of another experiment")
-            for name, checksum in done["files"].items():
-                check_whole(folder / name, checksum)
-            if ticket is not None and load_ticket(ticket).fingerprint != done["fingerprint"]:
-                raise TicketError(f"{ticket} is not the ticket that was found here")
-            return done
-        except (DamagedError, TicketError, FileNotFoundError) as error:
-            warn(f"{error}; it is made again from the finished runs")
+
+def whole_result(folder: Path, ticket: Path | None = None) -> dict[str, Any] | None:
+    """As `finished`, for one process alone."""
+    try:
+        if (stored := read_record(folder / RESULT)) is None:
             return None
-
-    return decided(whole)
+        done, _ = stored
+        done.setdefault("files", {})
+        try:
+            _Result.model_validate(done)
+        except ValidationError:
+            raise DamagedError(f"{folder / RESULT} is damaged (it is no experiment's result)") from None
+        if done["experiment"] != _experiment(folder).name:
+            raise DamagedError(f"{folder / RESULT} is of another experiment")
+        for name, checksum in done["files"].items():
+            check_whole(folder / name, checksum)
+        if ticket is not None and load_ticket(ticket).fingerprint != done["fingerprint"]:
+            raise TicketError(f"{ticket} is not the ticket that was found here")
+        return done
+    except (DamagedError, TicketError, FileNotFoundError) as error:
+        warn(f"{error}; it is made again from the finished runs")
+        return None
 
 
 class _Result(BaseModel):
@@ -270,13 +266,8 @@ def write_result(folder: Path, rows: list[dict[str, Any]], fingerprint: str, fil
     write_record(folder / RESULT, record)
 
 
-def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Controls first, then by round and part: the ticket's own training is the last."""
-    return sorted(rows, key=lambda row: (*_place(row["name"]), row["round"], row["part"]))
-
-
 def records(folder: Path, lineage: Collection[str | None] = ()) -> list[dict[str, Any]]:
-    """The finished trainings of a folder, `in_order`.
+    """The finished trainings of a folder, in order: controls first, then by round and part.
 
     Args:
         folder: The run folder.
@@ -293,7 +284,7 @@ def records(folder: Path, lineage: Collection[str | None] = ()) -> list[dict[str
         if record is not None and record["scored"]:
             del record["whole"]
             found.append(record)
-    return in_order(found)
+    return sorted(found, key=lambda row: (*_place(row["name"]), row["round"], row["part"]))
 
 
 def _place(name: str) -> tuple[bool, int]:
