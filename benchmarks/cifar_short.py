@@ -67,14 +67,14 @@ def one_method(name: str, data: Path, epochs: int, output: Path) -> list[Row]:
         told("dense", tt.train(DENSE, None, given, console=console).rows)
         more = [f"model.initial_checkpoint={folder / 'dense' / 'round_00' / 'model.safetensors'}"]
     settings = [*common, *shorter, *more]
-    found = tt.search(recipe, [*settings, "dense=false", f"output={folder / 'search'}"], console=console)
+    found = tt.search(recipe, [*settings, "controls=[]", f"output={folder / 'search'}"], console=console)
     told(name, found.rows)
     if name == "jackpot":  # where its search begins, with its new statistics: scores that do not move
-        given = ["training.lr=1.0e-12", f"output={folder / 'magnitude'}", "dense=false"]
+        given = ["training.lr=1.0e-12", f"output={folder / 'magnitude'}", "controls=[]"]
         told("magnitude's mask, nothing learned", tt.search(recipe, [*settings, *given], console=console).rows)
         return out
     if name == "colt":
-        control = ["pruner.name=imp", "pruner.prune_rate=0.2775", f"output={folder / 'imp'}", "dense=false"]
+        control = ["pruner.name=imp", "pruner.prune_rate=0.2775", f"output={folder / 'imp'}", "controls=[]"]
         told("imp at two partitions' rate", tt.search(recipe, [*settings, *control], console=console).rows)
     masks = tt.shuffled_masks(found.ticket.masks, 0)
     ticket = tt.Ticket(masks, found.ticket.values, found.ticket.metadata)

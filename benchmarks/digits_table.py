@@ -60,7 +60,7 @@ def one_cell(seed: int, sparsity: float, epochs: int, model: str, rows: tuple[st
     torch.set_num_threads(1)
     console = Console(file=io.StringIO())
     out: Cell = {}
-    common = [f"seed={seed}", f"training.epochs={epochs}", f"pruner.sparsity={sparsity}", "dense=false"]
+    common = [f"seed={seed}", f"training.epochs={epochs}", f"pruner.sparsity={sparsity}", "controls=[]"]
     common.append(f"model.model={model}")
 
     def folder(name: str) -> Path:

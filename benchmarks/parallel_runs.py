@@ -21,7 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-SETTINGS = ["pruner.name=colt", "pruner.partitions=2", "pruner.prune_rate=0.4", "pruner.sparsity=0.8", "dense=false"]
+SETTINGS = ["pruner.name=colt", "pruner.partitions=2", "pruner.prune_rate=0.4", "pruner.sparsity=0.8", "controls=[]"]
 
 
 def timed_search(overrides: list[str], record: Path) -> None:

@@ -31,7 +31,7 @@ import timm_tickets as tt
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings(*EXPECTED_WARNINGS, "ignore:.*determinis")]
 DEVICE = "cuda"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHORT = ["training.epochs=2", "pruner.prune_rate=0.6", "pruner.sparsity=0.8", "data.val_fraction=0.7", "dense=false"]
+SHORT = ["training.epochs=2", "pruner.prune_rate=0.6", "pruner.sparsity=0.8", "data.val_fraction=0.7", "controls=[]"]
 SAME_BITS = "training.deterministic=true"  # by this setting alone are they promised
 
 
@@ -92,7 +92,7 @@ def test_a_search_on_the_card_is_exact_and_its_ticket_is_read_on_a_cpu(row, prec
 def test_a_search_by_recipe_leaves_a_model_that_a_cpu_loads(precision, tmp_path):
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision)
     mixed = [] if dtype is None else ["training.amp=true", f"training.amp_dtype={dtype}"]
-    short = ["training.epochs=4", "pruner.prune_rate=0.5", "pruner.sparsity=0.5", "dense=false"]
+    short = ["training.epochs=4", "pruner.prune_rate=0.5", "pruner.sparsity=0.5", "controls=[]"]
     left = tt.search("digits_imp", [*short, *mixed, "training.channels_last=true", f"output={tmp_path / 'run'}"])
     assert left.ticket.sparsity == pytest.approx(0.5, abs=1e-4)
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)

@@ -230,7 +230,7 @@ def test_stopped_at_any_epoch_it_continues_to_the_same_ticket(whole, tmp_path, m
 )
 def test_every_kind_of_search_continues_within_a_run_to_the_same_ticket(tmp_path, monkeypatch, settings):
     """Stopped in the middle of a run, after its first epoch, and in the next one where there is one."""
-    common = ["training.epochs=2", "pruner.sparsity=0.8", "training.checkpoint_interval=0", "dense=false", *settings]
+    common = ["training.epochs=2", "pruner.sparsity=0.8", "training.checkpoint_interval=0", "controls=[]", *settings]
 
     said = io.StringIO()
 
@@ -321,13 +321,13 @@ def test_a_pruner_without_runs_gets_a_dense_control(tmp_path):
         ("round_00", pytest.approx(0.5, abs=1e-5)),
     ]
     assert result.rows[0]["metrics"] != result.rows[1]["metrics"]
-    without = tt.search(recipe, [*overrides[:2], "dense=false", f"output={tmp_path / 'no'}"], console=console)
+    without = tt.search(recipe, [*overrides[:2], "controls=[]", f"output={tmp_path / 'no'}"], console=console)
     assert [row["name"] for row in without.rows] == ["round_00"]
     assert without.ticket.fingerprint == result.ticket.fingerprint
 
 
 def test_a_dense_run_on_some_of_the_classes_is_not_the_dense_network(tmp_path):
-    overrides = ["pruner.name=colt", "pruner.sparsity=0.2", "training.epochs=1", "dense=false", f"output={tmp_path}"]
+    overrides = ["pruner.name=colt", "pruner.sparsity=0.2", "training.epochs=1", "controls=[]", f"output={tmp_path}"]
     result = tt.search("digits_imp", overrides, console=Console(file=io.StringIO()))
     assert result.rows[0]["sparsity"] == 0  # the first part's first run
     assert "dense" not in result.ticket.metadata
@@ -530,13 +530,12 @@ def test_the_dense_network_is_trained_as_long_as_the_ticket(tmp_path, pictures, 
 def test_without_a_dense_network_as_long_none_is_compared_with(tmp_path, pictures, monkeypatch):
     drawn = {}
     monkeypatch.setattr(experiment, "plot", lambda rows, path, title, dense: drawn.update(rows=rows, dense=dense))
-    settings = [*pictures, "pruner.epochs=1", "pruner.prune_rate=0.4", "dense=false"]
+    settings = [*pictures, "pruner.epochs=1", "pruner.prune_rate=0.4", "controls=[]"]
     result, text = search(tmp_path / "run", *settings)
     assert [(row["name"], row["epochs"]) for row in result.rows] == [("round_00", 1), ("round_01", 1), ("round_02", 2)]
     assert "dense" not in result.ticket.metadata
-    assert (
-        "no dense network to compare with: round_00 was trained for 1 epoch, the ticket for 2 epochs; without" in text
-    )
+    why = "round_00 was trained for 1 epoch, the ticket for 2 epochs; with controls=[dense], one is trained as long"
+    assert f"no dense network to compare with: {why}" in text
     assert drawn["dense"] is None
     seeds = tt.search_seeds("digits_imp", [0, 1], [*SHORT, *settings, f"output={tmp_path / 'seeds'}"])
     assert all("dense" not in one.ticket.metadata for one in seeds)
@@ -656,7 +655,7 @@ def test_with_unreadable_images_a_search_still_goes_on_to_the_same_ticket(tmp_pa
     """timm puts the next image in their place, of another class at a class's end; COLT died of that."""
     for name in ("ant/5", "bee/5", "cat/2"):
         (tmp_path / "root" / "train" / f"{name}.png").write_bytes(b"no image")
-    settings = [*pictures, *settings, "dense=false"]
+    settings = [*pictures, *settings, "controls=[]"]
     with pytest.raises(tt.TrainingError, match=r"data.unreadable: 1 of 18 training images .* share of 0.01"):
         search(tmp_path / "refused", *settings)
     settings.append("data.unreadable=0.2")

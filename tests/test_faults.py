@@ -356,7 +356,7 @@ def test_every_kind_of_training_goes_on_within_an_epoch(tmp_path, monkeypatch, s
     """Stopped after every few batches, in the middle of epochs; each time a new trainer goes on."""
     plain = [one for one in SMALL if "mixup" not in one and "prune_rate" not in one and "ema" not in one]
     if settings[0].startswith("pruner.name"):
-        common = [*plain, "dense=false", *settings]
+        common = [*plain, "controls=[]", *settings]
     else:
         common = [*plain, "pruner.prune_rate=0.6", *settings]
     tt.search("digits_imp", [*common, f"output={tmp_path / 'whole'}"])

@@ -110,7 +110,7 @@ SETTINGS = [
     ("data.dataset=torch/cifar10", "data.data_dir: is not set, and torch/cifar10 is read from there; give a folder"),
     # the rest
     ("seed=-1", "seed: -1 is not valid; it must be greater than or equal to 0"),
-    ("dense=maybe", "dense: 'maybe' is not valid; it must be true or false"),
+    ("dense=false", "setting: 'dense' is unknown; it is one of the controls: controls=[] is what dense=false was"),
     ("name=a/b", "name: 'a/b' cannot name a folder; use letters, digits"),
     ("output=/proc/x", "output: the folder /proc/x cannot be made (No such file or directory); choose another one"),
     ("output=/dev/null/x", "cannot write /dev/null/x/recipe.yaml: Not a directory; nothing written before is lost"),

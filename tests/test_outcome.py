@@ -111,7 +111,7 @@ def test_a_file_system_without_hard_links_gets_a_copy(search, monkeypatch):
 
 @pytest.mark.parametrize("command", ["train", "transfer"])
 def test_train_and_transfer_leave_a_model_too(search, root, tmp_path, command):
-    result, _ = search("dense=false")
+    result, _ = search("controls=[]")
     ticket, folder = result.folder / "digits_imp.ticket", tmp_path / "other"
     more = [f"output={folder}", "data.dataset=folder", f"data.data_dir={root}", "data.val_split=val"]
     more += ["training.batch_size=6", "training.epochs=1"]

@@ -68,7 +68,7 @@ def test_one_of_two_processes_is_killed_and_the_same_command_continues_to_the_sa
 
 @pytest.mark.slow
 def test_a_restart_clears_every_seed_before_the_first_is_searched(monkeypatch, tmp_path):
-    recipe = tt.load_recipe("digits_magnitude", [*IMP[2:], "pruner.sparsity=0.8", "dense=false"])
+    recipe = tt.load_recipe("digits_magnitude", [*IMP[2:], "pruner.sparsity=0.8", "controls=[]"])
     folder = tmp_path / "runs #3: a"  # what YAML would read otherwise
     recipe = recipe.model_copy(update={"output": folder})
     first = tt.search_seeds(recipe, SEEDS, console=Console(quiet=True))

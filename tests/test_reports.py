@@ -214,7 +214,7 @@ def test_a_random_mask_is_paired_within_its_transfer(tmp_path, seeds):
     for seed in range(seeds):
         ticket = ticket_of(seed)
         search(tmp_path / f"search_{seed}", seed, 95.0, 90.0, ticket=ticket)
-        runs = [Run("random", 90.0 + seed, 0.5), Run("ticket", 92.0 + 1.5 * seed, 0.5), Run("dense", 93.0)]
+        runs = [Run("shuffled_layers", 90.0 + seed, 0.5), Run("ticket", 92.0 + 1.5 * seed, 0.5), Run("dense", 93.0)]
         kind = f"transfer of ticket {ticket.fingerprint}"
         write(tmp_path / f"transfer_{seed}", runs, seed, kind=kind, ticket=ticket)
     text = said(tmp_path)["imp", "random mask"]
@@ -268,7 +268,7 @@ def test_weights_that_rounds_go_on_from_are_trained_as_long_as_all_of_them(tmp_p
 def test_a_ticket_trained_again_under_other_settings_is_a_line_of_its_own(tmp_path):
     ticket = ticket_of(0)
     search(tmp_path / "search", 0, 95.0, 90.0, ticket=ticket)
-    runs = [Run("random", 90.0, 0.5), Run("ticket", 92.0, 0.5), Run("dense", 93.0)]
+    runs = [Run("shuffled_layers", 90.0, 0.5), Run("ticket", 92.0, 0.5), Run("dense", 93.0)]
     kind = f"transfer of ticket {ticket.fingerprint}"
     for name, more in (("same", []), ("other", ["training.lr=0.5"])):
         write(tmp_path / name, runs, kind=kind, ticket=ticket, overrides=more)
@@ -479,7 +479,7 @@ def test_a_folder_without_an_experiment_is_refused(tmp_path):
 
 
 def test_a_real_search_is_reported(tmp_path):
-    small = ["training.epochs=1", "data.val_fraction=0.6", "data.img_size=16", "dense=false"]
+    small = ["training.epochs=1", "data.val_fraction=0.6", "data.img_size=16", "controls=[]"]
     small.append(f"output={tmp_path / 'run'}")
     result = searched("digits_magnitude", small)
     out = call("report", tmp_path / "run", "--output", tmp_path / "report")

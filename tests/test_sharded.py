@@ -135,7 +135,7 @@ def test_a_model_split_over_cpus_by_torch_2_6_is_refused(tmp_path, monkeypatch):
 VIT = ["model.model=test_vit", "training.epochs=2", "training.checkpoint_interval=0", "data.val_fraction=0.7"]
 IMP = [*VIT, "pruner.prune_rate=0.6", "pruner.sparsity=0.6"]
 GRADUAL = [*VIT, "pruner.interval=1", "pruner.sparsity=0.6"]
-LEARNED = [*VIT, "pruner.name=frozen_slt", "pruner.sparsity=0.6", "dense=false"]
+LEARNED = [*VIT, "pruner.name=frozen_slt", "pruner.sparsity=0.6", "controls=[]"]
 
 
 def by_recipe(folder, overrides, split, moment=0, of=None, check=True, recipe="digits_imp"):
@@ -206,7 +206,7 @@ def test_a_killed_search_on_a_split_model_continues_to_the_same_ticket(tmp_path,
 @pytest.mark.slow
 def test_numbers_are_of_one_model_where_processes_have_statistics_of_their_own(tmp_path):
     """A ticket that ends trained is scored again as it is saved: the same weights and statistics, the same numbers."""
-    overrides = [*GRADUAL, "model.model=test_resnet", "dense=false"]
+    overrides = [*GRADUAL, "model.model=test_resnet", "controls=[]"]
     by_recipe(tmp_path, overrides, split=True, recipe="digits_gradual")
     first, last = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert first["metrics"]["test_loss"] == last["metrics"]["test_loss"]

@@ -380,7 +380,7 @@ def test_timms_loader_and_plain_model_score_the_files_of_a_search_as_it_did(meth
         "continuous_sparsification": ["pruner.rounds=1", "pruner.rewind=0ep"],
     }.get(method, [])
     overrides = [
-        *("model.model=test_nfnet", "data.dataset=folder", f"data.data_dir={folder}", "data.workers=0", "dense=false"),
+        *("model.model=test_nfnet", "data.dataset=folder", f"data.data_dir={folder}", "data.workers=0", "controls=[]"),
         *("data.mean=[0.5,0.5,0.5]", "data.std=[0.5,0.5,0.5]", "data.crop_pct=1.0", "data.interpolation=bicubic"),
         *(
             "training.epochs=2",

@@ -486,7 +486,7 @@ def test_the_commands_on_the_page(tmp_path, monkeypatch):
     Path("lottery.yaml").write_text(recipe)
     less = [
         "training.epochs=1",
-        "dense=false",
+        "controls=[]",
         "training.batch_size=128",
         "pruner.rounds=1",
         "data.val_fraction=0.8",

@@ -163,14 +163,14 @@ def test_a_ticket_is_transferred_with_its_controls(found, tmp_path):
     text = io.StringIO()
     result = tt.transfer("digits_imp", found, settings, recompute_batch_norm=True, console=Console(file=text))
     rows = {row["name"]: row for row in result.rows}
-    assert set(rows) == {"ticket", "random", "dense", "native"}
-    assert rows["ticket"]["sparsity"] == rows["random"]["sparsity"] == pytest.approx(0.8, abs=1e-5)
+    assert set(rows) == {"ticket", "shuffled_layers", "dense", "native"}
+    assert rows["ticket"]["sparsity"] == rows["shuffled_layers"]["sparsity"] == pytest.approx(0.8, abs=1e-5)
     assert rows["dense"]["sparsity"] == 0
     assert "tweaks" in rows["ticket"]["metrics"]
-    assert "tweaks" in rows["random"]["metrics"]
+    assert "tweaks" in rows["shuffled_layers"]["metrics"]
     assert "tweaks" not in rows["dense"]["metrics"]
     fresh = build_model(tt.load_recipe("digits_imp", settings), 5).state_dict()
-    for control in ("random", "dense"):  # from the recipe's seed, not from the ticket's values
+    for control in ("shuffled_layers", "dense"):  # from the recipe's seed, not from the ticket's values
         start = tt.load_ticket(tmp_path / "moved" / control / f"{control}.ticket")
         for name, mask in start.masks.items():
             assert torch.equal(start.values[name][mask], fresh[name][mask]), name
@@ -180,7 +180,7 @@ def test_a_ticket_is_transferred_with_its_controls(found, tmp_path):
     assert "start_epoch" not in saved
     source = tt.load_ticket(found)
     assert all(torch.equal(mask, source.masks[name]) for name, mask in result.ticket.masks.items())
-    other = tt.load_ticket(tmp_path / "moved" / "random" / "random.ticket")
+    other = tt.load_ticket(tmp_path / "moved" / "shuffled_layers" / "shuffled_layers.ticket")
     for name, mask in other.masks.items():
         assert int(mask.sum()) == int(source.masks[name].sum())
     assert any(not torch.equal(mask, source.masks[name]) for name, mask in other.masks.items())
@@ -197,7 +197,12 @@ def test_the_dense_control_of_a_transfer_is_trained_as_long_as_the_ticket(found,
     text = io.StringIO()
     settings += ["pruner.name=gradual", f"output={tmp_path}"]  # ends trained: what it finds is not trained again
     result = tt.transfer("digits_imp", found, settings, console=Console(file=text, width=80))
-    assert {row["name"]: row["epochs"] for row in result.rows} == {"ticket": 2, "random": 2, "dense": 2, "native": 3}
+    assert {row["name"]: row["epochs"] for row in result.rows} == {
+        "ticket": 2,
+        "shuffled_layers": 2,
+        "dense": 2,
+        "native": 3,
+    }
     assert len({row["steps"] for row in result.rows if row["name"] != "native"}) == 1
     assert result.ticket.metadata["dense"] == next(row["metrics"] for row in result.rows if row["name"] == "dense")
     assert " epochs " in text.getvalue()
@@ -206,15 +211,15 @@ def test_the_dense_control_of_a_transfer_is_trained_as_long_as_the_ticket(found,
 def test_from_the_command_line(found, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sets = [part for setting in (*SHORT, HIGH) for part in ("--set", setting)]
-    out = call("transfer", found, "digits_imp", *sets, "--control", "random")
+    out = call("transfer", found, "digits_imp", *sets, "--control", "shuffled_layers")
     assert out.exit_code == 0, out.output
     assert "ticket" in out.output
-    assert "random" in out.output
+    assert "shuffled_layers" in out.output
     assert "dense" not in out.output
     assert (tmp_path / "output" / "digits_imp_transfer_digits_imp" / "digits_imp.ticket").exists()
-    out = call("transfer", found, "digits_imp", *sets, "--control", "randm")
+    out = call("transfer", found, "digits_imp", *sets, "--control", "shufled")
     assert out.exit_code == 2
-    assert "did you mean 'random'" in out.output
+    assert "did you mean 'shuffled_layers'" in out.output
 
 
 def test_a_transferred_ticket_says_nothing_of_its_source(found):

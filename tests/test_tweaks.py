@@ -311,7 +311,7 @@ def test_what_a_tweak_adds_is_counted_while_it_is_there(model):
 
 
 SEARCH = ["training.epochs=2", "pruner.sparsity=0.8", "pruner.prune_rate=0.8", "training.checkpoint_interval=0"]
-SEARCH += ["dense=false"]  # else the dense network is trained for three epochs too
+SEARCH += ["controls=[]"]  # else the dense network is trained for three epochs too
 # Rescaling takes 24 batches here, the loader has 20.
 RETRAIN = EVERY | {"rescaled_init": {"iterations": 12}}
 SEARCH += ["retrain.epochs=3", *(f"retrain.tweaks.{name}={settings}" for name, settings in RETRAIN.items())]
@@ -408,7 +408,7 @@ def test_a_criterion_that_does_not_go_is_told_before_the_search(tmp_path):
 
 def test_the_average_begins_with_the_rescaled_weights(tmp_path):
     """At a decay of nearly 1 the average of one epoch is where training started."""
-    settings = ["training.model_ema=true", "training.model_ema_decay=0.999999", "training.epochs=1", "dense=false"]
+    settings = ["training.model_ema=true", "training.model_ema_decay=0.999999", "training.epochs=1", "controls=[]"]
     settings += ["pruner.sparsity=0.8", "pruner.prune_rate=0.8", "retrain.tweaks.rescaled_init.iterations=15"]
     result = tt.search("digits_imp", [*settings, f"output={tmp_path}"], console=Console(file=io.StringIO()))
     average = load_file(tmp_path / "round_01" / "model_ema.safetensors")

@@ -3,7 +3,8 @@ from . import masks as masks
 from . import networks as networks
 from . import processes as processes
 from . import scores as scores
-from .config.files import list_recipes as list_recipes
+from .config.find import list_leaderboards as list_leaderboards
+from .config.find import list_recipes as list_recipes
 from .config.recipe import Recipe as Recipe
 from .config.recipe import load_recipe as load_recipe
 from .core.errors import SettingError as SettingError
@@ -27,6 +28,7 @@ from .integrations.ticket_pruner import TicketPruner as TicketPruner
 from .integrations.timm_task import TicketTask as TicketTask
 from .integrations.timm_task import wrap as wrap
 from .integrations.torch_pruning import TicketImportance as TicketImportance
+from .leaderboards.work import leaderboard as leaderboard
 from .pruning.method import Method as Method
 from .pruning.method import OneShot as OneShot
 from .pruning.pruner import Pruner as Pruner

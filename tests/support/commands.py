@@ -22,7 +22,7 @@ COLT = [
     "pruner.prune_rate=0.6",
     "pruner.sparsity=0.8",
     "data.val_fraction=0.7",
-    "dense=false",
+    "controls=[]",
     "training.epochs=2",
     "training.checkpoint_interval=0",
 ]

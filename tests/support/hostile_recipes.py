@@ -122,7 +122,7 @@ BASES += [
     "[a]",
 ]
 KEYS = ["name", "seed", "source", "output", "model", "data", "pruner", "training", "retrain", "extends", "nothing"]
-KEYS += ["parallel", "dense", "processes_per_run", '"\\e[2J"', "? [1, 2]\n", "<<", "1", "null", "x" * 2000]
+KEYS += ["parallel", "controls", "processes_per_run", '"\\e[2J"', "? [1, 2]\n", "<<", "1", "null", "x" * 2000]
 FINE = ["seed: ${training.epochs}", "source: of ${name}", "extends: beside.yaml", "training: {epochs: 3, lr: 1e-2}"]
 FINE += ["training: &t {epochs: 3}", "data: {mean: [0.1, 0.2, 0.3]}", "output: out/${name}", "retrain: {epochs: 1}"]
 DEEP = [

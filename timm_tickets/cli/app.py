@@ -121,12 +121,17 @@ def loading(recipe: str, overrides: Sequence[str]) -> None:
     Raises:
         SettingError: There is no such recipe, or it or the overrides cannot be read.
     """
-    from ..config.files import find_recipe, read_overrides, read_recipe
+    from ..config.files import read_overrides, read_recipe
+    from ..config.find import find_recipe
 
     read_recipe(find_recipe(recipe))
     read_overrides(overrides)
+    say_loading(recipe)
+
+
+def say_loading(what: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"{recipe}: loading torch and timm", flush=True)
+        print(f"{what}: loading torch and timm", flush=True)
 
 
 def print_settings(console: Console, settings: Iterable["Setting"]) -> None:

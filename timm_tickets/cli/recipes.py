@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .app import RecipeName, Restart, Set, app, errors, loading, print_settings
+from .app import RecipeName, Restart, Set, app, errors, loading, print_settings, say_loading
 
 
 @app.command()
@@ -64,7 +64,7 @@ def transfer(
     set: Set = None,
     control: Annotated[
         list[str] | None,
-        typer.Option(help="train beside it: dense, random, native, none; the first three if not given"),
+        typer.Option(help="train beside it: dense, shuffled_layers, native, none; the first three if not given"),
     ] = None,
     recompute_bn: Annotated[bool, typer.Option("--recompute-bn", help="batch-norm statistics of the target")] = False,
     restart: Restart = False,
@@ -80,6 +80,34 @@ def transfer(
 
 
 @app.command()
+def leaderboard(
+    leaderboard: Annotated[
+        str, typer.Argument(metavar="LEADERBOARD", help="name of a shipped leaderboard, or a YAML file")
+    ],
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="setting of all entries, e.g. training.epochs=4; or seeds=[0,1]"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder of all run folders and the report; output/<name> if not given")
+    ] = None,
+) -> None:
+    """Search many entries at several sparsities and seeds, and report what beats what; any number of calls share it."""
+    with errors():
+        from ..config.files import read_overrides, read_recipe
+        from ..config.find import find_leaderboard
+
+        read_recipe(find_leaderboard(leaderboard))
+        read_overrides(set or ())
+        say_loading(leaderboard)
+        from ..leaderboards.work import leaderboard as run
+
+        run(leaderboard, set or (), output=output)
+
+
+@app.command()
 def recipe(
     name: Annotated[str | None, typer.Argument(metavar="RECIPE", help="name of a shipped recipe, or a file")] = None,
     set: Set = None,
@@ -92,11 +120,12 @@ def recipe(
 ) -> None:
     """Print a recipe with every setting resolved; or say what a key of recipes means."""
     with errors():
-        from ..config.files import find_recipe, list_recipes, read_overrides, read_recipe
+        from ..config.files import read_overrides, read_recipe
+        from ..config.find import find_leaderboard, find_recipe, list_leaderboards, list_recipes
 
         if schema is None and explain is None and (list or name is None):  # only what stands in the files: no torch
-            for one in list_recipes():
-                print(f"{one}: {read_recipe(find_recipe(one)).get('source') or 'no source given'}")
+            for one in [*map(find_recipe, list_recipes()), *map(find_leaderboard, list_leaderboards())]:
+                print(f"{one.stem}: {read_recipe(one).get('source') or 'no source given'}")
             return
         if name is not None:  # what is wrong at first sight is said without torch
             read_recipe(find_recipe(name))

@@ -1,4 +1,4 @@
-"""Where recipes are, and how one file is read over another one that it extends. A stranger's file is only data.
+"""How a recipe's file is read, over another one that it extends. A stranger's file is only data.
 
 It is bounded before it is parsed: YAML libraries build a tree by recursion, and crash on one that is deep enough.
 """
@@ -7,14 +7,14 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
-from ..core.errors import SettingError, shown, unknown
+from ..core.errors import SettingError, shown
+from .find import find_recipe
 
 MOST_BYTES = 1 << 20
 # The fields of `Method`, which cannot be asked without torch.
@@ -41,72 +41,6 @@ _NUMBER = re.compile(r"[-+]?\d[\w:]{1000,}")
 _RESOLVER = re.compile(r"\$\{\s*([^{}:]*?)\s*:")
 # What steers a terminal, or turns the text around it.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
-def recipes_folder() -> Path:
-    """The shipped recipes: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    installed = package / "recipes"
-    return installed if installed.is_dir() else package.parent / "recipes"
-
-
-def list_recipes() -> list[str]:
-    """Sorted names of the shipped recipes."""
-    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
-
-
-def find_recipe(recipe: str | Path, beside: Path | None = None) -> Path:
-    """The file of a recipe: a shipped one by its name, or a path.
-
-    Args:
-        recipe: Its name or path.
-        beside: The folder of the recipe that extends it, where one does: the file has to lie there or below.
-
-    Raises:
-        SettingError: There is none, and the message names the closest; or it lies elsewhere.
-    """
-    path = Path(recipe) if beside is None else beside / recipe
-    try:
-        if str(recipe) in list_recipes() and not (beside is None and path.is_file()):
-            return recipes_folder() / f"{recipe}.yaml"
-        if beside is None and path.is_file():
-            return path
-        path = path.resolve()  # where it is, whatever links lead there
-        outside = beside is not None and not path.is_relative_to(beside.resolve())
-        if beside is not None and not outside and path.suffix in (".yaml", ".yml") and path.is_file():
-            return path
-    except (OSError, RuntimeError, ValueError):  # a name that no file can have, or links that go round
-        outside = False
-    if outside:
-        raise SettingError(
-            f"extends: '{shown(str(recipe))}' lies outside the folder of the recipe that names it; put the file beside "
-            "that recipe, or name a shipped one"
-        )
-    if beside is not None:
-        raise SettingError(
-            unknown("extends", str(recipe), list_recipes()) + ", or the path of a .yaml file beside this one"
-        )
-    raise SettingError(f"recipe: {_not_there(str(recipe))}, or the path of a YAML file")
-
-
-def _not_there(recipe: str) -> str:
-    """What is wrong with the name or path of a recipe that is not there, and what is near it."""
-    path, shipped = Path(recipe), "give one that `timm-tickets recipe --list` shows"
-    try:
-        folder = path if path.is_dir() else path.parent
-        beside = sorted(str(one) for one in folder.glob("*.y*ml") if one.is_file())
-    except (OSError, ValueError):
-        folder, beside = None, []
-    if folder == path:
-        inside = f", with {', '.join(map(shown, beside[:8]))} in it" if beside else " without a YAML file in it"
-        return f"'{shown(recipe)}' is a folder{inside}; {shipped}"
-    names = {one.casefold(): one for one in [*list_recipes(), *beside]}
-    near = recipe.removesuffix(path.suffix).casefold()
-    close = [one for one in (near, f"{near}.yaml", f"{near}.yml") if one in names]
-    close = close or get_close_matches(recipe.casefold(), names, n=3)
-    hint = f"did you mean {' or '.join(repr(shown(names[one])) for one in close)}? Or {shipped}" if close else shipped
-    is_path = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
-    return f"there is no file '{shown(recipe)}'; {hint}" if is_path else f"'{shown(recipe)}' is unknown; {hint}"
 
 
 def read_recipe(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -6,28 +6,31 @@ when a search is continued. What is saved with it leaves out what nobody has cho
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import PrivateAttr, field_validator, model_validator
 
-from ..core.errors import SettingError, check
-from .files import (
-    PARTS,
-    find_recipe,
-    list_recipes,
-    merged,
-    read_overrides,
-    read_recipe,
-    recipes_folder,
-    resolved,
-    switch_,
-)
+from ..core.errors import SettingError, check, unknown
+from .files import PARTS, merged, read_overrides, read_recipe, resolved, switch_
+from .find import find_recipe, list_recipes, recipes_folder
 from .parts import Count, DataSettings, ModelSettings, Part, RetrainSettings, Seed, TrainingSettings
 
-__all__ = ["Recipe", "list_recipes", "load_recipe", "recipes_folder"]
+__all__ = ["Control", "Recipe", "list_recipes", "load_recipe", "recipes_folder"]
+
+Control = Literal[
+    "dense",
+    "random_mask",
+    "shuffled_layers",
+    "random_reinit",
+    "equal_epochs",
+    "one_shot",
+    "equal_rate_imp",
+    "equal_cost",
+]
+CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
 class Recipe(Part):
@@ -37,6 +40,8 @@ class Recipe(Part):
     """names the run folder, output/<name>; the file's name where not given"""
     output: Path | None = None
     """the run folder itself, where it is not output/<name>"""
+    label: str | None = None
+    """what reports call the ticket; the pruner's name, and what tells it from others, where not given"""
     source: str | None = None
     """where the settings come from: the paper and its expected number"""
     seed: Seed = 42
@@ -46,8 +51,12 @@ class Recipe(Part):
     folder), 'data' splits every batch, 'auto' does the first in rounds of several runs and the second in others"""
     processes_per_run: Count = 1
     """how many processes train a run together where runs are handed out: a divisor of the number of processes"""
-    dense: bool = True
-    """train the dense network as long as the ticket, where no run of the search does: what tickets are compared with"""
+    controls: tuple[Control, ...] = ("dense",)
+    """what is trained beside the ticket, as the ticket is, to compare it with. dense: the whole network, where no run
+    of the search is that; random_mask: as many weights, drawn from all layers together; shuffled_layers: the ticket's
+    mask shuffled within each layer; random_reinit: its mask over another random start; equal_epochs: the whole network,
+    as long as the ticket's weights were trained in all. Searches of their own: one_shot: IMP in one step;
+    equal_rate_imp: IMP that prunes as much a round; equal_cost: gradual pruning for all epochs of search and ticket"""
     model: ModelSettings
     """the timm model to prune"""
     data: DataSettings = DataSettings()
@@ -66,6 +75,18 @@ class Recipe(Part):
         if not value or value in (".", "..") or "/" in value or "\\" in value:
             raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '-' and '_'")
         return value
+
+    @field_validator("controls", mode="before")
+    @classmethod
+    def _known_controls(cls, value: Any) -> Any:
+        """One or several, each once."""
+        value = (value,) if isinstance(value, str) else value
+        if not isinstance(value, list | tuple):
+            return value
+        for one in value:
+            if one not in CONTROLS:
+                raise ValueError(unknown("control", str(one), CONTROLS))
+        return tuple(dict.fromkeys(value))
 
     @field_validator("data", "training", "retrain", mode="before")
     @classmethod
@@ -121,11 +142,11 @@ class Recipe(Part):
         """The part that decides the result, flat: ``{'training.lr': 0.1, ...}``.
 
         Where the output goes, how often checkpoints are written, what is logged and kept beside the last weights, what
-        several processes share, where images are kept, when a training is refused and, but for rounding, how a step is
-        carried out do not. Workers do: in them each image draws its own augmentation, without them all draw from one
-        stream.
+        several processes share, what is trained beside the ticket, where images are kept, when a training is refused
+        and, but for rounding, how a step is carried out do not. Workers do: in them each image draws its own
+        augmentation, without them all draw from one stream.
         """
-        free = {"output", "source", "parallel", "processes_per_run", "data.unreadable"}
+        free = {"output", "label", "source", "parallel", "processes_per_run", "controls", "data.unreadable"}
         free |= {f"training.{key}" for key in ("checkpoint_interval", "keep_best", "log_with", "step", "deterministic")}
         values = _flat(self.model_dump(mode="json"))
         if values["data.cache"] != "none":
@@ -164,7 +185,16 @@ def load_recipe(recipe: "str | Path | Recipe", overrides: Sequence[str] = ()) ->
     values = recipe.plain() if isinstance(recipe, Recipe) else read_recipe(find_recipe(recipe))
     given = read_overrides(overrides)
     switch_(values, given)
-    return check(Recipe, resolved(merged(values, given, "--set")), hint=_hint)
+    return recipe_of(merged(values, given, "--set"))
+
+
+def recipe_of(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that these settings are, as a file has them.
+
+    Raises:
+        SettingError: A setting is wrong.
+    """
+    return check(Recipe, resolved(dict(values)), hint=_hint)
 
 
 # What other programs call a setting of ours.
@@ -176,6 +206,10 @@ def _hint(key: str) -> str:
     """Where a setting is that was looked for elsewhere."""
     from ..pruning.registry import get_method, list_pruners
 
+    if key == "dense":
+        return "it is one of the controls: controls=[] is what dense=false was, controls=[dense] is the default."
+    if key in ("seeds", "sparsities", "entries"):
+        return "a file with it is a leaderboard: `timm-tickets leaderboard FILE`."
     if key in ("device", "gpu", "cuda"):
         return "Accelerate takes a GPU where there is one; set ACCELERATE_USE_CPU=true in the environment for the CPU."
     parts = (Recipe.model_fields[part].annotation for part in PARTS)

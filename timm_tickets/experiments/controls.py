@@ -1,17 +1,19 @@
 """Trainings that are not part of a search: a ticket's own and its controls'; and which of them may be compared."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..config.parts import RetrainSettings
-from ..config.recipe import Recipe
-from ..core.masks import Masks
-from ..core.states import State
+from ..config.recipe import CONTROLS, Recipe
 from ..data.datasets import Data
 from ..distributed.cards import sharing
 from ..distributed.processes import apart, decided, groups_of, wait_for_others
+from ..pruning.registry import get_method, trained_before
 from ..pruning.round import Parallel
 from ..pruning.run import Place, Run
 from ..pruning.run_end import End, plain_metrics
@@ -96,8 +98,8 @@ class Controls:
     def _train(
         self,
         name: str,
-        masks: Masks,
-        start: State,
+        masks: Mapping[str, Tensor],
+        start: Mapping[str, Tensor],
         index: int,
         round: int = 0,
         start_epoch: float = 0.0,
@@ -128,6 +130,28 @@ class Controls:
         write_run(where, run, end, replace(ticket, pretrained=self.pretrained))
 
 
+def lacking(recipe: Recipe, rows: list[dict[str, Any]]) -> list[str]:
+    """The controls of a recipe that a finished search has not trained."""
+    there = {row["name"] for row in rows}
+    if control_of(rows[:-1], recipe.ticket_epochs, True)[0] is not None:
+        there.add("dense")
+        if weights_trained(recipe, rows[:-1]) == recipe.ticket_epochs:
+            there.add("equal_epochs")
+    return [name for name in recipe.controls if name not in there]
+
+
+def weights_trained(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> int:
+    """Epochs that the weights of a search's ticket are trained for in all, its own training among them.
+
+    Args:
+        recipe: The recipe.
+        rows: The trainings but the ticket's own.
+    """
+    own = 0 if get_method(recipe.pruner["name"]).ends_trained else recipe.ticket_epochs
+    runs = {row["round"]: (row["epochs"], row["steps"]) for row in rows if row["steps"] and row["name"] not in CONTROLS}
+    return own + trained_before(recipe.pruner, [*runs.values()])
+
+
 def control_of(rows: list[dict[str, Any]], epochs: int, wanted: bool) -> tuple[dict[str, Any] | None, str]:
     """The dense network's record, if it was trained as long as the ticket; else why there is none to compare with."""
     dense = [row for row in rows if row["all_images"] and not row["gated"] and row["sparsity"] == 0]
@@ -136,7 +160,7 @@ def control_of(rows: list[dict[str, Any]], epochs: int, wanted: bool) -> tuple[d
             return row, ""
     if not dense:
         return None, ""
-    mend = "--restart trains one as long" if wanted else "without dense=false, one is trained as long"
+    mend = "--restart trains one as long" if wanted else "with controls=[dense], one is trained as long"
     return None, (
         f"no dense network to compare with: {dense[0]['name']} was trained for {counted(dense[0]['epochs'])}, the "
         f"ticket for {counted(epochs)}; {mend}"

@@ -135,18 +135,19 @@ class _Timed:
         # Whether the search itself trains the dense network on everything, as imp's first run does.
         moves = first is not None and (first.request.moves or len(pruner.subnet.gates) > 0)
         dense_first = first is not None and first.all_images and not (moves or first.sparsity)
-        dense = recipe.dense and not (dense_first and searched == epochs)
+        there = "dense" in recipe.controls and dense_first and searched == epochs
+        controls = len(recipe.controls) - there
         whole = len(self.trainer.train_loader)
-        after = epochs * (dense + (not method.ends_trained))  # of the dense network, and of the ticket
+        after = epochs * (controls + (not method.ends_trained))  # and of the ticket
         accumulated = recipe.training.grad_accum_steps
         in_search = runs * searched * trains
         batches = in_search * self.batches + after * whole
         steps = in_search * -(-self.batches // accumulated) + after * -(-whole // accumulated)
-        scorings = runs * trains + dense + 1
+        scorings = runs * trains + controls + 1
         seconds = batches * self.seconds + (in_search + after) * self.validation + runs * self.reading * (not trains)
         disk, passing = self._disk(runs, scorings, trains)
         seconds += scorings * (self.validation * method.ends_trained + self.test)
-        return Estimate(runs + dense + 1, in_search + after, steps, disk, passing, seconds, known is None)
+        return Estimate(runs + controls + 1, in_search + after, steps, disk, passing, seconds, known is None)
 
     def told(self, found: Estimate) -> str:
         where = self.trainer.accelerator.device.type

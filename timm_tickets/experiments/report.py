@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..config.recipe import CONTROLS
 from ..pruning.training import Training
 from ..storage.files import is_writer, replacing
 from ..storage.tables import write_csv
@@ -196,7 +197,8 @@ def plot(records: Sequence[dict[str, Any]], path: Path, title: str, dense: dict[
 def figure(records: Sequence[dict[str, Any]], title: str, dense: dict[str, Any] | None) -> Any:
     """Accuracy against sparsity, a matplotlib figure.
 
-    A curve joins what was trained as long as the ticket, the last record; others are hollow points beside it.
+    A curve joins what was trained as long as the ticket, the last record; others are hollow points beside it. Its
+    controls are points of their own.
 
     Args:
         records: The trainings.
@@ -208,7 +210,8 @@ def figure(records: Sequence[dict[str, Any]], title: str, dense: dict[str, Any] 
 
     # Runs on some of the classes or images are another task; and nobody has trained a soft network's hard mask yet.
     plain = [row(one) for one in records if one["all_images"] and one["metrics"].get("val_top1_soft") is None]
-    rows = sorted(plain, key=lambda one: one["sparsity"])
+    beside = [one for one in plain if one["name"] in CONTROLS and one["sparsity"]]
+    rows = sorted((one for one in plain if one not in beside), key=lambda one: one["sparsity"])
     figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -225,6 +228,9 @@ def figure(records: Sequence[dict[str, Any]], title: str, dense: dict[str, Any] 
             axes.plot(x, y, color=colour, marker=marker, markersize=4, label=label + told, **looks)
     if dense is not None:
         axes.axhline(row(dense)["test_top1"], color="black", linestyle="--", linewidth=1, label="dense, test")
+    for marker, one in zip("xP^vD*", beside, strict=False):
+        at = 1 - one["sparsity"], one["test_top1"]
+        axes.plot(*at, color="C0", marker=marker, markersize=6, linestyle="", label=f"{one['name']}, test")
     density = [1 - one["sparsity"] for one in rows]
     axes.set_xscale("log")
     axes.invert_xaxis()

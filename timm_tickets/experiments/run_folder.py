@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..config.recipe import Recipe, load_recipe
+from ..config.recipe import CONTROLS, Recipe, load_recipe
 from ..core.errors import SettingError, TicketError
 from ..core.warn import warn
 from ..distributed.processes import decided, ending_with_others, join_processes, wait_for_others
@@ -39,7 +39,7 @@ IMAGES = "images.json"  # what is in the splits
 _RECIPE, _KIND = "recipe.yaml", "experiment.json"
 _MARK = b"# timm-tickets: the resolved recipe of this folder's results."
 _CHECKSUM = b" sha256 "
-_RUN_FOLDER = re.compile(r"dense|ticket|random|round_\d+(_part_\d+)?")
+_RUN_FOLDER = re.compile(rf"{'|'.join(CONTROLS)}|ticket|round_\d+(_part_\d+)?")
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def _check_folder(folder: Path, recipe: Recipe, kind: str, restart: bool) -> Non
             f"{lost}, so whether {folder} holds results of this recipe cannot be told. If it does, delete {stored} and "
             f"{folder / _KIND} to continue; else choose another output=, or begin again with --restart"
         )
-    changed = _changed(stored, recipe) if lost is None else []
+    changed = changes(stored, recipe) if lost is None else []
     if there.kind not in (None, kind):
         changed.append(f"experiment: {there.kind} there, {kind} now")
     if changed:
@@ -122,7 +122,7 @@ def _check_free(folder: Path) -> None:
             raise SettingError(f"{folder / name} was not written by timm-tickets; choose another output=")
 
 
-def _changed(stored: Path, recipe: Recipe) -> list[str]:
+def changes(stored: Path, recipe: Recipe) -> list[str]:
     """What a stored recipe has otherwise than this one."""
     try:
         old = load_recipe(stored).compared()  # resolved again: settings newer than the folder have their defaults
@@ -227,29 +227,30 @@ def finished(folder: Path, ticket: Path | None = None) -> dict[str, Any] | None:
         folder: The run folder.
         ticket: The final ticket, where the experiment leaves one.
     """
+    return decided(lambda: whole_result(folder, ticket))
 
-    def whole() -> dict[str, Any] | None:
-        try:
-            if (stored := read_record(folder / RESULT)) is None:
-                return None
-            done, _ = stored
-            done.setdefault("files", {})
-            try:
-                _Result.model_validate(done)
-            except ValidationError:
-                raise DamagedError(f"{folder / RESULT} is damaged (it is no experiment's result)") from None
-            if done["experiment"] != _experiment(folder).name:
-                raise DamagedError(f"{folder / RESULT} is of another experiment")
-            for name, checksum in done["files"].items():
-                check_whole(folder / name, checksum)
-            if ticket is not None and load_ticket(ticket).fingerprint != done["fingerprint"]:
-                raise TicketError(f"{ticket} is not the ticket that was found here")
-            return done
-        except (DamagedError, TicketError, FileNotFoundError) as error:
-            warn(f"{error}; it is made again from the finished runs")
+
+def whole_result(folder: Path, ticket: Path | None = None) -> dict[str, Any] | None:
+    """As `finished`, for one process alone."""
+    try:
+        if (stored := read_record(folder / RESULT)) is None:
             return None
-
-    return decided(whole)
+        done, _ = stored
+        done.setdefault("files", {})
+        try:
+            _Result.model_validate(done)
+        except ValidationError:
+            raise DamagedError(f"{folder / RESULT} is damaged (it is no experiment's result)") from None
+        if done["experiment"] != _experiment(folder).name:
+            raise DamagedError(f"{folder / RESULT} is of another experiment")
+        for name, checksum in done["files"].items():
+            check_whole(folder / name, checksum)
+        if ticket is not None and load_ticket(ticket).fingerprint != done["fingerprint"]:
+            raise TicketError(f"{ticket} is not the ticket that was found here")
+        return done
+    except (DamagedError, TicketError, FileNotFoundError) as error:
+        warn(f"{error}; it is made again from the finished runs")
+        return None
 
 
 class _Result(BaseModel):
@@ -266,7 +267,7 @@ def write_result(folder: Path, rows: list[dict[str, Any]], fingerprint: str, fil
 
 
 def records(folder: Path, lineage: Collection[str | None] = ()) -> list[dict[str, Any]]:
-    """The finished trainings of a folder, in order: dense first, then by round and part.
+    """The finished trainings of a folder, in order: controls first, then by round and part.
 
     Args:
         folder: The run folder.
@@ -283,4 +284,8 @@ def records(folder: Path, lineage: Collection[str | None] = ()) -> list[dict[str
         if record is not None and record["scored"]:
             del record["whole"]
             found.append(record)
-    return sorted(found, key=lambda row: (row["name"] != "dense", row["round"], row["part"]))
+    return sorted(found, key=lambda row: (*_place(row["name"]), row["round"], row["part"]))
+
+
+def _place(name: str) -> tuple[bool, int]:
+    return (False, CONTROLS.index(name)) if name in CONTROLS else (True, 0)

@@ -16,23 +16,23 @@ from torch import nn
 from ..config.parts import RetrainSettings
 from ..config.recipe import Recipe, load_recipe
 from ..core.errors import SettingError
-from ..core.masks import full_masks
 from ..core.warn import warn
 from ..data.datasets import Data
 from ..data.images import minding_workers
-from ..distributed.processes import apart
+from ..distributed.processes import apart, decided
 from ..pruning.checks import refuse_split
 from ..pruning.pruner import Pruner
 from ..pruning.registry import create_pruner
 from ..pruning.run import rewind_parts
 from ..sparse.subnet import Subnet
 from ..storage.files import is_writer
-from ..tickets.ticket import load_ticket
+from ..tickets.ticket import Ticket, load_ticket
 from ..training.build import build_model
+from .baselines import beside, check_controls
 from .begin import built, check_tweaks, claim, origin_of
-from .controls import Controls, Trainers, control_of
+from .controls import Controls, Trainers, control_of, lacking, weights_trained
 from .outcome import tell_files, write_model
-from .report import RichProgress, plot, print_table, say, write_summary
+from .report import RichProgress, counted, plot, print_table, say, write_summary
 from .result import Result, hands_out, parallel_of
 from .run_folder import check_folder, finished, records, working_in, write_result
 from .trackers import Trackers
@@ -70,7 +70,10 @@ def search(
 def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     folder, final = recipe.folder, recipe.folder / f"{recipe.name}.ticket"
     check_folder(folder, recipe, "search", restart)
-    if (done := finished(folder, final)) is not None:
+    done = finished(folder, final)
+    if done is not None and (missing := lacking(recipe, done["rows"])):
+        say(console, f"{folder} is finished but for its controls: {', '.join(missing)}")
+    elif done is not None:
         say(console, f"{folder} is finished; nothing to do (--restart searches again)")
         print_table(done["rows"], console)
         tell_files(folder, recipe, done["rows"], done["rows"][-1]["name"], console)
@@ -83,9 +86,7 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     if trainers.of(trainers.parallel == "runs").splits:
         refuse_split(pruner.method)
     claim(folder, recipe, "search", data, console)  # only now: a recipe that cannot be built leaves no folder behind
-    subnet, epochs = pruner.subnet, recipe.ticket_epochs
-    as_long = recipe.pruner["epochs"] == epochs
-    extra = 1 if pruner.runs and as_long else 2  # the ticket's own training, and a dense one where no run is as long
+    extra = 1 + len(recipe.controls) - ("dense" in recipe.controls and bool(pruner.runs) and _as_long(recipe))
     trainings = None if pruner.runs is None else pruner.runs + extra
     with RichProgress(console, trainings, Trackers(recipe, folder)) as progress:
         for run in pruner:
@@ -94,35 +95,13 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
                 trainers.of(run.processes is not None).fit(run, folder / run.name, progress)
             progress.end(run)
         progress.replayed(pruner.replayed, folder)
-        ticket = pruner.ticket
+        ticket, subnet = pruner.ticket, pruner.subnet
         if learned:  # its parameters have changed: what was prepared is no longer the model
             if subnet.sealed:
                 model = build_model(recipe, data.num_classes)
                 subnet = Subnet(model, subnet.names)
             trainers = Trainers(recipe, model, data)
-        # Where runs were handed out, one group trains the ticket too: then no number depends on how many there were.
-        dense = recipe.dense and not (pruner.trained_dense and as_long)
-        side_by_side = dense and not pruner.method.ends_trained and hands_out(pruner.parallel, 2, trainers.groups)
-        by_itself = pruner.handed_out or side_by_side
-        processes = recipe.processes_per_run if by_itself else None
-        controls = Controls(
-            folder, trainers.of(by_itself), subnet, progress, ticket.metadata, epochs, processes=processes
-        )
-        controls = replace(controls, follows=pruner.history.lineage[-1])
-        if dense:
-            controls.train("dense", full_masks(subnet.weights()), pruner.first_state, index=0, by=1)
-        controls = replace(controls, retrain=recipe.retrain, pretrained=ticket.pretrained)
-        last = pruner.rounds_done
-        controls.train(
-            name := f"round_{last:02d}",
-            ticket.masks,
-            ticket.values,
-            pruner.runs_done,
-            last,
-            ticket.metadata["start_epoch"],
-            train=not pruner.method.ends_trained,
-        )
-        *_, ticket.metadata["metrics"] = controls.ended(*(["dense"] if dense else []), name)
+        name = _train_beside(recipe, data, pruner, ticket, subnet, trainers, progress)
     rows, control, why = _compared(recipe, pruner, name)
     if control is not None:
         ticket.metadata["dense"] = control["metrics"]
@@ -131,12 +110,70 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
         write_summary(rows, folder)
         title = f"{recipe.name}: {recipe.model.model}, {recipe.pruner['name']}"
         plot(rows, folder / "accuracy.png", title, control)
-        best = f"round_{last - 1:02d}" if pruner.method.ends_trained else name
+        best = f"round_{pruner.rounds_done - 1:02d}" if pruner.method.ends_trained else name
         files = write_model(folder, name, recipe, data, subnet.model, best)
         write_result(folder, rows, ticket.fingerprint, files)
         print_table(rows, console, why)
         tell_files(folder, recipe, rows, name, console)
     return Result(folder, ticket, rows)
+
+
+def _as_long(recipe: Recipe) -> bool:
+    """Whether a search's runs are as long as the ticket's own training."""
+    return recipe.pruner["epochs"] == recipe.ticket_epochs
+
+
+def _train_beside(
+    recipe: Recipe,
+    data: Data,
+    pruner: Pruner,
+    ticket: Ticket,
+    subnet: Subnet,
+    trainers: Trainers,
+    progress: RichProgress,
+) -> str:
+    """Train the ticket that a search has found, and its controls; the name of the ticket's own training."""
+    last, trains = pruner.rounds_done, not pruner.method.ends_trained
+    there = pruner.trained_dense and _as_long(recipe)
+    wanted = [one for one in recipe.controls if one != "dense" or not there]
+    epochs = in_all = recipe.ticket_epochs
+    if "equal_epochs" in wanted:
+        rows = decided(lambda: records(recipe.folder, pruner.history.lineage))
+        in_all = weights_trained(recipe, [row for row in rows if row["round"] < last])
+        if in_all == epochs and (there or "dense" in wanted):
+            wanted.remove("equal_epochs")
+            progress.say(f"equal_epochs: the dense network was trained for as many, {counted(in_all)}, as the control")
+    # Where runs were handed out, one group trains the ticket too: then no number depends on how many there were.
+    count = len(wanted) + trains
+    side_by_side = count > 1 and hands_out(pruner.parallel, count, trainers.groups)
+    by_itself = pruner.handed_out or side_by_side
+    processes = recipe.processes_per_run if by_itself else None
+    plain = Controls(
+        recipe.folder,
+        trainers.of(by_itself),
+        subnet,
+        progress,
+        ticket.metadata,
+        epochs,
+        processes=processes,
+        follows=pruner.history.lineage[-1],
+    )
+    retrained = replace(plain, retrain=recipe.retrain)
+    replace(retrained, pretrained=ticket.pretrained).train(
+        name := f"round_{last:02d}",
+        ticket.masks,
+        ticket.values,
+        pruner.runs_done,
+        last,
+        ticket.metadata["start_epoch"],
+        train=trains,
+    )
+    for by, control in enumerate(wanted, 1):
+        # Tweaks are the ticket's, and of what stands in its place.
+        how = {"dense": plain, "equal_epochs": replace(plain, epochs=in_all)}.get(control, retrained)
+        how.train(control, **vars(beside(control, recipe, data, pruner, ticket)), by=by)
+    *_, ticket.metadata["metrics"] = plain.ended(*wanted, name)
+    return name
 
 
 def create_search(recipe: Recipe, data: Data, model: nn.Module, folder: Path | None) -> Pruner:
@@ -152,6 +189,7 @@ def create_search(recipe: Recipe, data: Data, model: nn.Module, folder: Path | N
             f"retrain: {pruner.method.name} ends with a trained ticket, which is not trained again; leave it out, or "
             "train the ticket on with `timm-tickets train`"
         )
+    check_controls(recipe)
     check_tweaks(recipe, model)
     number, unit = rewind_parts(getattr(pruner.method, "rewind", None) or "0ep")
     if unit == "ep" and number >= pruner.method.epochs:
@@ -177,4 +215,4 @@ def _compared(recipe: Recipe, pruner: Pruner, name: str) -> tuple[list[dict[str,
     rows = records(recipe.folder, pruner.history.lineage)
     # A part's dense run, the first of COLT's, is another task.
     full = [row for row in rows if row["name"] == "dense" or (pruner.trained_dense and row["name"] != name)]
-    return rows, *control_of(full, recipe.ticket_epochs, recipe.dense)
+    return rows, *control_of(full, recipe.ticket_epochs, "dense" in recipe.controls)

@@ -27,7 +27,7 @@ from .run_folder import check_folder, records, working_in, write_result
 from .search import search
 from .trackers import Trackers
 
-CONTROLS = ("dense", "random", "native")
+CONTROLS = ("dense", "shuffled_layers", "native")
 
 
 def transfer(
@@ -49,8 +49,8 @@ def transfer(
         ticket: The ticket's file.
         overrides: Settings like ``training.epochs=20``.
         controls: What is trained beside it, each with the same images in the same order: ``dense``, the whole network
-            from the recipe's seed; ``random``, the same start under a random mask with the ticket's layer counts;
-            ``native``, a ticket searched on the target itself.
+            from the recipe's seed; ``shuffled_layers``, the same start under a random mask with the ticket's layer
+            counts; ``native``, a ticket searched on the target itself.
         recompute_batch_norm: Begin with batch-norm statistics of the target's training images.
         restart: Delete what an earlier transfer left in the folder, and begin again.
         console: Where progress and tables go; standard output where None.
@@ -94,7 +94,7 @@ def _transfer(
     fresh = Subnet(model, ()).state()
     moved = given.transfer_(model)
     trainers = Trainers(recipe, model, data)
-    trained = 1 + len({"dense", "random"}.intersection(controls))
+    trained = 1 + len({"dense", "shuffled_layers"}.intersection(controls))
     by_itself = hands_out(parallel_of(recipe, trainers), trained, trainers.groups)
     trainer, processes = trainers.of(by_itself), recipe.processes_per_run if by_itself else None
     claim(folder, recipe, kind, data, console)
@@ -106,7 +106,7 @@ def _transfer(
         moved = replace(Ticket.of(model, moved.masks, moved.metadata), pretrained=moved.pretrained)
     moved.metadata |= origin_of(recipe, data, model)
     starts = {"ticket": (moved.masks, moved.values)}
-    starts["random"] = (shuffled_masks(moved.masks, recipe.seed), fresh)
+    starts["shuffled_layers"] = (shuffled_masks(moved.masks, recipe.seed), fresh)
     starts["dense"] = (full_masks(moved.masks), fresh)
     wanted = [name for name in starts if name == "ticket" or name in controls]
     subnet, epochs = Subnet(model, tuple(moved.masks)), recipe.retrain.epochs or recipe.training.epochs
@@ -119,10 +119,10 @@ def _transfer(
         beside.ended(*wanted)
     rows, native_row = records(folder), []
     for row in rows:
-        if row["name"] != "random" and row["epochs"] == epochs:
+        if row["name"] != "shuffled_layers" and row["epochs"] == epochs:
             moved.metadata["metrics" if row["name"] == "ticket" else "dense"] = row["metrics"]
     if "native" in controls:
-        searched = search(native.model_copy(update={"output": folder / "native", "dense": False}), console=console)
+        searched = search(native.model_copy(update={"output": folder / "native", "controls": ()}), console=console)
         native_row.append({**searched.rows[-1], "name": "native"})
     if is_writer():
         moved.save(folder / f"{recipe.name}.ticket")

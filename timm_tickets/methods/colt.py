@@ -81,6 +81,9 @@ class COLT(Method):
         classes = np.array_split(np.arange(count), self.partitions)
         return [Run(classes=part.tolist()) for part in classes]
 
+    def round_rate(self) -> float:
+        return 1 - (1 - self.prune_rate) ** self.partitions  # of masks that overlap at chance
+
     def overlap(self, mask: Masks, scores: Sequence[Mapping[str, Tensor]], cut: int) -> Masks:
         """What all copies keep, each having pruned ``cut`` weights."""
         first, *others = scores

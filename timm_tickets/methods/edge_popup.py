@@ -39,6 +39,7 @@ class EdgePopup(Method):
     """
 
     ends_trained: ClassVar[bool] = True
+    trains_weights: ClassVar[bool] = False
     scope: Annotated[Scope, Field(description="compare scores within each layer (as published), or across all")] = (
         "layerwise"
     )

@@ -49,5 +49,8 @@ class IMP(Method):
             counts.append(remaining)
         return counts
 
+    def round_rate(self) -> float:
+        return self.prune_rate
+
     def runs(self, subnet: Subnet) -> int:
         return len(self.kept_counts(subnet))

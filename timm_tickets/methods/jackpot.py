@@ -39,6 +39,7 @@ class Jackpot(Method):
     """
 
     ends_trained: ClassVar[bool] = True
+    trains_weights: ClassVar[bool] = False
     fall: Annotated[
         Literal["cosine", "quartic", "none"],
         Field(description="how the share of swaps falls: cosine, (1 - t)^4, not"),

@@ -56,12 +56,14 @@ class Method(metaclass=Settings):
     Attributes:
         name: The registered name.
         ends_trained: Whether the ticket's values are final, found in the search itself: nobody trains it again.
+        trains_weights: Whether the ticket's weights are trained; false where they are only chosen among.
         reads_gradients: Whether it takes gradients other than by ``backward``.
         units: What is cut as one; of the pruner's own copy (`on`) that of its model.
     """
 
     name: ClassVar[str] = ""
     ends_trained: ClassVar[bool] = False
+    trains_weights: ClassVar[bool] = True
     reads_gradients: ClassVar[bool] = False
     units: ClassVar[Weights] = Weights()
 
@@ -202,6 +204,11 @@ class Method(metaclass=Settings):
 
     def runs(self, subnet: Subnet) -> int | None:
         """How many runs the search will ask for, where that is known beforehand."""
+        return None
+
+    def round_rate(self) -> float | None:
+        """Fraction of the remaining weights that a round prunes, where it is the same in all: IMP at this rate is its
+        control."""
         return None
 
 

@@ -3,9 +3,9 @@
 An entry point of the group ``timm_tickets.pruners`` names a module; importing it runs its `register_pruner` decorators.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 from typing_extensions import dataclass_transform
@@ -14,6 +14,7 @@ from ..core.errors import SettingError, check
 from ..core.registry import Registry
 from .method import Method
 from .pruner import Pruner
+from .run import rewind_parts
 
 M = TypeVar("M", bound=type[Method])
 
@@ -59,6 +60,31 @@ def checked_method(name: str, settings: Mapping[str, Any]) -> Method:
         return f"it is a setting of {' and '.join(having)}, not of {name}; leave it out." if having else ""
 
     return check(get_method(name), settings, "pruner", hint)
+
+
+def goes_on(pruner: Mapping[str, Any], steps: int = 0) -> Literal["all", "first"] | None:
+    """Which of a search's runs have trained the weights that its ticket begins with: all, the first, none.
+
+    Args:
+        pruner: Its name and settings.
+        steps: Of the first run, where they are known.
+    """
+    if get_method(pruner["name"]).ends_trained or pruner.get("rewind", "0ep") is None:
+        return "all"
+    number, unit = rewind_parts(str(pruner.get("rewind", "0ep")))
+    end = pruner["epochs"] if unit == "ep" else steps  # a rewind point that the run has not passed is its end
+    return "first" if 0 < end <= number else None
+
+
+def trained_before(pruner: Mapping[str, Any], runs: Sequence[tuple[int, int]]) -> int:
+    """Epochs that a ticket's first weights were trained for in its search, by the runs that they come from.
+
+    Args:
+        pruner: Its name and settings.
+        runs: Epochs and steps of one run a round, in order; of those that took steps.
+    """
+    on = goes_on(pruner, runs[0][1] if runs else 0)
+    return sum(epochs for epochs, _ in (runs if on == "all" else runs[:1] if on == "first" else ()))
 
 
 def create_pruner(name: str, model: nn.Module, *, folder: str | Path | None = None, **settings: Any) -> Pruner:

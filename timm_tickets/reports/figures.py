@@ -1,57 +1,18 @@
-"""The figures of a report: legible on light and dark, in print, and without telling colours apart."""
+"""The figures of a report."""
 
-import io
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from ..config.recipe import CONTROLS
 from ..core.errors import shown
+from .drawing import COLOURS, FAINT, INK, Figure, bars, drawn, said
 from .masks import Overlap, TicketFile
 from .statistics import Interval, interval, percent
 from .tasks import Series, Task
 
-# Okabe and Ito's, without yellow, which white swallows; each with a marker and a line style of its own.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS, _LINES = "osD^vPX*<>hd", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-_INK, _FAINT = "#101112", "#b0b1b2"  # in the page, what they stand for follows the reader's choice of light or dark
 _MOST = 12  # lines of a figure
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "timm-tickets",
-    "text.parse_math": False,  # a folder's name may have a $
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.4,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
-}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture.
-
-    Attributes:
-        name: Of its files, without a suffix.
-        title: A line.
-        alt: What it shows, in numbers.
-        inline: An SVG for the page, in the page's colours.
-        svg: The same as a file of its own, on white.
-        png: The same for what reads no SVG.
-    """
-
-    name: str
-    title: str
-    alt: str
-    inline: str
-    svg: bytes
-    png: bytes
 
 
 def accuracy(task: Task, name: str) -> Figure | None:
@@ -81,14 +42,14 @@ def accuracy(task: Task, name: str) -> Figure | None:
                 scores = [sum(each) / len(each) for each in seeds.values()]
                 axes.plot([density] * len(scores), scores, **looks | {"linestyle": "", "markersize": 3, "alpha": 0.5})
             axes.plot(x, [one.mean for one in means.values()], label=label, **looks)
-            _bars(axes, x, [*means.values()], looks["color"])
-            told.append(f"{label}: " + ", ".join(f"{_said(one)} at sparsity {p:.4g}" for p, one in means.items()))
+            bars(axes, x, [*means.values()], looks["color"])
+            told.append(f"{label}: " + ", ".join(f"{said(one)} at sparsity {p:.4g}" for p, one in means.items()))
         if dense:
             found = percent([*dense.values()])
-            axes.axhline(found.mean, color=_INK, linestyle=(0, (1, 1)), linewidth=1.2, label=f"dense, {epochs} epochs")
+            axes.axhline(found.mean, color=INK, linestyle=(0, (1, 1)), linewidth=1.2, label=f"dense, {epochs} epochs")
             if found.low is not None:
-                axes.axhspan(found.low, found.high, color=_FAINT, alpha=0.35, linewidth=0)
-            told.append(f"dense, {epochs} epochs: {_said(found)}")
+                axes.axhspan(found.low, found.high, color=FAINT, alpha=0.35, linewidth=0)
+            told.append(f"dense, {epochs} epochs: {said(found)}")
         places = sorted({1 - place for each in by_label.values() for place in each}, reverse=True)
         axes.set_xscale("log")
         axes.set_xlim(max(places) * 1.25, min(places) / 1.25)  # a single sparsity is a place, not a range
@@ -98,7 +59,7 @@ def accuracy(task: Task, name: str) -> Figure | None:
         axes.set_ylabel("test top-1 (%)")
         return "; ".join(told)
 
-    return _figure(name, f"Accuracy against sparsity: {task.title}", draw)
+    return drawn(name, f"Accuracy against sparsity: {task.title}", draw)
 
 
 def trainings(task: Task, name: str) -> Figure | None:
@@ -124,20 +85,20 @@ def trainings(task: Task, name: str) -> Figure | None:
                 x, mean = spent + shift, percent(ys)
                 axes.plot([x] * len(ys), ys, **looks | {"markersize": 3, "alpha": 0.5})
                 axes.plot([x], [mean.mean], label=label if target == targets[0] else None, **looks)
-                _bars(axes, [x], [mean], looks["color"])
-                told.append(f"{label} at sparsity {target:.4g}: {_said(mean)} for {spent:.4g} epochs")
+                bars(axes, [x], [mean], looks["color"])
+                told.append(f"{label} at sparsity {target:.4g}: {said(mean)} for {spent:.4g} epochs")
         epochs, dense = task.dense
         if dense:
             mean = percent([*dense.values()])
-            axes.plot([epochs], [mean.mean], color=_INK, marker="_", markersize=14, linestyle="", label="dense")
-            _bars(axes, [epochs], [mean], _INK)
-            told.append(f"dense: {_said(mean)} for {epochs} epochs")
+            axes.plot([epochs], [mean.mean], color=INK, marker="_", markersize=14, linestyle="", label="dense")
+            bars(axes, [epochs], [mean], INK)
+            told.append(f"dense: {said(mean)} for {epochs} epochs")
         axes.set_xlim(0, max(most, epochs) * 1.06)
         axes.set_xlabel("epochs of all images, search and ticket")
         axes.set_ylabel("test top-1 (%)")
         return "; ".join(told)
 
-    return _figure(name, f"Accuracy against trainings spent: {task.title}", draw)
+    return drawn(name, f"Accuracy against trainings spent: {task.title}", draw)
 
 
 def density(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Figure | None:
@@ -164,7 +125,7 @@ def density(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Fig
         axes.set_ylabel("share of its weights kept")
         return "; ".join(told)
 
-    return _figure(name, f"Density by layer: {task.title}", draw)
+    return drawn(name, f"Density by layer: {task.title}", draw)
 
 
 def overlaps(task: Task, found: Sequence[Overlap], name: str) -> Figure | None:
@@ -183,18 +144,18 @@ def overlaps(task: Task, found: Sequence[Overlap], name: str) -> Figure | None:
         told = []
         for place, (label, pairs) in enumerate(rows):
             values, chance = interval([one.iou for one in pairs]), interval([one.by_chance for one in pairs])
-            axes.plot([one.iou for one in pairs], [place] * len(pairs), "o", color=_COLOURS[0], markersize=5)
-            axes.plot([chance.mean], [place], "|", color=_COLOURS[1], markersize=16, markeredgewidth=2)
+            axes.plot([one.iou for one in pairs], [place] * len(pairs), "o", color=COLOURS[0], markersize=5)
+            axes.plot([chance.mean], [place], "|", color=COLOURS[1], markersize=16, markeredgewidth=2)
             told.append(f"{' '.join(label.split())}: {values.mean:.3f} shared, {chance.mean:.3f} by chance")
-        axes.plot([], [], "o", color=_COLOURS[0], label="a pair of masks")
-        axes.plot([], [], "|", color=_COLOURS[1], markersize=12, markeredgewidth=2, label="chance, same layer counts")
+        axes.plot([], [], "o", color=COLOURS[0], label="a pair of masks")
+        axes.plot([], [], "|", color=COLOURS[1], markersize=12, markeredgewidth=2, label="chance, same layer counts")
         axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(left=0)
         axes.set_xlabel("kept by both / by either")
         return "; ".join(told)
 
-    return _figure(name, f"Overlap of masks: {task.title}", draw, height=1.6 + 0.4 * len(rows))
+    return drawn(name, f"Overlap of masks: {task.title}", draw, height=1.6 + 0.4 * len(rows))
 
 
 def rounds(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Figure | None:
@@ -211,7 +172,7 @@ def rounds(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Figu
             for place, one in enumerate(each):
                 x = range(1, len(one) + 1)
                 axes.plot(x, [kept for kept, _ in one], label=label if not place else None, **looks)
-                chance = {"color": _INK, "linestyle": ":", "label": "by chance" if not number + place else None}
+                chance = {"color": INK, "linestyle": ":", "label": "by chance" if not number + place else None}
                 axes.plot(x, [by_chance for _, by_chance in one], **chance)
             last = each[0][-1]
             told.append(f"{label}: {last[0]:.3f} kept by all in round {len(each[0])}, {last[1]:.3f} by chance")
@@ -220,7 +181,7 @@ def rounds(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Figu
         axes.set_ylabel("share kept by all copies")
         return "; ".join(told)
 
-    return _figure(name, f"What COLT's copies agree on: {task.title}", draw)
+    return drawn(name, f"What COLT's copies agree on: {task.title}", draw)
 
 
 def curves(task: Task, name: str) -> Figure | None:
@@ -233,7 +194,7 @@ def curves(task: Task, name: str) -> Figure | None:
         if label == "dense":
             names = [run.name for run in one.dense if run.name in one.curves]
         else:
-            names = sorted(name for name in one.curves if name not in ("dense", "random"))
+            names = sorted(name for name in one.curves if name not in CONTROLS)
             states[label][one.state] += 1
         if names:
             lines[label].setdefault(one.seed, one.curves[names[0 if label == "dense" else -1]])
@@ -243,62 +204,27 @@ def curves(task: Task, name: str) -> Figure | None:
     def draw(axes: Any) -> str:
         told = []
         for label, each in [*lines.items()][-_MOST:]:
-            looks = {"color": _INK, "linestyle": ":"} if label == "dense" else _looks(task, label)[1]
+            looks = {"color": INK, "linestyle": ":"} if label == "dense" else _looks(task, label)[1]
             state = ", ".join(f"{count} {name}" for name, count in states[label].items() if name != "finished")
             state = f" ({state})" if state else ""
             for place, curve in enumerate(each.values()):
                 once = {"label": label + state if not place else None, "markersize": 3, "linewidth": 1}
                 axes.plot([epoch for epoch, _ in curve], [score for _, score in curve], **looks | once)
             ends = percent([curve[-1][1] for curve in each.values()])
-            told.append(f"{label}{state}: {_said(ends)} after epoch {max(curve[-1][0] for curve in each.values())}")
+            told.append(f"{label}{state}: {said(ends)} after epoch {max(curve[-1][0] for curve in each.values())}")
         _whole(axes)
         axes.set_xlabel("epoch")
         axes.set_ylabel("validation top-1 (%)")
         return "; ".join(told)
 
-    return _figure(name, f"Training curves, of each search the last training: {task.title}", draw)
-
-
-def _figure(name: str, title: str, draw: Any, height: float = 3.7) -> Figure:
-    """Draw once, and write it for the page, as an SVG and as a PNG."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
-
-    with matplotlib.rc_context(_STYLE):
-        canvas = Canvas(figsize=(5.4, min(height, 14)), layout="constrained")
-        FigureCanvasAgg(canvas)
-        axes = canvas.add_subplot()
-        alt = f"{title}. {draw(axes)}"
-        handles, labels = axes.get_legend_handles_labels()
-        if handles:
-            canvas.legend(handles, labels, loc="outside lower center", ncols=2 if len(labels) > 1 else 1)
-
-        out = io.StringIO(), io.BytesIO()
-        told: Any = {"metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))}
-        canvas.savefig(out[0], format="svg", transparent=True, **told)
-        canvas.savefig(out[1], format="png", dpi=150)
-    svg = out[0].getvalue()
-    white = re.sub(r"(<svg [^>]*>)", r'\1<rect width="100%" height="100%" fill="white"/>', svg, count=1)
-    return Figure(name, title, alt, _themed(svg, name), white.encode(), out[1].getvalue())
-
-
-def _themed(svg: str, name: str) -> str:
-    """An SVG as a part of a page: without a prologue, its names its own, its colours the page's."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg).replace("xlink:href", "href")
-    for number, colour in enumerate(_COLOURS):
-        svg = svg.replace(colour, f"var(--c{number})")
-    svg = svg.replace(_INK, "var(--ink)").replace(_FAINT, "var(--faint)")
-    return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+    return drawn(name, f"Training curves, of each search the last training: {task.title}", draw)
 
 
 def _looks(task: Task, label: str) -> tuple[int, dict[str, Any]]:
     """A line's number and looks, the same in all figures of a task."""
     number = [*dict.fromkeys(one.label for one in task.series)].index(label)
     return number, {
-        "color": _COLOURS[number % len(_COLOURS)],
+        "color": COLOURS[number % len(COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
         "linestyle": _LINES[number % len(_LINES)],
         "markersize": 6,
@@ -321,15 +247,3 @@ def _whole(axes: Any) -> None:
 def _seeds(seeds: dict[int, list[float]]) -> Interval:
     """Mean and interval over seeds, each counted once."""
     return percent([sum(each) / len(each) for each in seeds.values()])
-
-
-def _bars(axes: Any, x: Sequence[float], means: Sequence[Interval], colour: str) -> None:
-    for place, one in zip(x, means, strict=True):
-        if one.low is not None and one.high is not None:
-            axes.errorbar([place], [one.mean], [[one.mean - one.low], [one.high - one.mean]], color=colour, capsize=3)
-
-
-def _said(one: Interval) -> str:
-    if one.low is None:
-        return f"{one.mean:.2f} % ({one.count} seed{'s' * (one.count > 1)}, no interval)"
-    return f"{one.mean:.2f} % (95 % interval {one.low:.2f} to {one.high:.2f}, {one.count} seeds)"

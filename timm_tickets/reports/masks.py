@@ -11,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..core.errors import SettingError
 from ..core.masks import Masks
-from ..pruning.registry import list_pruners
+from ..pruning.registry import goes_on, list_pruners
 from ..sparse.prunable import build_to_inspect
 from ..tickets.compare import overlap
 from ..tickets.publish import harmless
 from ..tickets.reader import damage, open_, unpack_masks
 from ..tickets.size import weigh
 from ..tickets.starts import ValuesStart
-from .read import Experiment, goes_on
+from .read import Experiment
 
 _MOST_PAIRS = 200  # of masks that are compared; 1,000 would take minutes for a ResNet-50
 _MOST_BYTES = 1 << 32  # of unpacked masks, a byte a weight

@@ -15,6 +15,7 @@ from ..storage.files import is_writer, read_bytes, write_bytes
 from . import figures, masks
 from .figures import Figure
 from .masks import TicketFile, costs, ticket_file
+from .ranking import RANKING, ranking_figure, ranking_rows, standings
 from .read import Experiment, read_all
 from .statistics import percent
 from .tasks import Series, Task, tasks
@@ -39,6 +40,7 @@ class Section:
 
     title: str
     about: str
+    ranking: Table
     verdicts: Table
     tickets: Table
     figures: list[Figure] = field(default_factory=list)
@@ -118,7 +120,9 @@ def _section(task: Task, name: str, margin: float, left: list[str]) -> Section:
         left.append(f"the overlap of masks is left out: {shown(str(error), 300)}")
     if more:
         left.append(f"{task.title}: the overlap of {more:,} more pairs of masks is left out")
+    places, judged = standings(task), verdicts(task, margin)
     drawn = [
+        ranking_figure(task, places, f"{name}ranking"),
         figures.accuracy(task, f"{name}accuracy"),
         figures.trainings(task, f"{name}trainings"),
         figures.curves(task, f"{name}curves"),
@@ -128,12 +132,13 @@ def _section(task: Task, name: str, margin: float, left: list[str]) -> Section:
     ]
     said = [
         [f"{one.series.label} at {one.series.target:.4g}", one.text[0].upper() + one.text[1:] + ".", _tests(one)]
-        for one in verdicts(task, margin)
+        for one in judged
     ]
     tickets = [row for series in task.series if (row := _ticket(series, files[series]))]
     return Section(
         task.title,
         _about(task),
+        Table(RANKING, ranking_rows(places, judged)[:_ROWS]),
         Table(("ticket", "verdict", "tests"), said[:_ROWS]),
         Table(_COLUMNS, tickets[:_ROWS]),
         [one for one in drawn if one is not None],
@@ -187,13 +192,8 @@ def _time(seconds: float) -> str:
 
 def _about(task: Task) -> str:
     """How fine the test set measures, and how long the dense network was trained."""
-    counts = task.experiments[0].images.get("test")
-    try:
-        count = sum(int(each[0]) for each in counts.values()) if isinstance(counts, dict) else 0
-    except (TypeError, ValueError, LookupError, ArithmeticError):  # a stranger's
-        count = 0
-    epochs, dense = task.dense
-    fine = f"{count:,} test images: one of them is {100 / count:.2g} points. " if 0 < count < 10**12 else ""
+    count, (epochs, dense) = task.test_images, task.dense
+    fine = f"{count:,} test images: one of them is {100 / count:.2g} points. " if count else ""
     score = percent([*dense.values()]) if dense else None
     if score is None:
         return f"{fine}No dense network has been trained."

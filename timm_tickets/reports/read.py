@@ -13,11 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..config.recipe import Recipe, load_recipe
+from ..config.recipe import CONTROLS, Recipe, load_recipe
 from ..core.errors import SettingError, shown
 from ..experiments.run_folder import IMAGES, RESULT
-from ..pruning.registry import get_method
-from ..pruning.run import rewind_parts
+from ..pruning.registry import get_method, trained_before
 from ..pruning.run_files import RECORD, follows_of, read_run_record, search_of
 from ..storage.files import DamagedError, read_bytes, read_record
 from ..storage.lock import held, left_behind
@@ -25,7 +24,7 @@ from ..training.epoch_log import EPOCHS
 
 _MOST_BYTES = 1 << 24  # of a record; one of 1,000 trainings has 1 MB
 _MOST = 2_000  # trainings of a folder, and folders of a report
-_NAME = r"^(dense|ticket|random|native|round_\d{1,6}(_part_\d{1,6})?)$"
+_NAME = rf"^({'|'.join(CONTROLS)}|ticket|native|round_\d{{1,6}}(_part_\d{{1,6}})?)$"
 _DEPTH = 4  # folders between one that is given and a run folder
 
 State = Literal["finished", "running", "killed", "stopped"]
@@ -135,13 +134,13 @@ class Experiment:
         if self.kind != "search" or get_method(self.recipe.pruner["name"]).ends_trained:
             found = [final] if final is not None else []
         else:
-            found = [one for one in self.trained if one.epochs == self.epochs and 0 < one.sparsity < 1]
+            found = [one for one in self.searched if one.epochs == self.epochs and 0 < one.sparsity < 1]
         return [one for one in {one.sparsity: one for one in found}.values() if one.top1 is not None]
 
     @property
     def searched(self) -> list[Trained]:
         """What was trained to find and train the ticket: all but controls."""
-        return [one for one in self.trained if one.name not in ("dense", "random", "native")]
+        return [one for one in self.trained if one.name not in (*CONTROLS, "native")]
 
     @property
     def spent(self) -> float | None:
@@ -158,10 +157,9 @@ class Experiment:
         """Epochs that the ticket's weights were trained for: its own, and of runs before those that it goes on from."""
         if (final := self.final) is None or self.kind != "search":
             return None if final is None else final.epochs
-        before = [*{one.round: one for one in self.searched if one.steps and one is not final}.values()]
-        on = goes_on(self.recipe.pruner, before[0].steps if before else 0)
-        from_ = {"all": before, "first": before[:1], None: []}[on]
-        return sum(one.epochs for one in from_) + (final.epochs if final.steps or not from_ else 0)
+        before = {one.round: (one.epochs, one.steps) for one in self.searched if one.steps and one is not final}
+        trained = trained_before(self.recipe.pruner, [*before.values()])
+        return trained + (final.epochs if final.steps or not trained else 0)
 
     @property
     def ticket(self) -> Path:
@@ -180,20 +178,6 @@ class Experiment:
             except (OSError, ValueError, KeyError, csv.Error):
                 self.notes.append(f"{shown(str(folder / EPOCHS), 300)} is damaged; its curve is left out")
         return found
-
-
-def goes_on(pruner: Mapping[str, Any], steps: int = 0) -> Literal["all", "first"] | None:
-    """Which of a search's runs have trained the weights that its ticket begins with: all, the first, none.
-
-    Args:
-        pruner: Its name and settings.
-        steps: Of the first run, where they are known.
-    """
-    if get_method(pruner["name"]).ends_trained or pruner.get("rewind", "0ep") is None:
-        return "all"
-    number, unit = rewind_parts(str(pruner.get("rewind", "0ep")))
-    end = pruner["epochs"] if unit == "ep" else steps  # a rewind point that the run has not passed is its end
-    return "first" if 0 < end <= number else None
 
 
 def read_all(folders: Iterable[Path]) -> tuple[list[Experiment], list[str]]:
@@ -284,7 +268,7 @@ def read(folder: Path) -> Experiment:
     print_ = None if result is None else result.get("fingerprint")
     images = known(IMAGES) or {}
     if result is None:
-        trained.sort(key=lambda row: (row.name != "dense", row.round, row.part))
+        trained.sort(key=lambda row: (row.name not in CONTROLS, row.round, row.part))
     return Experiment(folder, state, what, kind[3], recipe, images, tuple(trained), print_, notes)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from .masks import ticket_file
 from .read import Experiment, Trained
 
 _SCORED = ("img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "input_img_mode", "in_chans", "classes")
-_OF_A_SEED = ("seed", "name", "pruner.seed", "dense", "data.workers")  # what runs of one series may have otherwise
+_OF_A_SEED = ("seed", "name", "pruner.seed", "data.workers")  # what runs of one series may have otherwise
 
 
 @dataclass(eq=False)
@@ -69,6 +70,16 @@ class Task:
             made.append(Series(label, group, [each for each in again if each.of in of]))
         return sorted(made, key=lambda one: (one.label, one.target))
 
+    @property
+    def test_images(self) -> int:
+        """How many there are; 0 where that is not known."""
+        counts = self.experiments[0].images.get("test")
+        try:
+            count = sum(int(each[0]) for each in counts.values()) if isinstance(counts, dict) else 0
+        except (TypeError, ValueError, LookupError, ArithmeticError):  # a stranger's
+            return 0
+        return count if 0 < count < 10**12 else 0
+
     @cached_property
     def dense(self) -> tuple[int, dict[int, float]]:
         """Epochs and test top-1 by seed of the dense networks that were trained as most of the tickets are."""
@@ -91,7 +102,8 @@ def tasks(experiments: Iterable[Experiment]) -> list[Task]:
     for one in experiments:
         test = one.images.get("test") or str(one.folder)
         how = {key: getattr(one.recipe.data, key) for key in _SCORED}
-        found[json.dumps([one.recipe.model.model_dump(mode="json"), test, how], default=str)].append(one)
+        network = one.recipe.model.model_dump(mode="json", exclude={"initial_checkpoint"})
+        found[json.dumps([network, test, how], default=str)].append(one)
     made = [Task(group) for group in found.values()]
     titles = [one.title for one in made]
     for number, one in enumerate(made):
@@ -101,9 +113,11 @@ def tasks(experiments: Iterable[Experiment]) -> list[Task]:
 
 
 def _pruner(one: Experiment) -> str:
-    """Who found a ticket, and that it was trained again where that is so."""
+    """The recipe's label, else who found a ticket; and that it was trained again where that is so."""
     if one.kind == "search":
-        return one.recipe.pruner["name"]
+        return one.recipe.label or one.recipe.pruner["name"]
+    if one.recipe.label:
+        return f"{one.recipe.label}, {one.kind}"
     try:
         return f"{ticket_file(one).pruner}, {one.kind}"
     except (TicketError, OSError):
@@ -129,11 +143,14 @@ def differing(one: Experiment, other: Experiment) -> list[str]:
 
 
 def _labels(groups: Mapping[tuple[str, str], Sequence[Experiment]]) -> list[str]:
-    """The pruner's name, and what tells groups of one name apart."""
-    flat = [(name, _settings(group[0], *_OF_A_SEED, "pruner.sparsity")) for (name, _), group in groups.items()]
+    """The name, and what tells groups of one name apart; of a label that a recipe gives, at one sparsity."""
+    flat = []
+    for (name, _), group in groups.items():
+        at = group[0].target if group[0].recipe.label else None
+        flat.append((name, at, _settings(group[0], *_OF_A_SEED, "pruner.sparsity")))
     out = []
-    for name, mine in flat:
-        alike = [other for its, other in flat if its == name]
+    for name, at, mine in flat:
+        alike = [other for *its, other in flat if its == [name, at]]
         keys = [key for key in mine if any(other.get(key) != mine[key] for other in alike)]
         said = [f"{key.rpartition('.')[2]} {shown(mine[key], 20)}" for key in keys]
         out.append(name + (f" ({', '.join([*dict.fromkeys(said)][:3])})" if said else ""))
@@ -141,7 +158,10 @@ def _labels(groups: Mapping[tuple[str, str], Sequence[Experiment]]) -> list[str]
 
 
 def _settings(one: Experiment, *without: str) -> dict[str, Any]:
-    return {key: value for key, value in one.recipe.compared().items() if key not in without}
+    found = {key: value for key, value in one.recipe.compared().items() if key not in without}
+    if found["model.initial_checkpoint"] is not None:  # each seed's own, where a folder says so
+        found["model.initial_checkpoint"] = re.sub(rf"\bseed_{one.seed}\b", "seed_*", found["model.initial_checkpoint"])
+    return found
 
 
 def _training(one: Experiment) -> str:

@@ -151,7 +151,7 @@ class _Pairs:
             yield from sorted(others, key=lambda pair: bool(_unfair(one, *pair)))
         elif control == "random mask":
             beside = [one, *(each for each in self.series.beside if each.of == one.fingerprint)]
-            yield from ((each, run) for each in beside if (run := each.named("random")) is not None)
+            yield from ((each, run) for each in beside if (run := each.named("shuffled_layers")) is not None)
             yield from self._random(one, same, True)
         else:
             yield from self._random(one, same, False)
@@ -213,7 +213,7 @@ def _absent(series: Series, control: str) -> str:
         return f"no random mask was trained, and none can be: {shown(str(error), 300)}"
     return (
         f"no random mask was trained: add it with `timm-tickets transfer {ticket} "
-        f"{folder}/recipe.yaml --control random --set output={folder}_random`, for every seed"
+        f"{folder}/recipe.yaml --control shuffled_layers --set output={folder}_random`, for every seed"
     )
 
 

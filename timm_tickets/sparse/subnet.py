@@ -34,6 +34,7 @@ class Subnet(MaskedWeights):
         notes: What a method has to tell of its search, one record after the other, in JSON types; kept in the ticket.
         origin: Where the start comes from, as a method knows it, in JSON types; `starts.Origin` describes it. A ticket
             checks it bit for bit before it leaves a value out.
+        scales: What the start's weights were multiplied with beside their mask, by name, where that is so.
         tap: Keeps the gradients of the steps that a method asks for with `tap_`.
         sealed: Whether the search has ended and its gates stay, as they do in a model that FSDP2 has split.
     """
@@ -45,6 +46,7 @@ class Subnet(MaskedWeights):
         self.strange: State = {}
         self.notes: list[dict[str, Any]] = []
         self.origin: dict[str, Any] = {}
+        self.scales: dict[str, Tensor] = {}
         self.tap = GradientTap()
         self.sealed = False
         self._loads = 0
@@ -263,6 +265,8 @@ class Subnet(MaskedWeights):
 
         Of gates, what they keep: standardised weights too are still what a seed or pretrained weights give again.
         """
+        scales = {name: gate.scale.to("cpu", copy=True) for name, gate in self.gates.items()}
+        self.scales = {one: scale for name, scale in scales.items() for one in self._all_names(name)}
         self._start = None  # first, or for a moment there would be two copies of the model
         self.set_start_(dict(self._without_gates(Gate.kept)), self._start_epoch)
 

@@ -20,9 +20,14 @@ except ImportError:  # Windows
 
 # Says who holds the lock; it is no lock itself, so it may stay behind a process that was killed until the next command.
 _HOLDER = ".timm-tickets-running.json"
+
 # As often a folder may vanish between two of our steps: others, each ending at that moment, removed it.
 _ATTEMPTS = 10
 _open: dict[int, bool] = {}  # each held descriptor, and whether its folder was made for it
+
+
+class FolderInUse(SettingError):
+    """Another command works in the folder."""
 
 
 def _forget() -> None:
@@ -50,12 +55,13 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         say: Told where there is no lock.
 
     Raises:
-        SettingError: Another command works in it; the message says which. Or the folder cannot exist.
+        FolderInUse: Another command works in it; the message says which.
+        SettingError: The folder cannot exist.
     """
     held, problem = (None, None) if rank() else _acquire(folder, say)
     problem = from_first(problem)
     if problem is not None:
-        raise SettingError(problem)
+        raise problem
     try:
         yield
     finally:
@@ -63,7 +69,7 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             _release(folder, held)
 
 
-def _acquire(folder: Path, say: Callable[[str], None]) -> tuple[int | None, str | None]:
+def _acquire(folder: Path, say: Callable[[str], None]) -> tuple[int | None, SettingError | None]:
     """The descriptor that holds the lock, and what to refuse with."""
     if fcntl is None:
         say(f"this system cannot lock {folder}; start no second command on it")
@@ -83,7 +89,7 @@ def _acquire(folder: Path, say: Callable[[str], None]) -> tuple[int | None, str 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            return None, _refusal(folder)
+            return None, FolderInUse(_refusal(folder))
         except OSError as error:
             os.close(descriptor)
             say(f"{folder} cannot be locked ({error.strerror}); start no second command on it")
@@ -93,7 +99,7 @@ def _acquire(folder: Path, say: Callable[[str], None]) -> tuple[int | None, str 
                 break
         os.close(descriptor)  # the same, between the open and the lock
     else:
-        return None, (
+        return None, SettingError(
             f"output: the folder {folder} cannot be made ({gone}); choose another one, in a place that exists; if your "
             "working directory was deleted, change to one that is there"
         )

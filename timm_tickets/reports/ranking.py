@@ -1,0 +1,187 @@
+"""Tickets of one sparsity beside one another: what was reached, for how much, and what can be told apart."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .drawing import COLOURS, FAINT, INK, Figure, drawn, said
+from .ranks import Rank, logit, ranks
+from .statistics import Interval, percent
+from .tasks import Series, Task, mean_of
+from .verdicts import Verdict
+
+DENSE = "dense"
+RANKING = (
+    *("sparsity", "rank", "ticket", "test top-1 (%)", "95 % interval", "dense trainings"),
+    *("beside dense", "beside a random mask with its layer counts"),
+)
+_UNKNOWN = 10_000  # test images, where a folder does not say how many there are
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """A ticket over its seeds, or the dense network, among those of one sparsity.
+
+    Attributes:
+        label: The ticket's, or `DENSE`.
+        scores: Test top-1 in percent by seed.
+        score: Their mean and interval.
+        trainings: What search and ticket took, in trainings of the dense network; None where that is not known.
+        rank: None where too few seeds are there to compare.
+        series: The ticket's experiments; None for the dense network.
+    """
+
+    label: str
+    scores: Mapping[int, float]
+    score: Interval
+    trainings: float | None
+    rank: Rank | None = None
+    series: Series | None = None
+
+
+def standings(task: Task) -> dict[float, list[Standing]]:
+    """By sparsity, of those that several searches have; the best mean first."""
+    by_target: dict[float, list[Standing]] = defaultdict(list)
+    for series in task.series:
+        scores: dict[int, list[float]] = defaultdict(list)
+        for one, final in series.finals:
+            if one.kind == "search":
+                scores[one.seed].append(final.top1 or 0.0)
+        if scores:
+            each = {seed: mean_of(found) for seed, found in sorted(scores.items())}
+            by_target[series.target].append(
+                Standing(series.label, each, percent([*each.values()]), _trainings(series), series=series)
+            )
+    _, dense = task.dense
+    out = {}
+    for target, found in sorted(by_target.items()):
+        if len(found) > 1:
+            every = found + ([Standing(DENSE, dense, percent([*dense.values()]), 1.0)] if dense else [])
+            ranked, _ = ranks({one: one.scores for one in every}, task.test_images or _UNKNOWN)
+            every = [replace(one, rank=ranked.get(one)) for one in every]
+            out[target] = sorted(every, key=lambda one: -one.score.mean)
+    return out
+
+
+def ranking_rows(found: Mapping[float, Sequence[Standing]], judged: Sequence[Verdict]) -> list[list[str]]:
+    """A row on each, in words."""
+    verdicts: dict[tuple[Series | None, str], str] = {(one.series, one.control): _short(one) for one in judged}
+    rows = []
+    for target, every in found.items():
+        for one in every:
+            low, high = one.score.low, one.score.high
+            start = "" if one.series is None else _start(one.series)
+            rows.append(
+                [
+                    f"{target:.4g}",
+                    "too few seeds" if one.rank is None else str(one.rank),
+                    one.label,
+                    f"{one.score.mean:.2f}",
+                    "none" if low is None else f"{low:.2f} to {high:.2f}",
+                    "not known" if one.trainings is None else f"{one.trainings:.3g}{start}",
+                    *(verdicts.get((one.series, control), "") for control in ("dense", "random mask")),
+                ]
+            )
+    return rows
+
+
+def _trainings(series: Series) -> float | None:
+    spent = [one.spent / one.epochs for one, _ in series.finals if one.spent is not None and one.kind == "search"]
+    return mean_of(spent) if spent else None
+
+
+def _start(series: Series) -> str:
+    return " and its start" if series.experiments[0].recipe.model.initial_checkpoint is not None else ""
+
+
+def _short(one: Verdict) -> str:
+    """A verdict in a few words; what it is compared with stands above the column."""
+    kinds = ("better", "worse", "matches", "not distinguishable", "not a fair comparison")
+    kind = next((kind for kind in kinds if one.text.startswith(kind)), "")
+    if one.found is not None and kind in ("better", "worse"):
+        return f"{kind} by {abs(one.found.mean):.1f}"
+    if one.found is not None and not kind:
+        return f"{one.found.mean:+.1f} with one seed"
+    return kind
+
+
+def ranking_figure(task: Task, found: Mapping[float, Sequence[Standing]], name: str, note: str = "") -> Figure | None:
+    """Test top-1 of every ticket, a panel a sparsity: seeds, mean, interval, the dense network's as a band.
+
+    Args:
+        task: Of the tickets.
+        found: Their standings.
+        name: Of the figure's files.
+        note: A line below.
+    """
+    if not found:
+        return None
+    images = task.test_images or _UNKNOWN
+    places: dict[str, list[int]] = defaultdict(list)
+    for every in found.values():
+        for place, one in enumerate(every):
+            if one.series is not None:
+                places[one.label].append(place)
+    labels = sorted(places, key=lambda label: mean_of(places[label]))
+    lowest = min(score for every in found.values() for one in every for score in one.scores.values())
+
+    def at(percent: float) -> float:
+        return logit(percent, images)
+
+    def draw(panels: Any) -> str:
+        return "; ".join(
+            f"at sparsity {target:.4g}: " + ", ".join(_panel(axes, every, labels, at))
+            for axes, (target, every) in zip(panels, found.items(), strict=True)
+        )
+
+    def finish(panels: Any) -> str:
+        told = draw(panels)
+        ticks = [tick for tick in (*range(0, 90, 10), 90, 95, 98, 99, 100) if tick >= math.floor(lowest / 10) * 10]
+        while len(ticks) > 7:  # the lower ones stand close
+            del ticks[1]
+        for axes, target in zip(panels, found, strict=True):
+            axes.set_title(f"sparsity {target:.4g}", fontsize=10)
+            axes.set_xticks([at(tick) for tick in ticks], [f"{tick}" for tick in ticks], fontsize=8)
+            axes.set_xlim(at(ticks[0]) - 0.2, at(100) + 0.3)
+            axes.set_xlabel("test top-1 (%)")
+        panels[0].set_yticks(range(len(labels)), labels)
+        panels[0].set_ylim(len(labels) - 0.4, -0.6)
+        return told
+
+    title = f"Ranking: {task.title}"
+    return drawn(name, title, finish, 1.4 + 0.24 * len(labels), panels=len(found), note=note)
+
+
+def _panel(axes: Any, every: Sequence[Standing], labels: Sequence[str], at: Any) -> list[str]:
+    told = []
+    for one in every:
+        told.append(f"{one.label} {said(one.score)}" + ("" if one.rank is None else f" rank {one.rank}"))
+        low, high = one.score.low, one.score.high
+        if one.series is None:
+            axes.axvline(
+                at(one.score.mean), color=INK, linestyle=(0, (1, 1)), linewidth=1.2, label="dense, 95 % interval"
+            )
+            if low is not None and high is not None:
+                axes.axvspan(at(low), at(high), color=FAINT, alpha=0.4, linewidth=0)
+            continue
+        y = labels.index(one.label)
+        best = one.rank is None or one.rank.best == 1
+        looks: Any = {"color": COLOURS[0] if best else COLOURS[1], "zorder": 3}
+        if low is not None and high is not None:
+            axes.plot([at(low), at(high)], [y, y], "-", linewidth=2, **looks)
+        axes.plot(
+            [at(score) for score in one.scores.values()], [y] * len(one.scores), "|", markersize=6, alpha=0.6, **looks
+        )
+        kind = {"label": "may be the best of its panel"} if best else {"label": "behind the best, beyond noise"}
+        axes.plot(
+            [at(one.score.mean)],
+            [y],
+            "o" if best else "D",
+            markersize=6,
+            markerfacecolor=looks["color"] if best else "white",
+            **kind,
+            **looks,
+        )
+    return told
