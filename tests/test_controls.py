@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 import timm_tickets as tt
+from timm_tickets.config.recipe import SEARCHED
 from timm_tickets.core.patterns import blocks, parsed
 from timm_tickets.experiments import search as experiment
 from timm_tickets.experiments.baselines import beside, check_controls
@@ -124,7 +125,7 @@ def test_controls_differ_from_the_ticket_in_what_their_name_says_alone(tmp_path,
     result, text = search(tmp_path, *IMP, controls("dense", *IN_PLACE, "equal_epochs"))
     rows = {row["name"]: row for row in result.rows}
     assert [*rows] == [*IN_PLACE, "round_00", "round_01", "round_02"]
-    assert "equal_epochs: the dense network was trained for as many, 1 epoch" in text
+    assert "equal_epochs: the ticket's weights are trained for 1 epoch in all, as the dense network is" in text
     ticket, first = (
         tt.load_ticket(tmp_path / "digits_imp.ticket"),
         tt.load_ticket(tmp_path / "round_00/round_00.ticket"),
@@ -223,6 +224,42 @@ def test_a_search_goes_on_with_the_control_that_is_missing_and_a_finished_one_wi
     assert whole.read_bytes() == (tmp_path / "a" / "shuffled_layers" / "model.safetensors").read_bytes()
 
 
+def test_controls_that_are_searches_have_folders_of_their_own_and_go_on_there(tmp_path, monkeypatch):
+    settings = [*SMALL, "pruner.name=colt", "pruner.prune_rate=0.5", "pruner.sparsity=0.6", controls(*SEARCHED)]
+
+    whole = experiment.search
+
+    def killed(recipe, *args, **kwargs):
+        if getattr(recipe, "folder", None) == tmp_path / "equal_cost":
+            raise Killed
+        return whole(recipe, *args, **kwargs)
+
+    monkeypatch.setattr(experiment, "search", killed)
+    with pytest.raises(Killed):
+        search(tmp_path, *settings)
+    monkeypatch.undo()
+    before = tt.load_ticket(tmp_path / "digits_imp.ticket").fingerprint  # written before the controls are searched
+    result, text = search(tmp_path, *settings)
+    assert "is finished but for its controls: one_shot, equal_rate_imp, equal_cost" in text
+    assert f"{tmp_path / 'one_shot'} is finished; nothing to do" in text
+    assert before == result.ticket.fingerprint
+    rows = {row["name"]: row for row in result.rows}
+    assert [*rows][:3] == [*SEARCHED]
+    assert {rows[name]["sparsity"] for name in SEARCHED} == {result.ticket.sparsity}
+    pruners = {name: tt.load_recipe(tmp_path / name / "recipe.yaml").pruner for name in SEARCHED}
+    found = {name: (one["name"], one["epochs"], one.get("prune_rate")) for name, one in pruners.items()}
+    spent = round(sum(row["steps"] for name, row in rows.items() if name not in SEARCHED) / rows["round_02"]["steps"])
+    assert found == {
+        "one_shot": ("imp", 1, 0.6),
+        "equal_rate_imp": ("imp", 1, 0.75),
+        "equal_cost": ("gradual", spent, None),
+    }
+    assert rows["one_shot"] == {**tt.search(tmp_path / "one_shot" / "recipe.yaml").rows[-1], "name": "one_shot"}
+    assert "one_shot" not in (tmp_path / "epochs.csv").read_text()
+    tt.search("digits_imp", [*settings[:-1], "controls=[]", f"output={tmp_path}"], restart=True)
+    assert not any((tmp_path / name).exists() for name in SEARCHED)
+
+
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -232,6 +269,10 @@ def test_a_search_goes_on_with_the_control_that_is_missing_and_a_finished_one_wi
             "would train them. With pruner.name=edge_popup there are dense, equal_epochs",
         ),
         (["pruner.name=frozen_slt", "controls=shuffled_layers"], "frozen_slt trains no weights"),
+        (["controls=equal_rate_imp"], "equal_rate_imp cannot be had: it is imp with these settings"),
+        (["pruner.prune_rate=0.95", "controls=one_shot"], "one_shot cannot be had: it is imp with these settings"),
+        (["pruner.name=gradual", "controls=equal_cost"], "equal_cost cannot be had: it is gradual with these settings"),
+        (["pruner.name=rigl", "controls=equal_rate_imp"], "rigl does not prune at one rate, round by round"),
         (["model.initial_checkpoint=a.pt", "controls=random_reinit"], "the model begins with trained weights"),
         (
             ["pruner.name=tp_magnitude", "pruner.rounds=2", "controls=random_mask"],

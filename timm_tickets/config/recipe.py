@@ -31,6 +31,7 @@ Control = Literal[
     "equal_cost",
 ]
 CONTROLS: tuple[Control, ...] = get_args(Control)
+SEARCHED: tuple[Control, ...] = ("one_shot", "equal_rate_imp", "equal_cost")  # searches of their own
 
 
 class Recipe(Part):
@@ -195,6 +196,17 @@ def recipe_of(values: Mapping[str, Any]) -> Recipe:
         SettingError: A setting is wrong.
     """
     return check(Recipe, resolved(dict(values)), hint=_hint)
+
+
+def with_pruner(recipe: Recipe, pruner: Mapping[str, Any], others: Mapping[str, Any]) -> Recipe:
+    """A recipe with another pruner, of which nothing is filled in from the one before.
+
+    Args:
+        recipe: The recipe.
+        pruner: Its registered name and its settings.
+        others: Settings of the recipe's own, by name, in place of its.
+    """
+    return check(Recipe, {**{key: getattr(recipe, key) for key in Recipe.model_fields}, **others, "pruner": pruner})
 
 
 # What other programs call a setting of ours.

@@ -15,7 +15,7 @@ from ..core.seeds import seed_from
 from ..core.states import State, as_bytes
 from ..data.datasets import Data
 from ..pruning.pruner import Pruner
-from ..pruning.registry import get_method, goes_on
+from ..pruning.registry import checked_method, get_method, goes_on
 from ..sparse.subnet import Subnet
 from ..storage.files import stored_state
 from ..structure.shuffled import random_masks, shuffled_layers
@@ -52,8 +52,14 @@ def _refused(recipe: Recipe, control: str) -> str:
             return f"{name} prunes while it trains, and its ticket goes on from these weights; others have none such"
     if control == "random_reinit" and (recipe.model.pretrained or recipe.model.initial_checkpoint is not None):
         return "the model begins with trained weights, and another random start has none such"
-    if control in ("one_shot", "equal_rate_imp", "equal_cost"):
-        return "it is not there yet"
+    rate = checked_method(name, recipe.method_settings).round_rate()
+    own = {"one_shot": name == "imp" and (rate or 0) >= recipe.pruner["sparsity"], "equal_rate_imp": name == "imp"}
+    if own.get(control, control == "equal_cost" and name == "gradual"):
+        return f"it is {name} with these settings, as this recipe searches"
+    if control == "equal_rate_imp" and rate is None:
+        return f"{name} does not prune at one rate, round by round"
+    if control == "one_shot" and not recipe.pruner["sparsity"]:
+        return "with a sparsity of 0 nothing is pruned"
     return ""
 
 

@@ -17,10 +17,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..config.recipe import Recipe, load_recipe
+from ..config.recipe import SEARCHED, Recipe, load_recipe
 from ..data.images import minding_workers
 from ..data.placing import bytes_in_words
 from ..pruning.pruner import Pruner
+from ..pruning.registry import checked_method, trained_before
 from ..pruning.run import Run
 from ..pruning.run_files import RECORD
 from ..pruning.training import Training
@@ -28,6 +29,7 @@ from ..storage.files import is_writer
 from ..training.trainer import Trainer
 from .begin import built, filled
 from .report import say
+from .rivals import rival
 from .search import create_search
 
 _STEPS = 8  # that are timed, after as many as warm up
@@ -135,19 +137,42 @@ class _Timed:
         # Whether the search itself trains the dense network on everything, as imp's first run does.
         moves = first is not None and (first.request.moves or len(pruner.subnet.gates) > 0)
         dense_first = first is not None and first.all_images and not (moves or first.sparsity)
-        there = "dense" in recipe.controls and dense_first and searched == epochs
-        controls = len(recipe.controls) - there
-        whole = len(self.trainer.train_loader)
-        after = epochs * (controls + (not method.ends_trained))  # and of the ticket
-        accumulated = recipe.training.grad_accum_steps
+        whole, accumulated = len(self.trainer.train_loader), recipe.training.grad_accum_steps
         in_search = runs * searched * trains
+        own = in_search * self.batches + epochs * whole * (not method.ends_trained)
+        beside = self._beside(dense_first and searched == epochs, max(1, round(own / whole)))
+        after = epochs * (not method.ends_trained) + sum(beside)  # of the ticket, and of its controls
         batches = in_search * self.batches + after * whole
         steps = in_search * -(-self.batches // accumulated) + after * -(-whole // accumulated)
-        scorings = runs * trains + controls + 1
+        scorings = runs * trains + len(beside) + 1
         seconds = batches * self.seconds + (in_search + after) * self.validation + runs * self.reading * (not trains)
         disk, passing = self._disk(runs, scorings, trains)
         seconds += scorings * (self.validation * method.ends_trained + self.test)
-        return Estimate(runs + controls + 1, in_search + after, steps, disk, passing, seconds, known is None)
+        return Estimate(runs + len(beside) + 1, in_search + after, steps, disk, passing, seconds, known is None)
+
+    def _beside(self, dense_there: bool, spent: int) -> list[int]:
+        """Epochs of each training of a control; of a search of its own all of them as they are known beforehand.
+
+        Args:
+            dense_there: Whether the search trains the dense network as long as the ticket is trained.
+            spent: Epochs of search and ticket together.
+        """
+        recipe, subnet, found = self.recipe, self.pruner.subnet, list[int]()
+        run = [(recipe.pruner["epochs"], recipe.pruner["epochs"] * self.batches)] * (self.pruner.runs or 1)
+        own = 0 if self.pruner.method.ends_trained else recipe.ticket_epochs
+        in_all = own + trained_before(recipe.pruner, run)
+        for control in recipe.controls:
+            if control in SEARCHED:
+                other = rival(control, recipe, recipe.folder, recipe.pruner["sparsity"], spent)
+                method = checked_method(other.pruner["name"], other.method_settings)
+                found += [method.epochs] * (method.runs(subnet) or 1)
+                found += [] if method.ends_trained else [other.ticket_epochs]
+            elif control == "equal_epochs":
+                same = in_all == recipe.ticket_epochs and (dense_there or "dense" in recipe.controls)
+                found += [] if same else [in_all]
+            elif control != "dense" or not dense_there:
+                found.append(recipe.ticket_epochs)
+        return found
 
     def told(self, found: Estimate) -> str:
         where = self.trainer.accelerator.device.type

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..config.recipe import CONTROLS
+from ..pruning.run_files import RECORD
 from ..pruning.training import Training
 from ..storage.files import is_writer, replacing
 from ..storage.tables import write_csv
@@ -138,16 +139,17 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
     return {key: (record | record["metrics"]).get(key) for key in COLUMNS}
 
 
-def write_summary(records: Sequence[dict[str, Any]], folder: Path, more: Sequence[dict[str, Any]] = ()) -> None:
+def write_summary(records: Sequence[dict[str, Any]], folder: Path) -> None:
     """Write summary.csv, one row a training, and epochs.csv, one row an epoch of these: each has its own already.
 
     Args:
-        records: The trainings of this folder.
+        records: The trainings; of searches within the folder their tickets', whose epochs are in their own.
         folder: The run folder.
-        more: Trainings of other folders, for the summary.
     """
-    write_csv([row(record) for record in (*records, *more)], COLUMNS, folder / "summary.csv")
-    write_csv([row for record in records for row in rows_of(folder / record["name"])], EPOCH_COLUMNS, folder / EPOCHS)
+    write_csv([row(record) for record in records], COLUMNS, folder / "summary.csv")
+    here = (folder / record["name"] for record in records)
+    epochs = [row for one in here if (one / RECORD).exists() for row in rows_of(one)]
+    write_csv(epochs, EPOCH_COLUMNS, folder / EPOCHS)
 
 
 def print_table(records: Sequence[dict[str, Any]], console: Console, why: str = "") -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..config.recipe import CONTROLS, Recipe, load_recipe
+from ..config.recipe import CONTROLS, SEARCHED, Recipe, load_recipe
 from ..core.errors import SettingError, TicketError
 from ..core.warn import warn
 from ..distributed.processes import decided, ending_with_others, join_processes, wait_for_others
@@ -201,6 +201,11 @@ def _clear(folder: Path, recipe: Recipe) -> None:
             remove_temporaries(path)
             with suppress(OSError):  # something of the user's is in it
                 path.rmdir()
+    for name in ("native", *SEARCHED):  # controls that are searches of their own
+        if _lost_recipe(folder / name / _RECIPE)[1]:
+            _clear(folder / name, recipe)
+            with suppress(OSError):
+                (folder / name).rmdir()
     ours = (RESULT, f"{recipe.name}.ticket", "start.state", "pruner.json", "summary.csv", "accuracy.png", _KIND)
     for name in (*ours, MODEL, CONFIG, BEST, EPOCHS, IMAGES, _RECIPE):
         _remove(folder / name)
@@ -266,8 +271,13 @@ def write_result(folder: Path, rows: list[dict[str, Any]], fingerprint: str, fil
     write_record(folder / RESULT, record)
 
 
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Controls first, then by round and part: the ticket's own training is the last."""
+    return sorted(rows, key=lambda row: (*_place(row["name"]), row["round"], row["part"]))
+
+
 def records(folder: Path, lineage: Collection[str | None] = ()) -> list[dict[str, Any]]:
-    """The finished trainings of a folder, in order: controls first, then by round and part.
+    """The finished trainings of a folder, `in_order`.
 
     Args:
         folder: The run folder.
@@ -284,7 +294,7 @@ def records(folder: Path, lineage: Collection[str | None] = ()) -> list[dict[str
         if record is not None and record["scored"]:
             del record["whole"]
             found.append(record)
-    return sorted(found, key=lambda row: (*_place(row["name"]), row["round"], row["part"]))
+    return in_order(found)
 
 
 def _place(name: str) -> tuple[bool, int]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from ..config.parts import RetrainSettings
-from ..config.recipe import Recipe, load_recipe
+from ..config.recipe import SEARCHED, Recipe, load_recipe
 from ..core.errors import SettingError
 from ..core.warn import warn
 from ..data.datasets import Data
@@ -34,7 +34,8 @@ from .controls import Controls, Trainers, control_of, lacking, weights_trained
 from .outcome import tell_files, write_model
 from .report import RichProgress, counted, plot, print_table, say, write_summary
 from .result import Result, hands_out, parallel_of
-from .run_folder import check_folder, finished, records, working_in, write_result
+from .rivals import epochs_spent, reached, rival
+from .run_folder import check_folder, finished, in_order, records, working_in, write_result
 from .trackers import Trackers
 
 
@@ -86,7 +87,8 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     if trainers.of(trainers.parallel == "runs").splits:
         refuse_split(pruner.method)
     claim(folder, recipe, "search", data, console)  # only now: a recipe that cannot be built leaves no folder behind
-    extra = 1 + len(recipe.controls) - ("dense" in recipe.controls and bool(pruner.runs) and _as_long(recipe))
+    simple = [one for one in recipe.controls if one not in SEARCHED]
+    extra = 1 + len(simple) - ("dense" in recipe.controls and bool(pruner.runs) and _as_long(recipe))
     trainings = None if pruner.runs is None else pruner.runs + extra
     with RichProgress(console, trainings, Trackers(recipe, folder)) as progress:
         for run in pruner:
@@ -105,7 +107,8 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
     rows, control, why = _compared(recipe, pruner, name)
     if control is not None:
         ticket.metadata["dense"] = control["metrics"]
-    if is_writer():
+
+    def write(rows: list[dict[str, Any]]) -> None:
         ticket.save(final)
         write_summary(rows, folder)
         title = f"{recipe.name}: {recipe.model.model}, {recipe.pruner['name']}"
@@ -113,6 +116,14 @@ def _search(recipe: Recipe, restart: bool, console: Console) -> Result:
         best = f"round_{pruner.rounds_done - 1:02d}" if pruner.method.ends_trained else name
         files = write_model(folder, name, recipe, data, subnet.model, best)
         write_result(folder, rows, ticket.fingerprint, files)
+
+    if is_writer():
+        write(rows)
+    if searched := _search_beside(recipe, pruner, ticket, rows, console):
+        rows = in_order([*rows, *searched])
+        if is_writer():
+            write(rows)
+    if is_writer():
         print_table(rows, console, why)
         tell_files(folder, recipe, rows, name, console)
     return Result(folder, ticket, rows)
@@ -135,14 +146,17 @@ def _train_beside(
     """Train the ticket that a search has found, and its controls; the name of the ticket's own training."""
     last, trains = pruner.rounds_done, not pruner.method.ends_trained
     there = pruner.trained_dense and _as_long(recipe)
-    wanted = [one for one in recipe.controls if one != "dense" or not there]
+    wanted = [one for one in recipe.controls if one not in SEARCHED and (one != "dense" or not there)]
     epochs = in_all = recipe.ticket_epochs
     if "equal_epochs" in wanted:
         rows = decided(lambda: records(recipe.folder, pruner.history.lineage))
         in_all = weights_trained(recipe, [row for row in rows if row["round"] < last])
         if in_all == epochs and (there or "dense" in wanted):
             wanted.remove("equal_epochs")
-            progress.say(f"equal_epochs: the dense network was trained for as many, {counted(in_all)}, as the control")
+            progress.say(
+                f"equal_epochs: the ticket's weights are trained for {counted(in_all)} in all, as the dense network is "
+                "too; it is not trained twice"
+            )
     # Where runs were handed out, one group trains the ticket too: then no number depends on how many there were.
     count = len(wanted) + trains
     side_by_side = count > 1 and hands_out(pruner.parallel, count, trainers.groups)
@@ -174,6 +188,26 @@ def _train_beside(
         how.train(control, **vars(beside(control, recipe, data, pruner, ticket)), by=by)
     *_, ticket.metadata["metrics"] = plain.ended(*wanted, name)
     return name
+
+
+def _search_beside(
+    recipe: Recipe, pruner: Pruner, ticket: Ticket, rows: list[dict[str, Any]], console: Console
+) -> list[dict[str, Any]]:
+    """A row for each control that is a search of its own, now searched; as of its ticket's training."""
+    found = []
+    sparsity, epochs = reached(pruner.method, ticket.masks), epochs_spent(rows)
+    for control in [one for one in recipe.controls if one in SEARCHED]:
+        other = rival(control, recipe, recipe.folder, sparsity, epochs)
+        if is_writer():
+            say(console, f"{control}: {_told(other)}, in {other.folder}")
+        found.append({**search(other, console=console).rows[-1], "name": control})
+    return found
+
+
+def _told(recipe: Recipe) -> str:
+    pruner = recipe.pruner
+    rate = f", pruning {pruner['prune_rate']:.4g} a round" if "prune_rate" in pruner else ""
+    return f"{pruner['name']} to sparsity {pruner['sparsity']:.4g}{rate}, runs of {counted(pruner['epochs'])}"
 
 
 def create_search(recipe: Recipe, data: Data, model: nn.Module, folder: Path | None) -> Pruner:

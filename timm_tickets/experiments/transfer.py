@@ -89,8 +89,6 @@ def _transfer(
     native = recipe
     if get_method(recipe.pruner["name"]).ends_trained:  # it is not trained again, with or without tweaks
         native = recipe.model_copy(update={"retrain": RetrainSettings()})
-    if restart and "native" in controls:
-        check_folder(folder / "native", native, "search", restart)
     fresh = Subnet(model, ()).state()
     moved = given.transfer_(model)
     trainers = Trainers(recipe, model, data)
@@ -126,7 +124,7 @@ def _transfer(
         native_row.append({**searched.rows[-1], "name": "native"})
     if is_writer():
         moved.save(folder / f"{recipe.name}.ticket")
-        write_summary(rows, folder, native_row)
+        write_summary([*rows, *native_row], folder)
         files = write_model(folder, "ticket", recipe, data, subnet.model, "ticket")
         write_result(folder, [*rows, *native_row], moved.fingerprint, files)
         print_table([*rows, *native_row], console)
