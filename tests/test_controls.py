@@ -301,3 +301,64 @@ def test_what_a_start_is_not_known_of_is_refused_by_name(tmp_path):
         ticket.values["conv1.0.weight"].mul_(2)
     with pytest.raises(tt.SettingError, match="controls: random_mask cannot be had: magnitude's ticket begins with"):
         beside("random_mask", recipe, None, pruner, ticket)
+
+
+# Tickets that are given
+
+
+@pytest.fixture
+def given(tmp_path):
+    """The path of a ticket of some granularity, cut from the recipe's own start."""
+
+    def make(granularity="weight"):
+        model = build_model(tt.load_recipe("digits_imp"), 4)
+        pruner = tt.create_pruner("magnitude", model, sparsity=0.5, granularity=granularity)
+        pruner.ticket.save(tmp_path / "one.ticket")
+        return tmp_path / "one.ticket"
+
+    return make
+
+
+@pytest.mark.parametrize("how", ["train", "transfer"])
+def test_a_given_ticket_has_the_recipes_controls_too_and_gains_them_later(tmp_path, given, monkeypatch, how):
+    seen, path, text = FirstImages(monkeypatch), given("2:4"), io.StringIO()
+    common = [*SMALL, f"output={tmp_path / 'out'}"]
+    run = getattr(tt, how)
+    run("digits_imp", path, [*common, "controls=[]"], console=Console(file=text, width=200))
+    begun = next((tmp_path / "out").glob("*/run.json")).read_bytes()
+    asked = [*common, controls("dense", "random_mask", "shuffled_layers", "random_reinit")]
+    rows = run("digits_imp", path, asked, console=Console(file=text, width=200)).rows
+    name = {"train": "round_00", "transfer": "ticket"}[how]
+    assert [row["name"] for row in rows] == ["dense", *IN_PLACE, name]
+    assert begun == (tmp_path / "out" / name / "run.json").read_bytes()
+    assert all(seen.of[one] == seen.of[name] for one in ("dense", *IN_PLACE))
+    ticket = tt.load_ticket(path)
+    fresh = build_model(tt.load_recipe("digits_imp"), 4).state_dict()
+    for one in ("random_mask", "shuffled_layers"):
+        other = tt.load_ticket(tmp_path / "out" / one / f"{one}.ticket")
+        assert counts(other.masks) == counts(ticket.masks)
+        for key, mask in other.masks.items():
+            assert torch.equal(other.values[key], fresh[key] * mask)
+            assert mask.all() or {*mask.reshape(-1, 4).sum(1).tolist()} == {2}
+    assert run("digits_imp", path, asked, console=Console(file=text)).rows == rows
+
+
+@pytest.mark.parametrize(
+    ("how", "granularity", "control", "why"),
+    [
+        (
+            "train",
+            "channel",
+            "shuffled_layers",
+            "shuffled_layers cannot be had: the ticket prunes units of kind channel",
+        ),
+        ("transfer", "weight", "equal_cost", "equal_cost cannot be had: how long the search of this ticket trained is"),
+        ("train", None, "random_mask", "random_mask cannot be had: the dense network is trained alone"),
+    ],
+)
+def test_controls_that_a_given_ticket_cannot_have_are_refused(tmp_path, given, how, granularity, control, why):
+    ticket = None if granularity is None else given(granularity)
+    with pytest.raises(tt.SettingError) as error:
+        getattr(tt, how)("digits_imp", ticket, [*SMALL, f"controls={control}", f"output={tmp_path / 'out'}"])
+    assert why in str(error.value)
+    assert not (tmp_path / "out").exists()

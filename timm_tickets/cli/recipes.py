@@ -64,7 +64,10 @@ def transfer(
     set: Set = None,
     control: Annotated[
         list[str] | None,
-        typer.Option(help="train beside it: dense, shuffled_layers, native, none; the first three if not given"),
+        typer.Option(
+            help="train beside it: native, one of the recipe's controls, none; the recipe's, or dense, shuffled_layers "
+            "and native, if not given"
+        ),
     ] = None,
     recompute_bn: Annotated[bool, typer.Option("--recompute-bn", help="batch-norm statistics of the target")] = False,
     restart: Restart = False,
@@ -72,10 +75,9 @@ def transfer(
     """Train a ticket under another task's recipe: other classes, channels or image size; controls beside it."""
     with errors():
         loading(recipe, set or ())
-        from ..experiments.transfer import CONTROLS
         from ..experiments.transfer import transfer as run
 
-        controls = CONTROLS if control is None else [name for name in control if name != "none"]
+        controls = None if control is None else [name for name in control if name != "none"]
         run(recipe, ticket, set or (), controls=controls, recompute_batch_norm=recompute_bn, restart=restart)
 
 

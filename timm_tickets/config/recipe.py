@@ -108,6 +108,7 @@ class Recipe(Part):
         found = self.model_copy(update={"pruner": pruner, "data": self.data.with_channels(self.model.in_chans)})
         mine = [f"pruner.{key}" for key in follows if key not in self.pruner]
         mine += ["data.in_chans"] * (self.data.in_chans != found.data.in_chans)
+        mine += ["controls"] * ("controls" not in self.model_fields_set)
         mine += ["data.input_img_mode"] * ("input_img_mode" not in self.data.model_fields_set)
         found._follows = tuple(mine)
         return found
@@ -116,6 +117,11 @@ class Recipe(Part):
     def folder(self) -> Path:
         """The run folder: ``output`` as given, else ``output/<name>``."""
         return self.output or Path("output") / self.name
+
+    @property
+    def chosen_controls(self) -> tuple[Control, ...] | None:
+        """The controls, where somebody has chosen them: what is trained else beside a given ticket is the command's."""
+        return None if "controls" in self._follows else self.controls
 
     @property
     def method_settings(self) -> dict[str, Any]:
@@ -135,8 +141,8 @@ class Recipe(Part):
         """The resolved recipe as JSON types, without what follows from other settings: read again, it still does."""
         plain = self.model_dump(mode="json")
         for setting in self._follows:
-            part, _, key = setting.partition(".")
-            del plain[part][key]
+            part, _, key = setting.rpartition(".")
+            del (plain[part] if part else plain)[key]
         return plain
 
     def compared(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Trainers:
     """
 
     def __init__(self, recipe: Recipe, model: Any, data: Data):
-        self._made = recipe, model, data
+        self.recipe, self.model, self.data = recipe, model, data
         self._kind: bool | None = None
         self.parallel: Parallel = asked_parallel(recipe)
         self.groups = 1 if self.parallel == "data" else groups_of(recipe.processes_per_run)[1]
@@ -54,8 +54,8 @@ class Trainers:
         """The one of these kinds; only the one used last is kept."""
         by_itself = by_itself and self.groups > 1
         if self._kind is not by_itself:
-            with apart(self._made[0].processes_per_run if by_itself else None):
-                self._kind, self._trainer = by_itself, Trainer(*self._made)
+            with apart(self.recipe.processes_per_run if by_itself else None):
+                self._kind, self._trainer = by_itself, Trainer(self.recipe, self.model, self.data)
         return self._trainer
 
 

@@ -272,7 +272,7 @@ def write_result(folder: Path, rows: list[dict[str, Any]], fingerprint: str, fil
 
 
 def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Controls first, then by round and part: the ticket's own training is the last."""
+    """Controls first, then by round and part: the ticket's own training comes last, but for a native one."""
     return sorted(rows, key=lambda row: (*_place(row["name"]), row["round"], row["part"]))
 
 
@@ -298,4 +298,4 @@ def records(folder: Path, lineage: Collection[str | None] = ()) -> list[dict[str
 
 
 def _place(name: str) -> tuple[bool, int]:
-    return (False, CONTROLS.index(name)) if name in CONTROLS else (True, 0)
+    return (False, CONTROLS.index(name)) if name in CONTROLS else (True, name == "native")

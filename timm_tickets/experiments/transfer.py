@@ -8,26 +8,21 @@ from pathlib import Path
 from accelerate.utils import set_seed
 from rich.console import Console
 
-from ..config.parts import RetrainSettings
 from ..config.recipe import Recipe, load_recipe
-from ..core.errors import SettingError, unknown
-from ..core.masks import full_masks, shuffled_masks
 from ..data.images import minding_workers
-from ..pruning.registry import get_method
 from ..sparse.subnet import Subnet
 from ..storage.files import is_writer
 from ..tickets.ticket import Ticket, load_ticket
 from ..tickets.transfer import recompute_batch_norm_
 from .begin import built, check_tweaks, claim, origin_of
-from .controls import Controls, Trainers
+from .controls import Trainers
+from .given import check_given, check_names, granularity_of, shared_out, train_given
 from .outcome import tell_files, write_model
-from .report import RichProgress, print_table, say, write_summary
-from .result import Result, hands_out, parallel_of
-from .run_folder import check_folder, records, working_in, write_result
-from .search import search
-from .trackers import Trackers
+from .report import print_table, say, write_summary
+from .result import Result
+from .run_folder import check_folder, working_in, write_result
 
-CONTROLS = ("dense", "shuffled_layers", "native")
+CONTROLS = ("dense", "shuffled_layers", "native")  # where nobody has chosen any
 
 
 def transfer(
@@ -35,7 +30,7 @@ def transfer(
     ticket: str | Path,
     overrides: Sequence[str] = (),
     *,
-    controls: Sequence[str] = CONTROLS,
+    controls: Sequence[str] | None = None,
     recompute_batch_norm: bool = False,
     restart: bool = False,
     console: Console | None = None,
@@ -48,9 +43,9 @@ def transfer(
         recipe: The target's recipe; its pruner is what the control `native` searches with.
         ticket: The ticket's file.
         overrides: Settings like ``training.epochs=20``.
-        controls: What is trained beside it, each with the same images in the same order: ``dense``, the whole network
-            from the recipe's seed; ``shuffled_layers``, the same start under a random mask with the ticket's layer
-            counts; ``native``, a ticket searched on the target itself.
+        controls: What is trained beside it, each with the same images in the same order: those of a recipe, which begin
+            with the recipe's own start here, and ``native``, a ticket searched on the target itself. Where None, the
+            recipe's; where that has none either, ``dense``, ``shuffled_layers`` and ``native``.
         recompute_batch_norm: Begin with batch-norm statistics of the target's training images.
         restart: Delete what an earlier transfer left in the folder, and begin again.
         console: Where progress and tables go; standard output where None.
@@ -62,12 +57,14 @@ def transfer(
         TicketError: The ticket cannot be read, or does not correspond to the target's model.
         SettingError, TrainingError, OSError: As `search`.
     """
-    for control in controls:
-        if control not in CONTROLS:
-            raise SettingError(unknown("control", control, CONTROLS))
+    check_names(controls or ())
     recipe = load_recipe(recipe, overrides)
     console = console or Console()
     given = load_ticket(ticket)
+    if controls is None and (controls := recipe.chosen_controls) is None:
+        structured = granularity_of(given) in ("channel", "head")  # of which single weights are no control
+        controls = [one for one in CONTROLS if not (structured and one == "shuffled_layers")]
+    check_given(controls, recipe, given, native=True)
     folder = recipe.output or Path("output") / f"{recipe.name}_transfer_{Path(ticket).stem}"
     with working_in(folder, partial(say, console)), minding_workers():
         return _transfer(recipe, given, folder, controls, recompute_batch_norm, restart, console)
@@ -86,15 +83,10 @@ def _transfer(
     check_folder(folder, recipe, kind, restart)
     data, model = built(recipe, console)
     check_tweaks(recipe, model)
-    native = recipe
-    if get_method(recipe.pruner["name"]).ends_trained:  # it is not trained again, with or without tweaks
-        native = recipe.model_copy(update={"retrain": RetrainSettings()})
     fresh = Subnet(model, ()).state()
     moved = given.transfer_(model)
     trainers = Trainers(recipe, model, data)
-    trained = 1 + len({"dense", "shuffled_layers"}.intersection(controls))
-    by_itself = hands_out(parallel_of(recipe, trainers), trained, trainers.groups)
-    trainer, processes = trainers.of(by_itself), recipe.processes_per_run if by_itself else None
+    trainer = trainers.of(shared_out(controls, trainers))
     claim(folder, recipe, kind, data, console)
     if recompute_batch_norm:
         device = trainer.accelerator.device
@@ -103,30 +95,16 @@ def _transfer(
         recompute_batch_norm_(model, images)
         moved = replace(Ticket.of(model, moved.masks, moved.metadata), pretrained=moved.pretrained)
     moved.metadata |= origin_of(recipe, data, model)
-    starts = {"ticket": (moved.masks, moved.values)}
-    starts["shuffled_layers"] = (shuffled_masks(moved.masks, recipe.seed), fresh)
-    starts["dense"] = (full_masks(moved.masks), fresh)
-    wanted = [name for name in starts if name == "ticket" or name in controls]
-    subnet, epochs = Subnet(model, tuple(moved.masks)), recipe.retrain.epochs or recipe.training.epochs
-    with RichProgress(console, len(wanted), Trackers(recipe, folder)) as progress:
-        beside = Controls(folder, trainer, subnet, progress, moved.metadata, epochs, processes=processes)
-        for number, name in enumerate(wanted):
-            retrain = RetrainSettings() if name == "dense" else recipe.retrain
-            source = moved.pretrained if name == "ticket" else None
-            replace(beside, retrain=retrain, pretrained=source).train(name, *starts[name], index=0, by=number)
-        beside.ended(*wanted)
-    rows, native_row = records(folder), []
+    rows = train_given("ticket", moved, trainers, fresh, controls, folder, console)
+    epochs = recipe.retrain.epochs or recipe.training.epochs
     for row in rows:
-        if row["name"] != "shuffled_layers" and row["epochs"] == epochs:
+        if row["name"] in ("ticket", "dense") and row["epochs"] == epochs:
             moved.metadata["metrics" if row["name"] == "ticket" else "dense"] = row["metrics"]
-    if "native" in controls:
-        searched = search(native.model_copy(update={"output": folder / "native", "controls": ()}), console=console)
-        native_row.append({**searched.rows[-1], "name": "native"})
     if is_writer():
         moved.save(folder / f"{recipe.name}.ticket")
-        write_summary([*rows, *native_row], folder)
-        files = write_model(folder, "ticket", recipe, data, subnet.model, "ticket")
-        write_result(folder, [*rows, *native_row], moved.fingerprint, files)
-        print_table([*rows, *native_row], console)
-        tell_files(folder, recipe, [*rows, *native_row], "ticket", console)
-    return Result(folder, moved, [*rows, *native_row])
+        write_summary(rows, folder)
+        files = write_model(folder, "ticket", recipe, data, model, "ticket")
+        write_result(folder, rows, moved.fingerprint, files)
+        print_table(rows, console)
+        tell_files(folder, recipe, rows, "ticket", console)
+    return Result(folder, moved, rows)
