@@ -81,7 +81,7 @@ def test_an_interval_of_percents_stays_within_them():
     assert percent([90.0, 99.0]).high == 100
 
 
-def told(values, control="random mask", tests=1):
+def told(values, control="shuffled_layers", tests=1):
     found = difference(values, 0.5)
     correct = [None if p is None else min(1.0, tests * p) for p in (found.p, found.not_worse)]
     return sentence(control, found, *correct, 0.5, tests)
@@ -92,7 +92,7 @@ def told(values, control="random mask", tests=1):
     [
         (
             [1.0, 2.0, 3.0, 1.5, 2.5],
-            "random mask",
+            "shuffled_layers",
             1,
             "better than a random mask with the same layer counts by 2.0 points (95 % interval 1.0 to 3.0, 5 seeds)",
         ),
@@ -101,7 +101,7 @@ def told(values, control="random mask", tests=1):
         ([1.0, -1.0, 0.5], "dense", 1, "not distinguishable from the dense network: 0.2 points above it"),
         (
             [1.0, 2.0, 3.0, 1.5, 2.5],
-            "random mask",
+            "shuffled_layers",
             12,
             "(95 % interval 1.0 to 3.0, 5 seeds), once corrected for the 12 tickets",
         ),
@@ -197,8 +197,9 @@ def test_one_seed_gives_no_interval_and_an_absent_control_is_said_with_its_comma
     folder = search(tmp_path / "one", 0, 91.0, 90.0)
     found = said(folder)
     assert "1.0 points above the dense network with one seed" in found["imp", "dense"]
-    assert "no random mask was trained" in found["imp", "random mask"]
-    assert f"timm-tickets transfer {folder}/digits_imp.ticket {folder}/recipe.yaml" in found["imp", "random mask"]
+    assert "no random mask with the same layer counts was trained" in found["imp", "shuffled_layers"]
+    command = f"timm-tickets search {folder}/recipe.yaml --set output={folder} --set 'controls=[dense,shuffled_layers]'"
+    assert f"add it with `{command}`, for every seed" in found["imp", "shuffled_layers"]
 
 
 def test_the_same_seed_twice_is_one_seed(tmp_path):
@@ -217,7 +218,7 @@ def test_a_random_mask_is_paired_within_its_transfer(tmp_path, seeds):
         runs = [Run("shuffled_layers", 90.0 + seed, 0.5), Run("ticket", 92.0 + 1.5 * seed, 0.5), Run("dense", 93.0)]
         kind = f"transfer of ticket {ticket.fingerprint}"
         write(tmp_path / f"transfer_{seed}", runs, seed, kind=kind, ticket=ticket)
-    text = said(tmp_path)["imp", "random mask"]
+    text = said(tmp_path)["imp", "shuffled_layers"]
     if seeds == 1:
         assert text.startswith("2.0 points above a random mask with the same layer counts with one seed")
     else:  # differences 2, 2.5 and 3
@@ -229,7 +230,7 @@ def test_a_ticket_of_the_pruner_random_counts_as_the_same_layer_counts_only_if_t
     switched = ["pruner.name=random"]
     write(tmp_path / "same", [Run("dense", 90.0), Run("round_00", 91.0, 0.5)], ticket=ticket_of(1), overrides=switched)
     found = said(tmp_path)
-    assert found["imp", "random mask"].startswith("4.0 points above a random mask")
+    assert found["imp", "shuffled_layers"].startswith("4.0 points above a random mask")
     assert ("imp", "random") not in found
     (tmp_path / "same" / "digits_imp.ticket").unlink()
     other = ticket_of(1)
@@ -239,8 +240,56 @@ def test_a_ticket_of_the_pruner_random_counts_as_the_same_layer_counts_only_if_t
     rows = json.loads((tmp_path / "same" / "result.json").read_text())["rows"]
     write_result(tmp_path / "same", rows, other.fingerprint, {})
     found = said(tmp_path)
-    assert "no random mask was trained" in found["imp", "random mask"]
+    assert "no random mask with the same layer counts was trained" in found["imp", "shuffled_layers"]
     assert "whose layers keep other counts" in found["imp", "random"]
+
+
+def test_every_control_of_a_search_has_its_sentence_and_is_no_ticket_itself(tmp_path):
+    beside = [Run("dense", 94.0), Run("random_mask", 90.0, 0.5), Run("shuffled_layers", 91.0, 0.5)]
+    write(tmp_path / "a", [*beside, Run("random_reinit", 92.0, 0.5), Run("round_01", 93.0, 0.5, round=1)])
+    rounds = [Run("round_00", 94.0), Run("round_01", 92.5, 0.5, round=1)]
+    for name in ("one_shot", "equal_rate_imp"):
+        write(tmp_path / "a" / name, rounds, overrides=["pruner.prune_rate=0.5"])
+    longer = [Run("round_00", 95.0, 0.5, epochs=3), Run("round_01", 95.0, 0.5, epochs=3, round=1)]
+    gradual = ["pruner.name=gradual", "pruner.epochs=3", "training.epochs=1"]
+    write(tmp_path / "a" / "equal_cost", longer, overrides=gradual)
+    found = said(tmp_path)
+    assert {label for label, _ in found} == {"imp"}
+    assert {control: text.partition(" with one seed")[0] for (_, control), text in found.items()} == {
+        "dense": "1.0 points below the dense network",
+        "random_mask": "3.0 points above a random mask of the same size",
+        "shuffled_layers": "2.0 points above a random mask with the same layer counts",
+        "random_reinit": "1.0 points above the same mask over another random start",
+        "one_shot": "0.5 points above one-shot magnitude pruning",
+        "equal_rate_imp": "0.5 points above IMP at the same rate",
+        "equal_cost": "2.0 points below gradual magnitude pruning for as many epochs as search and ticket together",
+    }
+    (task,) = tasks(read_all([tmp_path])[0])
+    assert {one.label.partition(" (")[0] for one in task.series} == {
+        *("imp", "imp, one_shot", "imp, equal_rate_imp", "gradual, equal_cost")
+    }
+
+
+def test_a_dense_network_trained_as_long_as_the_weights_is_a_control_of_its_own(tmp_path):
+    pytest.importorskip("torch_pruning")
+    rounds = [Run(f"round_{n:02d}", 90.0, 0.1 * n, round=n) for n in range(7)]
+    runs = [Run("dense", 90.0), Run("equal_epochs", 92.0, epochs=7), *rounds]
+    write(tmp_path / "a", runs, overrides=["pruner.name=tp_magnitude", "pruner.rounds=6"])
+    found = said(tmp_path)
+    assert "trained 7 times as long (7 and 1 epochs)" in found["tp_magnitude", "dense"]
+    longer = "2.0 points below the dense network trained as long as the ticket's weights with one seed"
+    assert found["tp_magnitude", "equal_epochs"].startswith(longer)
+    why = "no random mask with the same layer counts was trained, and none can be: tp_magnitude prunes while it trains"
+    assert found["tp_magnitude", "shuffled_layers"].startswith(why)
+
+
+def test_masks_that_begin_as_a_ticket_of_trained_weights_does_are_compared_with_it(tmp_path):
+    runs = [Run("dense", 90.0), Run("shuffled_layers", 91.0, 0.5), Run("random_reinit", 91.0, 0.5)]
+    runs += [Run("round_00", 80.0), Run("round_01", 95.0, 0.5, round=1)]
+    write(tmp_path / "a", runs, overrides=["pruner.rewind=2ep"])  # which no run reaches, so that its end is the start
+    found = said(tmp_path)
+    assert found["imp", "shuffled_layers"].startswith("4.0 points above a random mask with the same layer counts")
+    assert "trained 2 times as long (2 and 1 epochs)" in found["imp", "random_reinit"]
 
 
 def test_unequal_trainings_are_refused_as_a_comparison(tmp_path):
@@ -274,7 +323,7 @@ def test_a_ticket_trained_again_under_other_settings_is_a_line_of_its_own(tmp_pa
         write(tmp_path / name, runs, kind=kind, ticket=ticket, overrides=more)
     found = said(tmp_path)
     assert {label for label, _ in found} == {"imp", "ticket, transfer"}
-    assert found["imp", "random mask"].startswith("2.0 points above")
+    assert found["imp", "shuffled_layers"].startswith("2.0 points above")
     assert found["ticket, transfer", "dense"].startswith("1.0 points below the dense network")
 
 

@@ -32,16 +32,16 @@ def check_controls(recipe: Recipe) -> None:
     Raises:
         SettingError: One would; the message names those that can be had.
     """
-    wrong = {name: why for name in recipe.controls if (why := _refused(recipe, name))}
+    wrong = {name: why for name in recipe.controls if (why := refused(recipe, name))}
     if wrong:
-        valid = [name for name in CONTROLS if not _refused(recipe, name)]
+        valid = [name for name in CONTROLS if not refused(recipe, name)]
         raise SettingError(
             f"controls: {'; '.join(f'{name} cannot be had: {why}' for name, why in wrong.items())}. With pruner.name="
             f"{recipe.pruner['name']} there are {', '.join(valid)}"
         )
 
 
-def _refused(recipe: Recipe, control: str) -> str:
+def refused(recipe: Recipe, control: str) -> str:
     """Why a control makes no sense beside this recipe's ticket; empty where it does."""
     name = recipe.pruner["name"]
     kind = get_method(name)

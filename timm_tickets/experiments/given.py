@@ -162,7 +162,7 @@ def _beside(control: str, recipe: Recipe, data: Data, ticket: Ticket, subnet: Su
 
 
 def _native(recipe: Recipe, folder: Path) -> Recipe:
-    others: dict[str, Any] = {"output": folder / "native", "controls": ()}
+    others: dict[str, Any] = {"output": folder / "native", "label": None, "controls": ()}
     if checked_method(recipe.pruner["name"], recipe.method_settings).ends_trained:
         others["retrain"] = RetrainSettings()  # it is not trained again, with or without tweaks
     return with_pruner(recipe, recipe.pruner, others)

@@ -31,7 +31,7 @@ def rival(control: str, recipe: Recipe, folder: Path, sparsity: float, epochs: i
         rewind = recipe.pruner.get("rewind") or "0ep"
         pruner |= {"name": "imp", "rewind": rewind, "prune_rate": sparsity if control == "one_shot" else rate}
         pruner |= {"scope": recipe.pruner["scope"]} if rate is not None else {}
-    return with_pruner(recipe, pruner, {"output": folder / control, "controls": (), "retrain": retrain})
+    return with_pruner(recipe, pruner, {"output": folder / control, "label": None, "controls": (), "retrain": retrain})
 
 
 def reached(method: Method, masks: Masks) -> float:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..config.recipe import CONTROLS, Recipe, load_recipe
+from ..config.recipe import CONTROLS, SEARCHED, Recipe, load_recipe
 from ..core.errors import SettingError, shown
 from ..experiments.run_folder import IMAGES, RESULT
 from ..pruning.registry import get_method, trained_before
@@ -96,6 +96,12 @@ class Experiment:
     @property
     def seed(self) -> int:
         return self.recipe.seed
+
+    @property
+    def control(self) -> str | None:
+        """Which control of the experiment around it it is, being a search of its own; None where it is none."""
+        inside = self.folder.name in SEARCHED and (self.folder.parent / "experiment.json").is_file()
+        return self.folder.name if inside else None
 
     @property
     def target(self) -> float | None:
@@ -212,12 +218,12 @@ def read_all(folders: Iterable[Path]) -> tuple[list[Experiment], list[str]]:
 
 
 def _experiments(folder: Path, depth: int) -> Iterator[Path]:
-    """Folders with a recipe in them, and those of native controls within."""
+    """Folders with a recipe in them, and those of controls within that are searches of their own."""
     ours = any(os.path.lexists(folder / name) for name in ("recipe.yaml", "experiment.json"))
     if ours:
         yield folder
     if depth:
-        inside = [folder / "native"] if ours else sorted(islice(folder.iterdir(), _MOST))
+        inside = [folder / name for name in ("native", *SEARCHED)] if ours else sorted(islice(folder.iterdir(), _MOST))
         for one in inside:
             if one.is_dir() and not one.is_symlink():
                 yield from _experiments(one, depth - 1)
@@ -259,7 +265,7 @@ def read(folder: Path) -> Experiment:
             said = shown(row.get("name"), 40) if isinstance(row, dict) else "one"
             notes.append(f"{shown(str(folder), 300)}: the record of {said} is damaged; it is left out")
             continue
-        if one.scored and one.name != "native":
+        if one.scored and one.name not in ("native", *SEARCHED):
             trained.append(one)
     state: State = (
         "running" if held(folder) else "finished" if result else "killed" if left_behind(folder) else "stopped"

@@ -115,7 +115,7 @@ def tasks(experiments: Iterable[Experiment]) -> list[Task]:
 def _pruner(one: Experiment) -> str:
     """The recipe's label, else who found a ticket; and that it was trained again where that is so."""
     if one.kind == "search":
-        return one.recipe.label or one.recipe.pruner["name"]
+        return (one.recipe.label or one.recipe.pruner["name"]) + (f", {one.control}" if one.control else "")
     if one.recipe.label:
         return f"{one.recipe.label}, {one.kind}"
     try:

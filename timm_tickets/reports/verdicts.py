@@ -5,8 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..config.recipe import SEARCHED
 from ..core.errors import TicketError, shown
-from ..pruning.registry import get_method
+from ..experiments.baselines import SAME_START, refused
 from .masks import ticket_file
 from .read import Experiment, Trained
 from .statistics import Difference, difference, holm, paired
@@ -15,8 +16,14 @@ from .tasks import Series, Task, differing, mean_of
 ALPHA = 0.05
 CONTROLS = {
     "dense": "the dense network",
-    "random mask": "a random mask with the same layer counts",
+    "equal_epochs": "the dense network trained as long as the ticket's weights",
+    "shuffled_layers": "a random mask with the same layer counts",
+    "random_mask": "a random mask of the same size",
     "random": "the pruner `random`, whose layers keep other counts",
+    "random_reinit": "the same mask over another random start",
+    "one_shot": "one-shot magnitude pruning",
+    "equal_rate_imp": "IMP at the same rate",
+    "equal_cost": "gradual magnitude pruning for as many epochs as search and ticket together",
 }
 
 
@@ -48,7 +55,8 @@ def verdicts(task: Task, margin: float) -> list[Verdict]:
     """
     out = []
     for control in CONTROLS:
-        pairs = [(series, _Pairs(task, series, control)) for series in task.series]
+        tickets = [series for series in task.series if not series.experiments[0].control]
+        pairs = [(series, _Pairs(task, series, control)) for series in tickets]
         found = [difference(one.differences, margin) if one.differences else None for _, one in pairs]
         tested = [one for one in found if one is not None and one.p is not None]
         p = dict(zip(map(id, tested), holm([one.p or 0.0 for one in tested]), strict=True))
@@ -111,7 +119,7 @@ class _Pairs:
                 )  # a transfer has its own training of the ticket
                 if mine.final is None or mine.final.top1 is None or run.top1 is None:
                     continue
-                if why := _unfair(mine, other, run):
+                if why := _unfair(mine, other, run, control):
                     unfair.setdefault(one.seed, why)
                     continue
                 scores[one.seed][0].append(mine.final.top1)
@@ -137,7 +145,7 @@ class _Pairs:
                 f"not a fair comparison with {CONTROLS[control]}: {next(iter(unfair.values()))}",
                 [],
             )
-        elif series.finals and (control == "dense" or (control == "random mask" and not _is_random(series))):
+        elif series.finals and (control == "dense" or (control == "shuffled_layers" and not _is_random(series))):
             self.problem, self.left = _absent(series, control), []
         elif control == "dense":
             self.problem, self.left = f"no ticket yet: {self._without(set(seeds))}", []
@@ -146,15 +154,19 @@ class _Pairs:
         """Candidates, the best first: of the same folder, of a transfer of this ticket, of another folder."""
         same = [each for each in self.task.experiments if each.seed == one.seed and each is not one]
         if control == "dense":
-            yield from ((one, run) for run in sorted(one.dense, key=lambda run: run.epochs != one.weights_trained))
+            runs = [run for run in one.dense if run.name != "equal_epochs"]
+            yield from ((one, run) for run in sorted(runs, key=lambda run: run.epochs != one.weights_trained))
             others = [(each, run) for each in same if each.of is None for run in each.dense]
-            yield from sorted(others, key=lambda pair: bool(_unfair(one, *pair)))
-        elif control == "random mask":
-            beside = [one, *(each for each in self.series.beside if each.of == one.fingerprint)]
-            yield from ((each, run) for each in beside if (run := each.named("shuffled_layers")) is not None)
-            yield from self._random(one, same, True)
-        else:
+            yield from sorted(others, key=lambda pair: bool(_unfair(one, *pair, control)))
+        elif control in SEARCHED:
+            yield from ((each, final) for each in same if each.folder == one.folder / control and (final := each.final))
+        elif control == "random":
             yield from self._random(one, same, False)
+        else:
+            beside = [one, *(each for each in self.series.beside if each.of == one.fingerprint)]
+            yield from ((each, run) for each in beside if (run := each.named(control)) is not None)
+            if control == "shuffled_layers":
+                yield from self._random(one, same, True)
 
     def _random(self, one: Experiment, same: Iterable[Experiment], alike: bool) -> Iterable[tuple[Experiment, Trained]]:
         """Tickets of the pruner `random` at the same sparsity, with the same layer counts or with others."""
@@ -179,19 +191,23 @@ class _Pairs:
         return ", ".join(told)
 
 
-def _unfair(one: Experiment, other: Experiment, run: Trained) -> str:
+def _unfair(one: Experiment, other: Experiment, run: Trained, control: str) -> str:
     """Why a ticket's training and a control's may not be compared; empty where they may."""
-    length = one.weights_trained or 0
+    length, theirs = one.weights_trained or 0, run.epochs
     if one.kind != "search":
         try:
             if ticket_file(one).trained:
                 return "the ticket begins with trained weights"
         except (TicketError, OSError):
             return "the ticket cannot be read, so what it begins with is not known"
-    if length != run.epochs:
-        times = max(length, run.epochs) / max(1, min(length, run.epochs))
-        who = "trained" if length > run.epochs else "the control was trained"
-        return f"{who} {times:.3g} times as long ({length} and {run.epochs} epochs)"
+    if one is other and control in SAME_START and one.final is not None:
+        length = one.final.epochs  # whatever its first weights were trained for, the control's were too
+    elif control in SEARCHED:
+        theirs = other.weights_trained or 0
+    if length != theirs and control != "equal_cost":  # whose meaning is to be trained longer
+        times = max(length, theirs) / max(1, min(length, theirs))
+        who = "trained" if length > theirs else "the control was trained"
+        return f"{who} {times:.3g} times as long ({length} and {theirs} epochs)"
     if one is other:
         return ""
     if one.images != other.images or not one.images:
@@ -202,19 +218,27 @@ def _unfair(one: Experiment, other: Experiment, run: Trained) -> str:
 def _absent(series: Series, control: str) -> str:
     """That a control is not there, and the command that adds it: the folder's own recipe has all settings."""
     one = series.finals[0][0]
-    folder, ticket = (shlex.quote(shown(str(path), 200)) for path in (one.folder, one.ticket))
     if control == "dense":
-        long = f"--set training.epochs={one.weights_trained} --set output={folder}_dense"
-        return f"no dense network was trained as long: add it with `timm-tickets train {folder}/recipe.yaml {long}`"
+        control = "dense" if one.weights_trained == one.epochs else "equal_epochs"
+        what = "no dense network was trained as long"
+    else:
+        what = f"no {CONTROLS[control].removeprefix('a ')} was trained"
+    if one.kind == "search" and (why := refused(one.recipe, control)):
+        return f"{what}, and none can be: {why}"
     try:
-        if (one.kind == "search" and get_method(one.recipe.pruner["name"]).ends_trained) or ticket_file(one).trained:
-            return "no random mask can be trained as it was: its search trained before the mask was found"
+        if one.kind != "search" and (ticket_file(one).trained or control == "equal_epochs"):
+            return f"{what}, and none can be: its search trained before the mask was found"
     except (TicketError, OSError) as error:
-        return f"no random mask was trained, and none can be: {shown(str(error), 300)}"
-    return (
-        f"no random mask was trained: add it with `timm-tickets transfer {ticket} "
-        f"{folder}/recipe.yaml --control shuffled_layers --set output={folder}_random`, for every seed"
-    )
+        return f"{what}, and none can be: {shown(str(error), 300)}"
+    there = one.recipe.controls if one.kind == "search" else one.recipe.chosen_controls or ()
+    controls = ",".join([*dict.fromkeys([*there, control])])
+    chosen = f"--set 'controls=[{controls}]'"
+    if one.kind == "transfer":  # of a ticket that lies nobody knows where
+        return f"{what}: add it with the same `timm-tickets transfer` and `{chosen}`, for every seed"
+    folder, ticket = (shlex.quote(shown(str(path), 200)) for path in (one.folder, one.ticket))
+    given = f" --ticket {ticket}" if one.kind == "train" else ""
+    command = f"timm-tickets {one.kind} {folder}/recipe.yaml{given} --set output={folder} {chosen}"
+    return f"{what}: add it with `{command}`, for every seed"
 
 
 def _is_random(series: Series) -> bool:
