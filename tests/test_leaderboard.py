@@ -327,6 +327,14 @@ def test_the_page_ranks_what_can_be_told_apart_and_draws_it(made_up):
     assert rows["far"][3:7] == ["62.00", "60.04 to 63.96", "2", "worse by 35.4"]
     assert rows["single"][3:7] == ["99.00", "none", "2", "+2.0 with one seed"]
     page = Page(files[0].read_text())
+    assert (
+        "Sparsity 0.5, 5 seeds: the best may be any of dense, one, $x$ <b>; behind it beyond noise: far." in page.text
+    )
     assert page.figures[0].startswith("Ranking: test_resnet on digits. at sparsity 0.5: ")
     assert "far 62.00 % (95 % interval 60.04 to 63.96, 5 seeds) rank 4" in page.figures[0]
+    versions = "timm-tickets [\\d.]+, timm [\\d.]+, torch "
+    assert re.search(
+        f"test_resnet on digits, 360 test images, 20[\\d-]+; {versions}",
+        (files[0].parent / "1_ranking.svg").read_text(),
+    )
     assert {"1_ranking.svg", "1_ranking.png"} <= {file.name for file in files}

@@ -50,11 +50,11 @@ WIDE = """
 RANKING = """
 2026-01-01, conditions
 
-| sparsity | rank | ticket | test top-1 (%) | 95 % interval | dense trainings | beside dense |
+| sparsity | rank | ticket | test top-1 \\(%\\) | 95 % interval | dense trainings | beside dense |
 | --- | --- | --- | --- | --- | --- | --- |
 | 0.9 | 1 | dense | 99.50 | 99.25 to 99.75 | 1 |  |
 | 0.9 | 2 | imp | 99.00 | 98.50 to 99.50 | 12 | matches |
-| 0.9 | 3 | imp in one shot | 98.00 | none | 2 | worse by 1.5 |
+| 0.9 | 3 | imp in one\\ shot | 98.00 | none | 2 | worse by 1.5 |
 | 0.98 | 1 | dense | 99.50 | 99.25 to 99.75 | 1 |  |
 | 0.98 | 2 | imp | 97.00 | 95.00 to 99.00 | 19.5 |  |
 | 0.98 | 3 | imp in one shot | 96.00 | 96.00 to 96.00 | 2 |  |

@@ -29,7 +29,8 @@ def tables(name: str) -> list[list[list[str]]]:
     found, rows = [], []
     for line in [*(RESULTS / name).read_text("utf-8").splitlines(), ""]:
         if line.startswith("|"):
-            rows.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+            # A report's table has a backslash before what Markdown would take for its own.
+            rows.append([re.sub(r"\\(.)", r"\1", cell.strip()) for cell in line.strip().strip("|").split("|")])
         elif rows:
             found.append([rows[0], *rows[2:]])
             rows = []

@@ -38,6 +38,7 @@ class Figure:
         inline: An SVG for the page, in the page's colours.
         svg: The same as a file of its own, on white.
         png: The same for what reads no SVG.
+        wide: Whether it has several panels side by side.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Figure:
     inline: str
     svg: bytes
     png: bytes
+    wide: bool = False
 
 
 def drawn(name: str, title: str, draw: Any, height: float = 3.7, panels: int = 0, note: str = "") -> Figure:
@@ -57,7 +59,7 @@ def drawn(name: str, title: str, draw: Any, height: float = 3.7, panels: int = 0
         draw: Given the axes, draws on them and says in words what is to be seen.
         height: In inches.
         panels: How many axes stand side by side, of which `draw` is given a list; 0 for one, given as it is.
-        note: A line below.
+        note: A line above.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,7 +77,7 @@ def drawn(name: str, title: str, draw: Any, height: float = 3.7, panels: int = 0
             columns = min(len(found), 3 if panels > 1 else 2)
             canvas.legend(found.values(), found, loc="outside lower center", ncols=columns)
         if note:
-            canvas.supxlabel(note, fontsize=8)
+            canvas.suptitle(note, fontsize=9)
 
         out = io.StringIO(), io.BytesIO()
         told: Any = {"metadata": dict.fromkeys(("Date", "Creator", "Format", "Type"))}
@@ -83,7 +85,7 @@ def drawn(name: str, title: str, draw: Any, height: float = 3.7, panels: int = 0
         canvas.savefig(out[1], format="png", dpi=150)
     svg = out[0].getvalue()
     white = re.sub(r"(<svg [^>]*>)", r'\1<rect width="100%" height="100%" fill="white"/>', svg, count=1)
-    return Figure(name, title, alt, _themed(svg, name), white.encode(), out[1].getvalue())
+    return Figure(name, title, alt, _themed(svg, name), white.encode(), out[1].getvalue(), panels > 1)
 
 
 def _themed(svg: str, name: str) -> str:

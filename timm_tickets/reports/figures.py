@@ -1,7 +1,7 @@
 """The figures of a report."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ..config.recipe import CONTROLS
@@ -59,7 +59,7 @@ def accuracy(task: Task, name: str) -> Figure | None:
         axes.set_ylabel("test top-1 (%)")
         return "; ".join(told)
 
-    return drawn(name, f"Accuracy against sparsity: {task.title}", draw)
+    return drawn(name, f"Accuracy against sparsity: {task.title}{_of(by_label)}", draw)
 
 
 def trainings(task: Task, name: str) -> Figure | None:
@@ -98,7 +98,7 @@ def trainings(task: Task, name: str) -> Figure | None:
         axes.set_ylabel("test top-1 (%)")
         return "; ".join(told)
 
-    return drawn(name, f"Accuracy against trainings spent: {task.title}", draw)
+    return drawn(name, f"Accuracy against trainings spent: {task.title}{_of(found)}", draw)
 
 
 def density(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Figure | None:
@@ -125,7 +125,7 @@ def density(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Fig
         axes.set_ylabel("share of its weights kept")
         return "; ".join(told)
 
-    return drawn(name, f"Density by layer: {task.title}", draw)
+    return drawn(name, f"Density by layer: {task.title}{_of([s for s, f in found.items() if f])}", draw)
 
 
 def overlaps(task: Task, found: Sequence[Overlap], name: str) -> Figure | None:
@@ -155,7 +155,7 @@ def overlaps(task: Task, found: Sequence[Overlap], name: str) -> Figure | None:
         axes.set_xlabel("kept by both / by either")
         return "; ".join(told)
 
-    return drawn(name, f"Overlap of masks: {task.title}", draw, height=1.6 + 0.4 * len(rows))
+    return drawn(name, f"Overlap of masks: {task.title}{_of(ordered, len(rows))}", draw, height=1.6 + 0.4 * len(rows))
 
 
 def rounds(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Figure | None:
@@ -217,7 +217,12 @@ def curves(task: Task, name: str) -> Figure | None:
         axes.set_ylabel("validation top-1 (%)")
         return "; ".join(told)
 
-    return drawn(name, f"Training curves, of each search the last training: {task.title}", draw)
+    return drawn(name, f"Training curves, of each search the last training: {task.title}{_of(lines)}", draw)
+
+
+def _of(found: Collection[Any], most: int = _MOST) -> str:
+    """That a figure shows some of what there is, where that is so."""
+    return f", {most} of {len(found)}" if len(found) > most else ""
 
 
 def _looks(task: Task, label: str) -> tuple[int, dict[str, Any]]:

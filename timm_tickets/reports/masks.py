@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core.errors import SettingError
+from ..core.errors import SettingError, shown
 from ..core.masks import Masks
 from ..pruning.registry import goes_on, list_pruners
 from ..sparse.prunable import build_to_inspect
@@ -37,6 +37,7 @@ class TicketFile:
         trained: Whether its starting weights were trained before, in the search that found it.
         arguments: Of ``timm.create_model``, those that only shape the network.
         rounds: COLT's rounds: the share that all copies keep, and that by chance.
+        versions: Of the packages that found it, in words.
     """
 
     pruner: str
@@ -47,6 +48,7 @@ class TicketFile:
     trained: bool
     arguments: dict[str, Any]
     rounds: list[tuple[float, float]]
+    versions: str
 
     @property
     def density(self) -> dict[str, float]:
@@ -66,7 +68,7 @@ def ticket_file(experiment: Experiment) -> TicketFile:
         header = open_(path).header
         if experiment.fingerprint not in (None, header.fingerprint):
             raise SettingError("it is not the ticket that was found here")
-    pruner, model = (_dict(header.metadata.get(key)) for key in ("pruner", "model"))
+    pruner, model, versions = (_dict(header.metadata.get(key)) for key in ("pruner", "model", "versions"))
     name = known if (known := pruner.get("name")) in list_pruners() else "ticket"
     notes = header.metadata.get("notes")
     return TicketFile(
@@ -78,6 +80,7 @@ def ticket_file(experiment: Experiment) -> TicketFile:
         trained=isinstance(header.start, ValuesStart) and _goes_on(pruner),
         arguments=harmless(_dict(model.get("kwargs"))),
         rounds=[*_rounds(notes if isinstance(notes, list) else [])],
+        versions=", ".join(f"{shown(of, 20)} {shown(one, 20)}" for of, one in islice(versions.items(), 5)),
     )
 
 

@@ -15,7 +15,7 @@ from ..storage.files import is_writer, read_bytes, write_bytes
 from . import figures, masks
 from .figures import Figure
 from .masks import TicketFile, costs, ticket_file
-from .ranking import RANKING, ranking_figure, ranking_rows, standings
+from .ranking import RANKING, ranking_figure, ranking_rows, ranking_words, standings
 from .read import Experiment, read_all
 from .statistics import percent
 from .tasks import Series, Task, tasks
@@ -41,6 +41,7 @@ class Section:
     title: str
     about: str
     ranking: Table
+    ranked: list[str]
     verdicts: Table
     tickets: Table
     figures: list[Figure] = field(default_factory=list)
@@ -122,7 +123,7 @@ def _section(task: Task, name: str, margin: float, left: list[str]) -> Section:
         left.append(f"{task.title}: the overlap of {more:,} more pairs of masks is left out")
     places, judged = standings(task), verdicts(task, margin)
     drawn = [
-        ranking_figure(task, places, f"{name}ranking"),
+        ranking_figure(task, places, f"{name}ranking", _note(task, [one for each in files.values() for one in each])),
         figures.accuracy(task, f"{name}accuracy"),
         figures.trainings(task, f"{name}trainings"),
         figures.curves(task, f"{name}curves"),
@@ -139,6 +140,7 @@ def _section(task: Task, name: str, margin: float, left: list[str]) -> Section:
         task.title,
         _about(task),
         Table(RANKING, ranking_rows(places, judged)[:_ROWS]),
+        ranking_words(places),
         Table(("ticket", "verdict", "tests"), said[:_ROWS]),
         Table(_COLUMNS, tickets[:_ROWS]),
         [one for one in drawn if one is not None],
@@ -200,6 +202,13 @@ def _about(task: Task) -> str:
     width = "no interval" if score.low is None else f"95 % interval {score.low:.2f} to {score.high:.2f}"
     seeds = f"{score.count} seed{'s' * (score.count > 1)}"
     return f"{fine}The dense network: {score.mean:.2f} % after {epochs} epochs ({width}, {seeds})."
+
+
+def _note(task: Task, files: Sequence[TicketFile]) -> str:
+    """What a figure that stands alone needs: when it was drawn, of how many images, with which versions."""
+    versions = "; ".join(dict.fromkeys(one.versions for one in files if one.versions))
+    images = f"{task.test_images:,} test images, " if task.test_images else ""
+    return shown(f"{task.title}, {images}{datetime.now().astimezone():%Y-%m-%d}; {versions}", 200)
 
 
 def _folders(found: Sequence[Experiment]) -> Table:

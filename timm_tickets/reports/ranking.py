@@ -65,6 +65,30 @@ def standings(task: Task) -> dict[float, list[Standing]]:
     return out
 
 
+def ranking_words(found: Mapping[float, Sequence[Standing]]) -> list[str]:
+    """What beats what beyond noise, a sentence a sparsity."""
+    told = []
+    for target, every in found.items():
+        ranked = [one for one in every if one.rank is not None]
+        behind = [one.label for one in ranked if one.rank and one.rank.best > 1]
+        seeds = len(set.intersection(*(set(one.scores) for one in ranked))) if ranked else 0
+        if not ranked:
+            told.append(f"Sparsity {target:.4g}: too few seeds to tell anything apart.")
+        elif not behind:
+            told.append(f"Sparsity {target:.4g}, {seeds} seeds: none of the {len(ranked)} can be told from the best.")
+        else:
+            ahead = [one.label for one in ranked if one.label not in behind]
+            told.append(
+                f"Sparsity {target:.4g}, {seeds} seeds: the best may be {_or(ahead)}; behind it beyond noise: "
+                f"{', '.join(behind)}."
+            )
+    return told
+
+
+def _or(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"any of {', '.join(names)}"
+
+
 def ranking_rows(found: Mapping[float, Sequence[Standing]], judged: Sequence[Verdict]) -> list[list[str]]:
     """A row on each, in words."""
     verdicts: dict[tuple[Series | None, str], str] = {(one.series, one.control): _short(one) for one in judged}
@@ -114,7 +138,7 @@ def ranking_figure(task: Task, found: Mapping[float, Sequence[Standing]], name: 
         task: Of the tickets.
         found: Their standings.
         name: Of the figure's files.
-        note: A line below.
+        note: A line above.
     """
     if not found:
         return None
