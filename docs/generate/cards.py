@@ -77,10 +77,11 @@ def commands(name: str) -> list[str]:
         recipe, given = f"digits_{name}", []
     else:
         recipe, given = _ON_CHANNELS, [f"pruner.name={name}"]
-    tt.load_recipe(recipe, given)
+    start = tt.load_recipe(recipe, given).model.initial_checkpoint
+    before = [f"timm-tickets search {start.parts[1]}"] if start else []  # output/NAME/... is what that one leaves
     more = "".join(f" --set {one}" for one in [*given, *([f"name=digits_{name}"] if given else [])])
     search = f"timm-tickets search {recipe}{more}"
-    return [f"timm-tickets list {name}", f"{search} --dry-run", search]
+    return [f"timm-tickets list {name}", *before, f"{search} --dry-run", search]
 
 
 def method_page(name: str) -> str:
@@ -206,7 +207,7 @@ def tweak_pages() -> dict[str, str]:
 def by_goal() -> str:
     rows = ["| you want | take | because | recipe on digits |", "|---|---|---|---|"]
     for goal, take, why, recipe in GOALS:
-        tt.load_recipe(recipe)
+        tt.load_recipe(recipe.split("`")[-1])
         rows.append(f"| {goal} | {take} | {why} | `{recipe}` |")
     return "\n".join(rows)
 

@@ -159,7 +159,7 @@ GOALS = (
         "`jackpot`",
         "learns which of them to keep; with weights that may be trained, `imp` or `gradual` and "
         "`model.pretrained=true`",
-        "digits_jackpot",
+        "digits_imp` first, then `digits_jackpot",
     ),
     (
         "transfer to other data",
