@@ -19,6 +19,7 @@ from ..storage.files import is_writer
 from ..tickets.ticket import Ticket, load_ticket
 from ..tickets.transfer import recompute_batch_norm_
 from .begin import built, check_tweaks, claim, origin_of
+from .console import console_here
 from .controls import Controls, Trainers
 from .outcome import tell_files, write_model
 from .report import RichProgress, print_table, say, write_summary
@@ -66,7 +67,7 @@ def transfer(
         if control not in CONTROLS:
             raise SettingError(unknown("control", control, CONTROLS))
     recipe = load_recipe(recipe, overrides)
-    console = console or Console()
+    console = console or console_here()
     given = load_ticket(ticket)
     folder = recipe.output or Path("output") / f"{recipe.name}_transfer_{Path(ticket).stem}"
     with working_in(folder, partial(say, console)), minding_workers():
