@@ -40,6 +40,7 @@ from .pruning.run import Rewind as Rewind
 from .pruning.run import Run as Run
 from .pruning.run_end import End as End
 from .pruning.training import Training as Training
+from .reports.notebook import report as report
 from .sparse.pretrained import Pretrained as Pretrained
 from .sparse.prunable import Part as Part
 from .sparse.prunable import inspect_model as inspect_model

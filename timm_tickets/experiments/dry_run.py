@@ -28,6 +28,7 @@ from ..pruning.training import Training
 from ..storage.files import is_writer
 from ..training.trainer import Trainer
 from .begin import built, filled
+from .console import console_here
 from .report import say
 from .rivals import rival
 from .search import create_search
@@ -73,7 +74,7 @@ def dry_run(recipe: str | Path | Recipe, overrides: Sequence[str] = (), *, conso
         SettingError, TrainingError: As `search`.
     """
     recipe = load_recipe(recipe, overrides)
-    console = console or Console()
+    console = console or console_here()
     with minding_workers():
         data, model = built(recipe, console)
         pruner = create_search(recipe, data, model, None)

@@ -16,6 +16,7 @@ from ..storage.files import is_writer, replacing
 from ..storage.tables import write_csv
 from ..training.epoch_log import COLUMNS as EPOCH_COLUMNS
 from ..training.epoch_log import EPOCHS, rows_of
+from .console import NotebookConsole
 from .trackers import Trackers
 
 COLUMNS: tuple[str, ...] = (
@@ -45,7 +46,7 @@ class RichProgress:
 
     Args:
         console: Where to show them. Bars are drawn on terminals that can redraw a line; in a pipe, a file or with
-            TERM=dumb, each epoch is a line instead.
+            TERM=dumb, each epoch is a line instead; in a notebook one line follows the epochs.
         trainings: How many trainings there will be, None where nobody knows.
         trackers: Told of every epoch too; they begin and end with this.
     """
@@ -76,6 +77,8 @@ class RichProgress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._bars.stop()
+        if isinstance(self.console, NotebookConsole) and self._tells:
+            self.console.show("")
         if self.trackers is not None:
             self.trackers.__exit__(kind, error, trace)
 
@@ -105,7 +108,10 @@ class RichProgress:
         self._bars.update(self._search, completed=self._done * self.epochs + row["epoch"])
         text = f"{self._name}, epoch {row['epoch']}/{self.epochs}, val {row['val_top1']:.2f}"
         self._bars.update(self._epoch, description=text, completed=0)
-        if not self.console.is_interactive:
+        if isinstance(self.console, NotebookConsole):
+            if self._tells:
+                self.console.show(f"{text}, {row['seconds']:.1f} s an epoch")
+        elif not self.console.is_interactive:
             self.say(
                 f"{row['run']}  epoch {row['epoch']:{len(str(self.epochs))}d}/{self.epochs}  "
                 f"loss {row['train_loss']:.4f}  val {row['val_top1']:6.2f}  lr {row['lr']:.3g}  {row['seconds']:.1f} s"

@@ -30,6 +30,7 @@ from ..tickets.ticket import Ticket, load_ticket
 from ..training.build import build_model
 from .baselines import beside, check_controls
 from .begin import built, check_tweaks, claim, origin_of
+from .console import console_here
 from .controls import Controls, Trainers, control_of, lacking, weights_trained
 from .outcome import tell_files, write_model
 from .report import RichProgress, counted, plot, print_table, say, write_summary
@@ -63,7 +64,7 @@ def search(
         OSError: The folder cannot be written; what was written before is kept.
     """
     recipe = load_recipe(recipe, overrides)
-    console = console or Console()
+    console = console or console_here()
     with working_in(recipe.folder, partial(say, console)), minding_workers():
         return _search(recipe, restart, console)
 

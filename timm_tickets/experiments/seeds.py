@@ -16,6 +16,7 @@ from ..distributed.processes import apart, groups_of, place, wait_for_others
 from ..storage.files import appearing, is_writer
 from ..storage.tables import write_csv
 from ..tickets.ticket import load_ticket
+from .console import console_here
 from .controls import asked_parallel
 from .report import say
 from .result import Result, hands_out
@@ -62,7 +63,7 @@ def search_seeds(
             f"seeds: {', '.join(map(str, seeds)) or 'none'} is not valid; give two different numbers or more, from 0 "
             "on, such as 0,1,2, or set `seed` for a single one"
         )
-    whole, console = load_recipe(recipe, overrides), console or Console()
+    whole, console = load_recipe(recipe, overrides), console or console_here()
     recipes = []
     for seed in seeds:
         one = load_recipe(recipe, [*overrides, f"seed={seed}"])

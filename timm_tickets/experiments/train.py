@@ -14,6 +14,7 @@ from ..sparse.subnet import Subnet
 from ..storage.files import is_writer
 from ..tickets.ticket import Ticket, load_ticket
 from .begin import built, check_tweaks, claim, origin_of
+from .console import console_here
 from .controls import Trainers
 from .given import check_given, shared_out, train_given
 from .outcome import tell_files, write_model
@@ -40,7 +41,7 @@ def train(
         SettingError, TrainingError, OSError: As `search`.
     """
     recipe = load_recipe(recipe, overrides)
-    console = console or Console()
+    console = console or console_here()
     given = None if ticket is None else load_ticket(ticket)
     stem = "dense" if ticket is None else Path(ticket).stem
     folder = recipe.output or Path("output") / f"{recipe.name}_train_{stem}"

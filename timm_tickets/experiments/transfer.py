@@ -15,6 +15,7 @@ from ..storage.files import is_writer
 from ..tickets.ticket import Ticket, load_ticket
 from ..tickets.transfer import recompute_batch_norm_
 from .begin import built, check_tweaks, claim, origin_of
+from .console import console_here
 from .controls import Trainers
 from .given import check_given, check_names, granularity_of, shared_out, train_given
 from .outcome import tell_files, write_model
@@ -59,7 +60,7 @@ def transfer(
     """
     check_names(controls or ())
     recipe = load_recipe(recipe, overrides)
-    console = console or Console()
+    console = console or console_here()
     given = load_ticket(ticket)
     if controls is None and (controls := recipe.chosen_controls) is None:
         structured = granularity_of(given) in ("channel", "head")  # of which single weights are no control

@@ -24,6 +24,7 @@ from ..distributed.processes import (
 )
 from ..distributed.sigterm import Stopped, stop_asked, stoppable
 from ..experiments.baselines import check_controls
+from ..experiments.console import console_here
 from ..experiments.controls import asked_parallel, lacking
 from ..experiments.report import say
 from ..experiments.run_folder import RESULT, changes, whole_result
@@ -81,7 +82,7 @@ def leaderboard(
         TrainingError: Experiments have failed; the message names each. All others were carried out, and are reported.
         Stopped, OSError: As `search`.
     """
-    console, board = console or Console(), load_leaderboard(leaderboard, overrides, output)
+    console, board = console or console_here(), load_leaderboard(leaderboard, overrides, output)
     join_processes()  # from here on one of them writes
     with stoppable(), ending_with_others():
         decided(lambda: _check(board))

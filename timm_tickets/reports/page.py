@@ -1,7 +1,7 @@
 """The report: one HTML file that asks for nothing outside, and the same in Markdown with its figures beside it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -62,11 +62,30 @@ def report(folders: Sequence[Path], output: Path, margin: float = 0.5) -> tuple[
         SettingError: A folder holds no experiment, or the output holds somebody else's report.
         OSError: It cannot be written.
     """
+    _check_free(output)
+    _, files, left = composed(folders, margin)
+    return write(files, output), left
+
+
+def _check_free(output: Path) -> None:
     for name in (f"{NAME}.html", f"{NAME}.md"):
         if _MARK not in (read_bytes(output / name, most=4_000) or _MARK):
             raise SettingError(
                 f"output: {shown(str(output / name), 300)} was not written by this command; choose another"
             )
+
+
+def write(files: Mapping[str, bytes], output: Path) -> list[Path]:
+    """Put what `composed` has made into a folder, the page first; raises as `report`."""
+    _check_free(output)
+    if is_writer():
+        for name, data in files.items():
+            write_bytes(output / name, data)
+    return [output / name for name in files]
+
+
+def composed(folders: Sequence[Path], margin: float) -> tuple[list[Section], dict[str, bytes], list[str]]:
+    """What is said of each task, the files of the report by name, and what was left out; for the rest see `report`."""
     found, left = read_all(folders)
     sections = [_section(task, f"{number}_", margin, left) for number, task in enumerate(tasks(found), 1)]
     left += [note for one in found for note in dict.fromkeys(one.notes)]
@@ -87,10 +106,7 @@ def report(folders: Sequence[Path], output: Path, margin: float = 0.5) -> tuple[
     for one in sections:
         for each in one.figures:
             files |= {f"{each.name}.svg": each.svg, f"{each.name}.png": each.png}
-    if is_writer():
-        for name, data in files.items():
-            write_bytes(output / name, data)
-    return [output / name for name in files], left
+    return sections, files, left
 
 
 def markdown(text: str) -> str:
