@@ -89,13 +89,25 @@ def sentence(
         if found.count == 1:
             return f"{side} {name} with one seed, which gives no interval and does not say which is better"
         return f"not distinguishable from {name}: {by} with each of {found.count} seeds, which gives no interval"
-    seeds = f"95 % interval {found.low:.1f} to {found.high:.1f}, {found.count} seeds"
     if p < ALPHA:
-        return f"{'better' if mean > 0 else 'worse'} than {name} by {abs(mean):.1f} points ({seeds})"
+        low, high = sorted(map(abs, (found.low, found.high)))
+        return (
+            f"{'better' if mean > 0 else 'worse'} than {name} by {abs(mean):.1f} points (95 % interval {low:.1f} to "
+            f"{high:.1f}, {found.count} seeds)"
+        )
+    seeds = f"95 % interval {_range(found.low, found.high)}, {found.count} seeds"
     if control == "dense" and not_worse < ALPHA / 2:
         return f"matches dense: {by} ({seeds}), and less than {margin:g} below"
     corrected = f", once corrected for the {tests} tickets compared" if found.low > 0 or found.high < 0 else ""
     return f"not distinguishable from {name}: {by} ({seeds}){corrected}"
+
+
+def _range(low: float, high: float) -> str:
+    """The ends of an interval of differences, without a sign that a reader would have to interpret."""
+    if low < 0 < high:
+        return f"{-low:.1f} below to {high:.1f} above"
+    least, most = sorted(map(abs, (low, high)))
+    return f"{least:.1f} to {most:.1f} {'above' if high > 0 else 'below'}"
 
 
 class _Pairs:
