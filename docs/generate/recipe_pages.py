@@ -2,6 +2,9 @@
 
 from cards import RECIPES, settings_table, text
 
+import timm_tickets as tt
+from timm_tickets.config.files import read_recipe
+from timm_tickets.config.find import find_leaderboard
 from timm_tickets.config.recipe import Recipe
 from timm_tickets.config.schema import explain
 from timm_tickets.core.settings import explained, schema_of
@@ -48,6 +51,12 @@ def _shipped() -> str:
                 pruner = "" if name.startswith("dense_") else f"`{one.pruner['name']}` to {one.pruner['sparsity']:g}, "
                 rows.append(f"- `{name}`: {pruner}{text(one.model.model)}; {text(one.source or '')}")
         parts += [f"## {title}", "\n".join(rows)]
+    boards = [f"- `{one}`: {text(read_recipe(find_leaderboard(one))['source'])}" for one in tt.list_leaderboards()]
+    parts += [
+        "## Leaderboards",
+        "`timm-tickets leaderboard NAME` runs [one](controls.md#leaderboards).",
+        "\n".join(boards),
+    ]
     if left := {one.data.dataset for one in RECIPES.values()} - set(sets):
         raise ValueError(f"docs/generate/recipes.py: no title for the data sets {sorted(left)}; add them to `sets`")
     return "\n\n".join(parts) + "\n"
