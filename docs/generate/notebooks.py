@@ -9,7 +9,9 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 
 def pages() -> dict[str, str]:
     """The text of each page by place; the notebook itself lies beside it."""
-    found = sorted(FOLDER.glob("*.ipynb"))
+    found = sorted(
+        FOLDER.glob("*.ipynb"), key=lambda one: (one.stem != "prune_your_model", one.stem)
+    )  # the first first
     return {f"notebooks/{one.stem}.md": page(json.loads(one.read_text("utf-8")), one.name) for one in found}
 
 
