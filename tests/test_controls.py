@@ -353,7 +353,7 @@ def test_a_given_ticket_has_the_recipes_controls_too_and_gains_them_later(tmp_pa
             "shuffled_layers cannot be had: the ticket prunes units of kind channel",
         ),
         ("transfer", "weight", "equal_cost", "equal_cost cannot be had: how long the search of this ticket trained is"),
-        ("train", None, "random_mask", "random_mask cannot be had: the dense network is trained alone"),
+        ("train", None, "random_mask", "random_mask cannot be had: they stand beside a ticket, and the dense network"),
     ],
 )
 def test_controls_that_a_given_ticket_cannot_have_are_refused(tmp_path, given, how, granularity, control, why):
