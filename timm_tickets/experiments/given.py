@@ -58,8 +58,8 @@ def check_given(controls: Sequence[str], recipe: Recipe, ticket: Ticket | None, 
     """
     if ticket is None and controls:
         raise SettingError(
-            f"controls: {', '.join(controls)} cannot be had: they stand beside a ticket, and the dense network alone is "
-            "trained; give a ticket, or controls=[]"
+            f"controls: {', '.join(controls)} cannot be had: they stand beside a ticket, and the dense network is "
+            "trained alone; give a ticket, or controls=[]"
         )
     valid = [name for name in (*CONTROLS, *["native"] * native) if ticket and not _refused(name, recipe, ticket)]
     for name in controls:
