@@ -92,7 +92,7 @@ def test_what_is_set_for_a_call_holds_over_every_entry(board):
         ("", ["sparsities=[50]"], "50 % is 0.5"),
         ("", ["seed=3"], "seed is the leaderboard's; set seeds instead"),
         ("", ["pruner.sparsity=0.3"], "set sparsities instead"),
-        ("", ["controls=[dense,equal_cost]"], "entries.magnitude: controls: equal_cost cannot be had"),
+        ("", ["controls=[dense,equal_rate_imp]"], "entries.magnitude: controls: equal_rate_imp cannot be had"),
         ("", ["pruner.name=imp"], "pruner.name is the leaderboard's; set entries instead"),
     ],
 )

@@ -56,17 +56,18 @@ def check_given(controls: Sequence[str], recipe: Recipe, ticket: Ticket | None, 
     Raises:
         SettingError: It cannot; the message names those that it can.
     """
-    valid = [name for name in (*CONTROLS, *["native"] * native) if not _refused(name, recipe, ticket)]
+    if ticket is None and controls:
+        raise SettingError(
+            f"controls: {', '.join(controls)} cannot be had: they stand beside a ticket, and the dense network is "
+            "trained alone; give a ticket, or controls=[]"
+        )
+    valid = [name for name in (*CONTROLS, *["native"] * native) if ticket and not _refused(name, recipe, ticket)]
     for name in controls:
-        if why := _refused(name, recipe, ticket):
-            raise SettingError(
-                f"controls: {name} cannot be had: {why}. There are {', '.join(valid) or 'none'} (controls=[] is none)"
-            )
+        if ticket is not None and (why := _refused(name, recipe, ticket)):
+            raise SettingError(f"controls: {name} cannot be had: {why}. There are {', '.join(valid)}")
 
 
-def _refused(control: str, recipe: Recipe, ticket: Ticket | None) -> str:
-    if ticket is None:
-        return "the dense network is trained alone, and is a control itself; give a ticket"
+def _refused(control: str, recipe: Recipe, ticket: Ticket) -> str:
     if control in _OF_A_SEARCH:
         return "how long the search of this ticket trained is not known; a search can have it, with the same setting"
     if control in ("random_mask", "shuffled_layers"):

@@ -47,7 +47,7 @@ def standings(task: Task) -> dict[float, list[Standing]]:
     for series in task.series:
         scores: dict[int, list[float]] = defaultdict(list)
         for one, final in series.finals:
-            if one.kind == "search":
+            if one.kind == "search" and not one.control:
                 scores[one.seed].append(final.top1 or 0.0)
         if scores:
             each = {seed: mean_of(found) for seed, found in sorted(scores.items())}
@@ -105,7 +105,7 @@ def ranking_rows(found: Mapping[float, Sequence[Standing]], judged: Sequence[Ver
                     f"{one.score.mean:.2f}",
                     "none" if low is None else f"{low:.2f} to {high:.2f}",
                     "not known" if one.trainings is None else f"{one.trainings:.3g}{start}",
-                    *(verdicts.get((one.series, control), "") for control in ("dense", "random mask")),
+                    *(verdicts.get((one.series, control), "") for control in ("dense", "shuffled_layers")),
                 ]
             )
     return rows
