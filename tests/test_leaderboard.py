@@ -5,6 +5,7 @@ import fcntl
 import math
 import os
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -188,6 +189,7 @@ def test_other_settings_in_the_same_folder_are_refused_before_anything_is_carrie
     assert len(carried_out) == count
 
 
+@pytest.mark.filterwarnings("default:it is slow", "default:.*it is slow")
 @pytest.mark.parametrize("fails", ["magnitude", "dense"])
 def test_what_fails_is_named_the_others_go_on_and_the_same_command_tries_again(
     carried_out, monkeypatch, board, tmp_path, fails
@@ -197,6 +199,7 @@ def test_what_fails_is_named_the_others_go_on_and_the_same_command_tries_again(
     def failing(recipe, console):
         if (recipe.label, recipe.seed) == (fails, 0):
             raise tt.TrainingError("the loss is nan")
+        warnings.warn("it is slow", stacklevel=1)
         whole(recipe, console)
 
     for name in ("search", "train"):
@@ -204,6 +207,7 @@ def test_what_fails_is_named_the_others_go_on_and_the_same_command_tries_again(
     out = call("leaderboard", board(JACKPOT), "--output", tmp_path / "out")
     assert out.exit_code == 2
     left = {(fails, 0)} | ({("jackpot", 0)} if fails == "dense" else set())
+    assert "warning: imp in one shot at 0.5, seed 1: it is slow" in out.stderr
     assert set(carried_out) == {*ALL, ("jackpot", 0), ("jackpot", 1)} - left
     assert f"{len(left)} of 8 experiments have failed" in out.stderr
     assert "seed 0: the loss is nan" in out.stderr

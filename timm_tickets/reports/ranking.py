@@ -204,7 +204,7 @@ def _panel(axes: Any, every: Sequence[Standing], labels: Sequence[str], at: Any)
             [y],
             "o" if best else "D",
             markersize=6,
-            markerfacecolor=looks["color"] if best else "white",
+            markerfacecolor=looks["color"] if best else "none",
             **kind,
             **looks,
         )
