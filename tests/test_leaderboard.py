@@ -189,7 +189,7 @@ def test_other_settings_in_the_same_folder_are_refused_before_anything_is_carrie
     assert len(carried_out) == count
 
 
-@pytest.mark.filterwarnings("default:it is slow", "default:.*it is slow")
+@pytest.mark.filterwarnings("always:it is slow")
 @pytest.mark.parametrize("fails", ["magnitude", "dense"])
 def test_what_fails_is_named_the_others_go_on_and_the_same_command_tries_again(
     carried_out, monkeypatch, board, tmp_path, fails
