@@ -312,6 +312,7 @@ def made_up(tmp_path):
             if label != "single" or seed == 0:
                 more = [f"label={label}", f"pruner.prune_rate=0.{1 + len(label)}"]
                 runs = [Run("round_00", 97.0 + seed % 2), Run("round_01", top1, 0.5, round=1)]
+                runs[:0] = [Run("shuffled_layers", 50.0 + seed % 2, 0.5)] * (label == "far")
                 write(tmp_path / f"{label[0]}_/{seed}", runs, seed, overrides=more, ticket=ticket_of(seed))
     return tmp_path
 
@@ -319,7 +320,7 @@ def made_up(tmp_path):
 def test_the_page_ranks_what_can_be_told_apart_and_draws_it(made_up):
     files, _ = report([made_up], made_up / "report")
     lines = (line.split("|")[1:-1] for line in files[1].read_text().splitlines())
-    rows = {cells[2].strip(): [cell.strip() for cell in cells] for cells in lines if len(cells) == 8}
+    rows = {cells[2].strip(): [cell.strip() for cell in cells] for cells in lines if len(cells) == 9}
     assert {label: cells[1] for label, cells in rows.items() if cells[0] == "0.5"} == {
         "dense": "1 to 3",
         "one": "1 to 3",
@@ -327,8 +328,8 @@ def test_the_page_ranks_what_can_be_told_apart_and_draws_it(made_up):
         "far": "4",
         "single": "too few seeds",
     }
-    assert rows["dense"][3:] == ["97.40", "96.72 to 98.08", "1", "", ""]
-    assert rows["far"][3:7] == ["62.00", "60.04 to 63.96", "2", "worse by 35.4"]
+    assert rows["dense"][3:] == ["97.40", "96.72 to 98.08", "1", "", "", ""]
+    assert rows["far"][3:] == ["62.00", "60.04 to 63.96", "2", "worse by 35.4", "better by 11.6", ""]
     assert rows["single"][3:7] == ["99.00", "none", "2", "+2.0 with one seed"]
     page = Page(files[0].read_text())
     assert (

@@ -13,9 +13,14 @@ from .tasks import Series, Task, mean_of
 from .verdicts import Verdict
 
 DENSE = "dense"
+_BESIDE = {
+    "dense": "beside dense",
+    "shuffled_layers": "beside a random mask with its layer counts",
+    "random_reinit": "beside its mask over another start",
+}  # keys of `verdicts.CONTROLS`
 RANKING = (
     *("sparsity", "rank", "ticket", "test top-1 (%)", "95 % interval", "dense trainings"),
-    *("beside dense", "beside a random mask with its layer counts"),
+    *_BESIDE.values(),
 )
 _UNKNOWN = 10_000  # test images, where a folder does not say how many there are
 
@@ -47,7 +52,7 @@ def standings(task: Task) -> dict[float, list[Standing]]:
     for series in task.series:
         scores: dict[int, list[float]] = defaultdict(list)
         for one, final in series.finals:
-            if one.kind == "search":
+            if one.kind == "search" and not one.control:
                 scores[one.seed].append(final.top1 or 0.0)
         if scores:
             each = {seed: mean_of(found) for seed, found in sorted(scores.items())}
@@ -105,7 +110,7 @@ def ranking_rows(found: Mapping[float, Sequence[Standing]], judged: Sequence[Ver
                     f"{one.score.mean:.2f}",
                     "none" if low is None else f"{low:.2f} to {high:.2f}",
                     "not known" if one.trainings is None else f"{one.trainings:.3g}{start}",
-                    *(verdicts.get((one.series, control), "") for control in ("dense", "random mask")),
+                    *(verdicts.get((one.series, control), "") for control in _BESIDE),
                 ]
             )
     return rows
