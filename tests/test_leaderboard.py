@@ -93,7 +93,7 @@ def test_what_is_set_for_a_call_holds_over_every_entry(board):
         ("", ["sparsities=[50]"], "50 % is 0.5"),
         ("", ["seed=3"], "seed is the leaderboard's; set seeds instead"),
         ("", ["pruner.sparsity=0.3"], "set sparsities instead"),
-        ("", ["controls=[dense,equal_cost]"], "entries.magnitude: controls: equal_cost cannot be had"),
+        ("  a: {pruner: {name: edge_popup}, controls: [random_mask]}\n", [], "entries.a: controls: random_mask cannot"),
         ("", ["pruner.name=imp"], "pruner.name is the leaderboard's; set entries instead"),
     ],
 )
