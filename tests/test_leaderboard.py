@@ -5,6 +5,7 @@ import fcntl
 import math
 import os
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_what_is_set_for_a_call_holds_over_every_entry(board):
         ("", ["sparsities=[50]"], "50 % is 0.5"),
         ("", ["seed=3"], "seed is the leaderboard's; set seeds instead"),
         ("", ["pruner.sparsity=0.3"], "set sparsities instead"),
-        ("", ["controls=[dense,equal_rate_imp]"], "entries.magnitude: controls: equal_rate_imp cannot be had"),
+        ("  a: {pruner: {name: edge_popup}, controls: [random_mask]}\n", [], "entries.a: controls: random_mask cannot"),
         ("", ["pruner.name=imp"], "pruner.name is the leaderboard's; set entries instead"),
     ],
 )
@@ -188,6 +189,7 @@ def test_other_settings_in_the_same_folder_are_refused_before_anything_is_carrie
     assert len(carried_out) == count
 
 
+@pytest.mark.filterwarnings("always:it is slow")
 @pytest.mark.parametrize("fails", ["magnitude", "dense"])
 def test_what_fails_is_named_the_others_go_on_and_the_same_command_tries_again(
     carried_out, monkeypatch, board, tmp_path, fails
@@ -197,6 +199,7 @@ def test_what_fails_is_named_the_others_go_on_and_the_same_command_tries_again(
     def failing(recipe, console):
         if (recipe.label, recipe.seed) == (fails, 0):
             raise tt.TrainingError("the loss is nan")
+        warnings.warn("it is slow", stacklevel=1)
         whole(recipe, console)
 
     for name in ("search", "train"):
@@ -204,6 +207,7 @@ def test_what_fails_is_named_the_others_go_on_and_the_same_command_tries_again(
     out = call("leaderboard", board(JACKPOT), "--output", tmp_path / "out")
     assert out.exit_code == 2
     left = {(fails, 0)} | ({("jackpot", 0)} if fails == "dense" else set())
+    assert "warning: imp in one shot at 0.5, seed 1: it is slow" in out.stderr
     assert set(carried_out) == {*ALL, ("jackpot", 0), ("jackpot", 1)} - left
     assert f"{len(left)} of 8 experiments have failed" in out.stderr
     assert "seed 0: the loss is nan" in out.stderr
@@ -308,6 +312,7 @@ def made_up(tmp_path):
             if label != "single" or seed == 0:
                 more = [f"label={label}", f"pruner.prune_rate=0.{1 + len(label)}"]
                 runs = [Run("round_00", 97.0 + seed % 2), Run("round_01", top1, 0.5, round=1)]
+                runs[:0] = [Run("shuffled_layers", 50.0 + seed % 2, 0.5)] * (label == "far")
                 write(tmp_path / f"{label[0]}_/{seed}", runs, seed, overrides=more, ticket=ticket_of(seed))
     return tmp_path
 
@@ -315,7 +320,7 @@ def made_up(tmp_path):
 def test_the_page_ranks_what_can_be_told_apart_and_draws_it(made_up):
     files, _ = report([made_up], made_up / "report")
     lines = (line.split("|")[1:-1] for line in files[1].read_text().splitlines())
-    rows = {cells[2].strip(): [cell.strip() for cell in cells] for cells in lines if len(cells) == 8}
+    rows = {cells[2].strip(): [cell.strip() for cell in cells] for cells in lines if len(cells) == 9}
     assert {label: cells[1] for label, cells in rows.items() if cells[0] == "0.5"} == {
         "dense": "1 to 3",
         "one": "1 to 3",
@@ -323,8 +328,8 @@ def test_the_page_ranks_what_can_be_told_apart_and_draws_it(made_up):
         "far": "4",
         "single": "too few seeds",
     }
-    assert rows["dense"][3:] == ["97.40", "96.72 to 98.08", "1", "", ""]
-    assert rows["far"][3:7] == ["62.00", "60.04 to 63.96", "2", "worse by 35.4"]
+    assert rows["dense"][3:] == ["97.40", "96.72 to 98.08", "1", "", "", ""]
+    assert rows["far"][3:] == ["62.00", "60.04 to 63.96", "2", "worse by 35.4", "better by 11.6", ""]
     assert rows["single"][3:7] == ["99.00", "none", "2", "+2.0 with one seed"]
     page = Page(files[0].read_text())
     assert (

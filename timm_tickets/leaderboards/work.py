@@ -1,7 +1,9 @@
 """A leaderboard searched: each process takes the next experiment that nobody holds, until none is left."""
 
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,7 +166,8 @@ class _Work:
     def _carry_out(self, number: int) -> None:
         cell, quiet = self.cells[number], Console(quiet=True, force_terminal=False)
         try:
-            (train if cell.label == DENSE else search)(cell.recipe, console=quiet)
+            with _naming(cell):
+                (train if cell.label == DENSE else search)(cell.recipe, console=quiet)
         except FolderInUse:  # another was quicker
             pass
         except (SettingError, TicketError, TrainingError) as error:
@@ -173,6 +176,21 @@ class _Work:
     def _fails(self, number: int, why: str) -> None:
         self.failed[number] = why
         self.progress.failed(number, why)
+
+
+@contextmanager
+def _naming(cell: Cell) -> Iterator[None]:
+    """Let what is warned of within the block name the experiment, of which nothing else is shown."""
+    before = warnings.showwarning
+
+    def show(text: Any, *place: Any, **more: Any) -> None:
+        before(f"{cell.name}: {text}", *place, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _groups(board: Leaderboard) -> int:

@@ -13,9 +13,14 @@ from .tasks import Series, Task, mean_of
 from .verdicts import Verdict
 
 DENSE = "dense"
+_BESIDE = {
+    "dense": "beside dense",
+    "shuffled_layers": "beside a random mask with its layer counts",
+    "random_reinit": "beside its mask over another start",
+}  # keys of `verdicts.CONTROLS`
 RANKING = (
     *("sparsity", "rank", "ticket", "test top-1 (%)", "95 % interval", "dense trainings"),
-    *("beside dense", "beside a random mask with its layer counts"),
+    *_BESIDE.values(),
 )
 _UNKNOWN = 10_000  # test images, where a folder does not say how many there are
 
@@ -105,7 +110,7 @@ def ranking_rows(found: Mapping[float, Sequence[Standing]], judged: Sequence[Ver
                     f"{one.score.mean:.2f}",
                     "none" if low is None else f"{low:.2f} to {high:.2f}",
                     "not known" if one.trainings is None else f"{one.trainings:.3g}{start}",
-                    *(verdicts.get((one.series, control), "") for control in ("dense", "shuffled_layers")),
+                    *(verdicts.get((one.series, control), "") for control in _BESIDE),
                 ]
             )
     return rows
@@ -204,7 +209,7 @@ def _panel(axes: Any, every: Sequence[Standing], labels: Sequence[str], at: Any)
             [y],
             "o" if best else "D",
             markersize=6,
-            markerfacecolor=looks["color"] if best else "white",
+            markerfacecolor=looks["color"] if best else "none",
             **kind,
             **looks,
         )
