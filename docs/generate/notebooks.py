@@ -33,5 +33,7 @@ def _output(output: dict[str, Any]) -> str:
     data = output.get("data", {})
     if "image/png" in data:
         return f'<img alt="what the cell draws" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
+    if "text/markdown" in data:
+        return "".join(data["text/markdown"])
     text = "".join(output.get("text", data.get("text/plain", ""))).strip("\n")
     return f"```text\n{text}\n```" if text else ""
