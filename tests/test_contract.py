@@ -1,5 +1,7 @@
 """What every pruner promises, whatever its method. A new method is one row in support/every_method.py."""
 
+import functools
+
 import pytest
 import torch
 from support.every_method import (
@@ -10,6 +12,7 @@ from support.every_method import (
     every_method,
     found,
     fresh,
+    ids,
     loader,
     of_channels,
     pruner_of,
@@ -29,14 +32,25 @@ def _found_once(monkeypatch):
     monkeypatch.setattr(units, "find_groups", found)
 
 
+@functools.cache
+def _whole(name):
+    row = next(row for row in METHODS if ids(row) == name)
+    model = fresh()
+    return model, searched(row, model).ticket
+
+
+def whole(row):
+    """A search of test_resnet from seed 0 that nothing stopped: the model and the ticket, to be looked at."""
+    return _whole(ids(row))
+
+
 def test_every_registered_pruner_is_in_the_table():
     assert {row.name for row in METHODS} == set(tt.list_pruners())
 
 
 @every_method
 def test_reaches_its_sparsity_exactly(row):
-    model = fresh()
-    total = sum(mask.numel() for mask in searched(row, model).ticket.masks.values())
+    total = sum(mask.numel() for mask in whole(row)[1].masks.values())
     for sparsity in (0.0, 0.5, SPARSITY, 0.987):
         pruner = searched(row, fresh(), sparsity=sparsity)
         pruned = sum(int((~mask).sum()) for mask in pruner.ticket.masks.values())
@@ -49,8 +63,7 @@ def test_reaches_its_sparsity_exactly(row):
 
 @every_method
 def test_leaves_the_model_masked_at_the_tickets_start(row):
-    model = fresh()
-    ticket = searched(row, model).ticket
+    model, ticket = whole(row)
     for name, value in model.state_dict().items():
         assert torch.equal(value, ticket.values[name]), name
     for name, mask in ticket.masks.items():
@@ -87,8 +100,7 @@ def test_pruned_weights_are_exactly_zero_after_every_step(row, optimizer):
 
 @every_method
 def test_the_classifier_is_not_pruned_and_trains(row):
-    model = fresh()
-    assert not any(name.startswith("fc.") for name in searched(row, model).ticket.masks)
+    assert not any(name.startswith("fc.") for name in whole(row)[1].masks)
     model = fresh()
     pruner = pruner_of(row, model)
     for run in pruner:
@@ -102,14 +114,12 @@ def test_the_classifier_is_not_pruned_and_trains(row):
 
 @every_method
 def test_same_seed_same_ticket(row):
-    one, same = (searched(row, fresh(), seed=3).ticket for _ in range(2))
-    assert one.fingerprint == same.fingerprint
+    assert searched(row, fresh()).ticket.fingerprint == whole(row)[1].fingerprint
 
 
 @every_method
 def test_the_model_stays_a_plain_timm_model(row):
-    model, plain = fresh(), fresh()
-    searched(row, model)
+    (model, _), plain = whole(row), fresh()
     assert list(model.state_dict()) == list(plain.state_dict())
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
     assert all(p.requires_grad for p in model.parameters())
@@ -118,8 +128,7 @@ def test_the_model_stays_a_plain_timm_model(row):
 
 @every_method
 def test_ticket_goes_through_a_file_bit_for_bit(row, tmp_path):
-    model = fresh()
-    ticket = searched(row, model).ticket
+    model, ticket = whole(row)
     ticket.save(tmp_path / "one.ticket")
     loaded = tt.load_ticket(tmp_path / "one.ticket")
     assert loaded.sparsity == ticket.sparsity
@@ -136,30 +145,26 @@ def test_ticket_goes_through_a_file_bit_for_bit(row, tmp_path):
 
 @every_method
 def test_replay_after_a_stop_gives_the_same_ticket(row, tmp_path):
-    whole = searched(row, fresh()).ticket
+    expected = whole(row)[1].fingerprint
     counted = searched(row, fresh(), folder=tmp_path / "count")
     runs = counted.runs_done
     assert counted.runs in (None, runs)
-    assert counted.ticket.fingerprint == whole.fingerprint
+    assert counted.ticket.fingerprint == expected
     if runs == 0:
         once = pruner_of(row, fresh(), folder=tmp_path / "once").ticket
         assert pruner_of(row, fresh(seed=77), folder=tmp_path / "once").ticket.fingerprint == once.fingerprint
-    for stop in range(runs):
-        folder = tmp_path / f"stop_{stop}"
-        model = fresh()
-        for run in pruner_of(row, model, folder=folder):
-            train_run(run, model)
-            if run.index == stop:
-                break  # killed here: this run was trained but not written down
-        model = fresh(seed=77)  # the folder, not the new model, says where the search began
-        pruner = pruner_of(row, model, folder=folder)
+    for stop in range(runs + 1):  # one life after the other, each killed in the next run; the last one ends
+        model = fresh(seed=77 if stop else 0)  # the folder, not the new model, says where the search began
+        pruner = pruner_of(row, model, folder=tmp_path / "stopped")
         trained = []
         for run in pruner:
             trained.append(run.index)
             train_run(run, model)
-        assert trained == list(range(stop, runs))
-        assert len(pruner.replayed) == stop
-        assert pruner.ticket.fingerprint == whole.fingerprint
+            if run.index == stop:
+                break  # this run was trained but not written down
+        assert len(pruner.replayed) == max(stop - 1, 0)
+        assert trained == [index for index in (stop - 1, stop) if 0 <= index < runs]
+    assert pruner.ticket.fingerprint == expected
 
 
 @every_method
