@@ -29,6 +29,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "READ
 # Lines of a shell that begin so, and why they are not run.
 NOT_RUN = {
     "python3 -m venv": ".ci/run does, in a new virtual environment",
+    "timm-tickets leaderboard": "tests/test_leaderboard.py does; the shipped one takes hours",
     "timm-tickets speed": "tests/test_deploy.py does; each engine takes a process of its own",
 }
 # Pages whose Python, as many blocks as there are, another test runs and looks at.

@@ -54,7 +54,7 @@ def _shipped() -> str:
     boards = [f"- `{one}`: {text(read_recipe(find_leaderboard(one))['source'])}" for one in tt.list_leaderboards()]
     parts += [
         "## Leaderboards",
-        "`timm-tickets leaderboard NAME` runs [one](controls.md#leaderboards).",
+        "`timm-tickets leaderboard NAME` runs [one](leaderboard.md).",
         "\n".join(boards),
     ]
     if left := {one.data.dataset for one in RECIPES.values()} - set(sets):
