@@ -27,10 +27,10 @@ from ..pruning.run_files import RECORD
 from ..pruning.training import Training
 from ..storage.files import is_writer
 from ..training.trainer import Trainer
+from .baselines import rival
 from .begin import built, filled
 from .console import console_here
 from .report import say
-from .rivals import rival
 from .search import create_search
 
 _STEPS = 8  # that are timed, after as many as warm up

@@ -20,11 +20,10 @@ from ..storage.files import is_writer
 from ..structure.shuffled import random_masks, shuffled_layers
 from ..structure.units import Pattern, Weights
 from ..tickets.ticket import Ticket
-from .baselines import Beside, other_start
+from .baselines import Beside, other_start, rival
 from .controls import Controls, Trainers
 from .report import RichProgress, say
 from .result import hands_out, parallel_of
-from .rivals import rival
 from .run_folder import in_order, records
 from .search import search
 from .trackers import Trackers

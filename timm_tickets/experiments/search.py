@@ -28,14 +28,13 @@ from ..sparse.subnet import Subnet
 from ..storage.files import is_writer
 from ..tickets.ticket import Ticket, load_ticket
 from ..training.build import build_model
-from .baselines import beside, check_controls
+from .baselines import beside, check_controls, epochs_spent, reached, rival
 from .begin import built, check_tweaks, claim, origin_of
 from .console import console_here
 from .controls import Controls, Trainers, control_of, lacking, weights_trained
 from .outcome import tell_files, write_model
 from .report import RichProgress, counted, plot, print_table, say, write_summary
 from .result import Result, hands_out, parallel_of
-from .rivals import epochs_spent, reached, rival
 from .run_folder import check_folder, finished, in_order, records, working_in, write_result
 from .trackers import Trackers
 
