@@ -245,4 +245,4 @@ def _summary(found: Sequence[Experiment], left: Sequence[str]) -> str:
     states = [one.state for one in found]
     counts = [f"{states.count(state)} {state}" for state in ("finished", "running", "killed", "stopped")]
     told = ", ".join(one for one in counts if not one.startswith("0 "))
-    return f"{len(found)} run folders: {told}" + (f"; {len(left)} things are left out, see below" if left else "")
+    return f"{len(found)} run folders: {told}" + (f"; what is left out is named below ({len(left)})" if left else "")

@@ -4,6 +4,7 @@ import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 
 from ..config.recipe import SEARCHED
 from ..core.errors import TicketError, shown
@@ -36,7 +37,7 @@ class Verdict:
         control: A key of `CONTROLS`.
         text: The sentence.
         found: The numbers behind it, where seeds could be compared.
-        corrected: p of the paired t test, corrected for the tickets that are compared with this control.
+        corrected: p of the paired t test, corrected for the tickets of its sparsity compared with this control.
     """
 
     series: Series
@@ -47,16 +48,19 @@ class Verdict:
 
 
 def verdicts(task: Task, margin: float) -> list[Verdict]:
-    """A sentence on each ticket and control, each control's corrected for how many tickets are compared with it.
+    """A sentence on each ticket and control, corrected for how many of one sparsity are compared with that control.
 
     Args:
         task: What may be compared.
         margin: Points below the dense network that still count as matching it.
     """
     out = []
-    for control in CONTROLS:
-        tickets = [series for series in task.series if not series.experiments[0].control]
-        pairs = [(series, _Pairs(task, series, control)) for series in tickets]
+    tickets: dict[float, list[Series]] = defaultdict(list)
+    for series in task.series:
+        if not series.experiments[0].control:
+            tickets[series.target].append(series)
+    for control, alike in product(CONTROLS, tickets.values()):
+        pairs = [(series, _Pairs(task, series, control)) for series in alike]
         found = [difference(one.differences, margin) if one.differences else None for _, one in pairs]
         tested = [one for one in found if one is not None and one.p is not None]
         p = dict(zip(map(id, tested), holm([one.p or 0.0 for one in tested]), strict=True))
@@ -98,7 +102,7 @@ def sentence(
     seeds = f"95 % interval {_range(found.low, found.high)}, {found.count} seeds"
     if control == "dense" and not_worse < ALPHA / 2:
         return f"matches dense: {by} ({seeds}), and less than {margin:g} below"
-    corrected = f", once corrected for the {tests} tickets compared" if found.low > 0 or found.high < 0 else ""
+    corrected = f", once corrected for the {tests} tickets of this sparsity" if found.low > 0 or found.high < 0 else ""
     return f"not distinguishable from {name}: {by} ({seeds}){corrected}"
 
 
