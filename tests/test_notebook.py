@@ -233,7 +233,8 @@ def test_a_search_in_a_notebook_follows_its_epochs_in_one_line_that_goes_away(li
             progress.say("round_00  a line")
     line = "round_00, sparsity 0.000, epoch {}/3, val 50.00, 1.0 s an epoch"
     assert lines == [line.format(1), line.format(2), ""] * 2
-    assert capsys.readouterr().out == "round_00  a line\n" * 2  # text, and no epochs
+    told = capsys.readouterr().out.splitlines()
+    assert [one for one in told if one] == ["round_00  a line"] * 2  # no epochs; rich 13 ends in a blank line
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

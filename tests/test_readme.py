@@ -16,6 +16,7 @@ import timm
 import torch
 from commands import call
 from outline import TRAIN, unmodified
+from packaging.version import Version
 from pictures import make
 from timm.task import ClassificationTask
 from torch.utils.data import DataLoader, TensorDataset
@@ -95,6 +96,9 @@ def run(line, later):
     words = words[: words.index(">")] if into else words
     assert words[0] == "timm-tickets", f"{line}: nothing here runs this; see NOT_RUN"
     done = call(*smaller(words[1:], later), COLUMNS="120")
+    if "--to onnx" in line and Version(torch.__version__) < Version("2.7"):  # docs/faster.md says so
+        assert "a later torch may" in done.output
+        return
     assert done.exit_code == 0, f"{line}: {done.output}"
     if into:
         Path(into).write_text(done.stdout)
