@@ -301,7 +301,7 @@ def test_what_cannot_be_had_is_refused(settings, opt, told):
 
 def test_a_torch_that_compiles_no_gradients_is_refused_beforehand(monkeypatch):
     monkeypatch.setattr(step_module, "traces_gradients", lambda: False)
-    told = r"compiled cannot be had here, as torch .* compiles no gradients \(2\.11 does\); set auto or eager$"
+    told = r"compiled cannot be had here, as torch .* compiles no gradients \(2\.15 does\); set auto or eager$"
     with pytest.raises(tt.SettingError, match=told):
         Search("imp", "compiled")
 

@@ -22,7 +22,7 @@ def _keys() -> str:
         settings_table([one for one in explain("*") if "." not in one.name]),
     ]
     for part in _PARTS:
-        keys = [one._replace(name=one.name) for one in explain(part) if one.name != part]
+        keys = [one for one in explain(part) if one.name != part]
         parts += [f"## {part}", text(top[part].about) + ".", settings_table(keys)]
     parts += [
         "## pruner",
@@ -58,7 +58,9 @@ def _shipped() -> str:
         "\n".join(boards),
     ]
     if left := {one.data.dataset for one in RECIPES.values()} - set(sets):
-        raise ValueError(f"docs/generate/recipes.py: no title for the data sets {sorted(left)}; add them to `sets`")
+        raise ValueError(
+            f"docs/generate/recipe_pages.py: no title for the data sets {sorted(left)}; add them to `sets`"
+        )
     return "\n\n".join(parts) + "\n"
 
 

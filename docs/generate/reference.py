@@ -45,9 +45,10 @@ def pages() -> dict[str, str]:
         elif isinstance(node, ast.ImportFrom):
             modules += [alias.name for alias in node.names]
     out = {}
-    for area, names in ((area, names) for area, names in found.items() if names):
-        names = sorted(names, key=_place)
-        told = "\n\n".join(f"::: {name}" for name in names)
+    for area, names in found.items():
+        if not names:
+            continue
+        told = "\n\n".join(f"::: {name}" for name in sorted(names, key=_place))
         out[f"reference/{area}.md"] = f"# {AREAS[area]}\n\nAll of it is imported from `timm_tickets`.\n\n{told}\n"
     for module in modules:  # a name for one of the package's own
         (of,) = re.findall(r"from \.([\w.]+) import \*", (PACKAGE / f"{module}.py").read_text("utf-8"))

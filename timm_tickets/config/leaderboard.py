@@ -125,14 +125,14 @@ class Leaderboard:
                 recipe = self._recipe(label, where, {**own, "seed": seed}, beside)
                 yield Cell(label, sparsity, recipe, None if entry.start is None else dense)
 
-    def _recipe(self, label: str, folder: Path, own: dict[str, Any], last: Mapping[str, Any] | None = None) -> Recipe:
+    def _recipe(self, label: str, folder: Path, own: dict[str, Any], last: Mapping[str, Any]) -> Recipe:
         """The settings of all, over them an entry's, over them what is set for this call, over them the last."""
         values = merged(self.settings, {}, "")  # a copy: switch_ changes the parts
         values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
         switch_(values, own)
         wrong = f"entries.{label}"
         values = merged(merged(values, own, wrong), self.given, "--set")
-        values |= {"name": _slug(label), "output": str(folder), "label": label, **(last or {})}
+        values |= {"name": _slug(label), "output": str(folder), "label": label, **last}
         try:
             return recipe_of(values)
         except SettingError as error:

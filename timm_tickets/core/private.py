@@ -61,7 +61,7 @@ def untraceable() -> type[Exception]:
 
 
 def traces_gradients() -> bool:
-    """Whether torch.compile follows ``torch.autograd.grad``, as it is told to: 2.11 does, 2.6 does not."""
+    """Whether torch.compile follows ``torch.autograd.grad``, as it is told to: 2.15 does, 2.6 does not."""
     from torch._dynamo import config
 
     return hasattr(config, "trace_autograd_ops")

@@ -48,7 +48,7 @@ def refused(recipe: Recipe, control: str) -> str:
     """Why a control makes no sense beside this recipe's ticket; empty where it does."""
     name = recipe.pruner["name"]
     kind = get_method(name)
-    if control in ("random_mask", "shuffled_layers", "random_reinit"):
+    if control in (*SAME_START, "random_reinit"):
         if not kind.trains_weights:
             return f"{name} trains no weights, only which are kept, and the control would train them"
         if not kind.ends_trained and goes_on(recipe.pruner) == "all":

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from ..config.parts import RetrainSettings
@@ -34,6 +35,16 @@ def asked_parallel(recipe: Recipe) -> Parallel:
     if recipe.parallel == "auto" and sharing() is not None:
         return "runs"
     return recipe.parallel
+
+
+def groups_apart(recipe: Recipe) -> tuple[int, int]:
+    """Number of this process's group, and how many may carry out experiments of their own; 1 where all share each."""
+    # What spans the processes is only handed out where that is asked for, as the runs of one search are.
+    spans = recipe.training.sync_bn or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    parallel = asked_parallel(recipe)
+    if parallel == "data" or (parallel == "auto" and spans):
+        return 0, 1
+    return groups_of(recipe.processes_per_run)
 
 
 class Trainers:

@@ -20,7 +20,7 @@ from ..storage.files import is_writer
 from ..structure.shuffled import random_masks, shuffled_layers
 from ..structure.units import Pattern, Weights
 from ..tickets.ticket import Ticket
-from .baselines import Beside, other_start, rival
+from .baselines import SAME_START, Beside, other_start, rival
 from .controls import Controls, Trainers
 from .report import RichProgress, say
 from .result import hands_out, parallel_of
@@ -69,7 +69,7 @@ def check_given(controls: Sequence[str], recipe: Recipe, ticket: Ticket | None, 
 def _refused(control: str, recipe: Recipe, ticket: Ticket) -> str:
     if control in _OF_A_SEARCH:
         return "how long the search of this ticket trained is not known; a search can have it, with the same setting"
-    if control in ("random_mask", "shuffled_layers"):
+    if control in SAME_START:
         try:
             kind = parsed(granularity_of(ticket)).kind
         except ValueError:

@@ -6,18 +6,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 from rich.table import Table
 
 from ..config.recipe import Recipe, load_recipe
 from ..core.errors import SettingError
-from ..distributed.processes import apart, groups_of, place, wait_for_others
+from ..distributed.processes import apart, place, wait_for_others
 from ..storage.files import appearing, is_writer
 from ..storage.tables import write_csv
 from ..tickets.ticket import load_ticket
 from .console import console_here
-from .controls import asked_parallel
+from .controls import asked_parallel, groups_apart
 from .report import say
 from .result import Result, hands_out
 from .run_folder import RESULT, check_folder, working_in
@@ -117,13 +116,8 @@ def _clear(recipes: Sequence[Recipe], folder: Path, console: Console) -> None:
 
 def _groups(recipe: Recipe, seeds: int) -> tuple[int, int]:
     """Number of this process's group, and how many groups search seeds of their own; 1 where all search together."""
-    # What spans the processes is only handed out where that is asked for, as the runs of one search are.
-    spans = recipe.training.sync_bn or parse_flag_from_env("ACCELERATE_USE_FSDP")
-    parallel = asked_parallel(recipe)
-    if parallel == "data" or (parallel == "auto" and spans):
-        return 0, 1
-    mine, groups = groups_of(recipe.processes_per_run)
-    return (mine, groups) if hands_out(parallel, seeds, groups) else (0, 1)
+    mine, groups = groups_apart(recipe)
+    return (mine, groups) if hands_out(asked_parallel(recipe), seeds, groups) else (0, 1)
 
 
 def _found(recipe: Recipe) -> Result:

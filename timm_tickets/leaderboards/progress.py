@@ -35,6 +35,7 @@ class BoardProgress:
         )
         self._task = self._bar.add_task("leaderboard", total=len(cells), left="")
         self._took: dict[int, float] = {}  # seconds, by number
+        self._alike: dict[Any, list[float]] = {}  # how many took how long together, by what `_likeness` says
         self._before: int | None = None  # how many had ended before we began
         self._worked, self._since = 0.0, time.monotonic()
 
@@ -48,14 +49,16 @@ class BoardProgress:
     def ended(self, number: int, rows: Sequence[dict[str, Any]]) -> None:
         """An experiment has ended, with these records."""
         self._took[number] = took = sum(row["metrics"]["seconds"] for row in rows)
+        for key in _likeness(self.cells[number]):
+            count, seconds = self._alike.get(key, (0, 0.0))
+            self._alike[key] = [count + 1, seconds + took]
         if self._before is None:
             return
         self._worked += took
         score = f"test {rows[-1]['metrics']['test_top1']:.2f} %, {_time(took)} of training"
-        left = self.left()
+        left = self._redraw()
         told = f"{len(self._took)} of {len(self.cells)}: {self.cells[number].name}: {score}"
         say(self.console, told + (f"; about {left} left" if left and not self._bar.live.is_started else ""))
-        self._redraw()
 
     def begun(self) -> None:
         """All that had ended before has been counted."""
@@ -85,15 +88,21 @@ class BoardProgress:
 
     def _expected(self, number: int) -> float:
         """Seconds that an experiment may take: as others of its entry at its sparsity, else of its entry, else all."""
-        cell = self.cells[number]
-        for alike in (lambda one: (one.label, one.sparsity), lambda one: one.label, lambda one: ""):
-            if took := [s for other, s in self._took.items() if alike(self.cells[other]) == alike(cell)]:
-                return sum(took) / len(took)
+        for key in _likeness(self.cells[number]):
+            if key in self._alike:
+                count, seconds = self._alike[key]
+                return seconds / count
         return 0.0
 
-    def _redraw(self) -> None:
+    def _redraw(self) -> str:
         left = self.left()
         self._bar.update(self._task, completed=len(self._took), left=f"about {left} left" if left else "")
+        return left
+
+
+def _likeness(cell: Cell) -> tuple[Any, ...]:
+    """What experiments share that take about as long, the most alike first."""
+    return (cell.label, cell.sparsity), cell.label, None
 
 
 def _time(seconds: float) -> str:

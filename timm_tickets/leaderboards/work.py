@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 
 from ..config.leaderboard import DENSE, Cell, Leaderboard, load_leaderboard
@@ -19,7 +18,6 @@ from ..distributed.processes import (
     decided,
     ending_with_others,
     from_first,
-    groups_of,
     join_processes,
     place,
     wait_for_others,
@@ -27,7 +25,7 @@ from ..distributed.processes import (
 from ..distributed.sigterm import Stopped, stop_asked, stoppable
 from ..experiments.baselines import check_controls
 from ..experiments.console import console_here
-from ..experiments.controls import asked_parallel, lacking
+from ..experiments.controls import groups_apart, lacking
 from ..experiments.report import say
 from ..experiments.run_folder import RESULT, changes, whole_result
 from ..experiments.search import search
@@ -88,7 +86,7 @@ def leaderboard(
     join_processes()  # from here on one of them writes
     with stoppable(), ending_with_others():
         decided(lambda: _check(board))
-        groups = _groups(board)
+        _, groups = groups_apart(board.cells[0].recipe)
         told = console if place()[0] == 0 else Console(quiet=True)
         size = board.cells[0].recipe.processes_per_run if groups > 1 else None
         with apart(size), BoardProgress(board.cells, told) as progress:
@@ -191,17 +189,6 @@ def _naming(cell: Cell) -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = before
-
-
-def _groups(board: Leaderboard) -> int:
-    """How many groups carry out experiments of their own; 1 where all processes carry out each together."""
-    recipe = board.cells[0].recipe
-    # What spans the processes is only handed out where that is asked for, as the runs of one search are.
-    spans = recipe.training.sync_bn or parse_flag_from_env("ACCELERATE_USE_FSDP")
-    parallel = asked_parallel(recipe)
-    if parallel == "data" or (parallel == "auto" and spans):
-        return 1
-    return groups_of(recipe.processes_per_run)[1]
 
 
 def _check(board: Leaderboard) -> None:

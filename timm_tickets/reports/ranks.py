@@ -31,7 +31,7 @@ class Rank:
 
 
 def ranks(scores: Mapping[T, Mapping[int, float]], images: int) -> tuple[dict[T, Rank], list[int]]:
-    """Ranks by Tukey's range test of all pairs at once: one false difference among all of them in one of 20 boards.
+    """Ranks by Tukey's range test of all pairs at once: a false difference among all of them in one board of 20.
 
     Accuracies near 100 % differ by little and low ones by much, so logarithms of the odds of being right are compared,
     whose spread over seeds is alike; what a seed makes harder for all is taken off. With a spread of its own for each

@@ -20,7 +20,6 @@ except ImportError:  # Windows
 
 # Says who holds the lock; it is no lock itself, so it may stay behind a process that was killed until the next command.
 _HOLDER = ".timm-tickets-running.json"
-
 # As often a folder may vanish between two of our steps: others, each ending at that moment, removed it.
 _ATTEMPTS = 10
 _open: dict[int, bool] = {}  # each held descriptor, and whether its folder was made for it

@@ -79,7 +79,7 @@ class Step:
             why = "several processes, float16's gradient scaler, Lookahead and second-order optimizers need Python"
         elif not begins_at_zero(self._plain):
             why = f"{name}'s state cannot be kept in place over runs; that of sgd without dampening, adam and adamw can"
-        old = "" if traces_gradients() else f"torch {torch.__version__} compiles no gradients (2.11 does)"
+        old = "" if traces_gradients() else f"torch {torch.__version__} compiles no gradients (2.15 does)"
         reasons = {
             "eager": "",
             "compiled": why or old,
