@@ -230,7 +230,7 @@ class Bench:
         self.overrides += given
         self.recipe = recipe = tt.load_recipe(self.base, self.overrides)
         self.data, model = built(recipe, Console(quiet=True))
-        self.device = join_processes().device  # Accelerate decides about it
+        self.device: Any = join_processes().device  # Accelerate decides about it
         self.data.sets(model, self.device)
         self.data.caches.fill()  # once, for all methods
         self.before, self.peak = taken(), None
