@@ -22,8 +22,9 @@
 #   all 60,000 images are there, only the parts that need them wait.
 #
 # Left in --out (by default $OUT, else WORK/tables), after each part: on_card.md with the versions and what became of
-# each part, search_speed*.md, papers.md, shared_card.md, and the logs. Exit code: 0 all is done, 3 some of it is left
-# for another call, 1 something has failed (the same command tries it again).
+# each part, search_speed.md, search_speed_large.md, papers.md, shared_card.md, and in two files, as a machine may give
+# few back, logs.txt and rows.txt with all that the tables are made of. Exit code: 0 all is done, 3 some of it is left for
+# another call, 1 something has failed (the same command tries it again).
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
@@ -87,7 +88,7 @@ if [ -n "$wheels" ] && [ "$(ls "$wheels")" != "$(cat "$work/state/wheels" 2>/dev
   ls "$wheels" >"$work/state/wheels"
 fi
 needed="torch torchvision timm accelerate huggingface_hub safetensors constriction pydantic omegaconf yaml typer rich"
-needed="$needed lazy_loader matplotlib packaging sklearn pytest hypothesis torch_pruning"
+needed="$needed lazy_loader matplotlib packaging sklearn scipy jinja2 psutil pytest hypothesis torch_pruning"
 missing=$("$python" -c "
 import sys
 from importlib.util import find_spec
@@ -164,7 +165,9 @@ report() { # on_card.md, and everything that is to be kept, in --out
       echo "| $name | $(cat "$work/state/$name.is" 2>/dev/null || echo not begun) | $(used "$name") | $last |"
     done
   } >"$work/on_card.md"
-  cp "$work"/*.md "$work"/*.json* "$work"/results/*.md "$work"/results/*.json "$work"/state/*.log "$out" 2>/dev/null || true
+  cp "$work"/*.md "$work"/results/*.md "$out" 2>/dev/null || true
+  tail -n +1 -v "$work"/state/*.log "$work"/*.log >"$out/logs.txt" 2>/dev/null || true # the searches' own are the latter
+  tail -n +1 -v "$work"/*.jsonl "$work"/results/*.json >"$out/rows.txt" 2>/dev/null || true
 }
 
 used() { cat "$work/state/$1.used" 2>/dev/null || echo 0; }
@@ -184,7 +187,7 @@ part() {
   echo "== $name: at most $left s"
   began=$SECONDS
   echo running >"$state.is"
-  timeout --kill-after=40 "$left" "${@/#MINUTES/$(awk "BEGIN {print ($left - 30) / 60}")}" >>"$state.log" 2>&1 || code=$?
+  timeout --signal="${stop:-TERM}" --kill-after=40 "$left" "${@/#MINUTES/$(awk "BEGIN {print ($left - 30) / 60}")}" >>"$state.log" 2>&1 || code=$?
   echo $(($(used "$name") + SECONDS - began)) >"$state.used"
   case $code in
     0) echo done | tee "$state.done" >"$state.is" ;;
@@ -198,8 +201,8 @@ part() {
   report
 }
 
-tests() { # NAME MINUTES WHICH: tests marked cuda, in the files that have any
-  part "$1" "$2" "$python" -m pytest -o addopts= -W default -q -ra -m cuda -k "$3" \
+tests() { # NAME MINUTES WHICH: tests marked cuda, in the files that have any; interrupted, pytest tells what has failed
+  stop=INT part "$1" "$2" "$python" -m pytest -o addopts= -W default -v --tb=short -ra -m cuda -k "$3" \
     $(grep -l "mark\.cuda" "$repository"/tests/test_*.py)
 }
 

@@ -2,10 +2,11 @@
 
     python benchmarks/parallel_runs.py [--epochs 4] [--pairs 3] [--processes 2] [--card] [--set KEY=VALUE ...]
 
-Without --card it is done on CPUs; with it the processes share the cards there are. Searches on one and on several
-processes alternate, so that what else the machine does hits both. Timed is each round, from
-its first process beginning a run to its last one having gathered every end; start-up and the ticket's own training are
-left out. Printed: seconds of all rounds together, and the ratio, as a Markdown table. The two tickets have to be equal.
+Without --card it is done on CPUs; with it the processes share the cards there are, by deterministic algorithms.
+Searches on one and on several processes alternate, so that what else the machine does hits both. Timed is each round,
+from its first process beginning a run to its last one having gathered every end; start-up and the ticket's own training
+are left out. Printed: seconds of all rounds together, and the ratio, as a Markdown table. The two tickets have to be
+equal.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.record is not None:
         return timed_search(args.set, args.record)
-    overrides = [*SETTINGS, f"training.epochs={args.epochs}", *args.set]
+    overrides = [*SETTINGS, f"training.epochs={args.epochs}", "training.deterministic=true", *args.set]
     import timm
     import torch
 

@@ -12,11 +12,13 @@ the same network, optimizer, precision, images and torchvision's own augmentatio
 - `next to no network` is the same trainer with a network of two small layers: what loading and the trainer itself take.
   Its epoch over the dense one is their share of it, where nothing of it is hidden behind the network.
 - A method's epochs are those of a run with its masks: of imp and colt the one after the first cut; of those that only
-  read gradients or weights, the ticket's training.
+  read gradients or weights, the ticket's training. The dense network holds no masks, but for its smallest layer's: a
+  step that is compiled or captured would hold all of them, whether or not they prune.
 - `s / 50,000 images`: training an epoch, loading included, as if it had so many images.
 - `ms a step`: median from one step's end to the next one's, so with whatever loading is not hidden.
 - `s between`: from an epoch's last step to the next epoch: validation on an eighth as many images, and what is kept.
-- `peak MB`: on a card, of its tensors at the peak, over what was there before.
+- `peak MB`: what torch has taken of a card at the peak, a graph's memory included and images kept there not, over what
+  it had before the network was built; the dense network's is of an epoch with nothing beside it.
 
 On a card times are its events' and, after synchronising, the clock's; on CPUs they are processor time of all threads,
 so that other work disturbs them little, and images are loaded in the same process. Rows that are done are kept beside
@@ -35,7 +37,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -55,9 +57,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import timm_tickets as tt
+from timm_tickets.distributed.processes import join_processes
 from timm_tickets.experiments.begin import built
 from timm_tickets.experiments.search import create_search
 from timm_tickets.sparse.prunable import prunable_names
+from timm_tickets.training.build import build_model
 from timm_tickets.training.checkpointing import Silent
 from timm_tickets.training.trainer import Trainer
 
@@ -123,15 +127,13 @@ class Enough(Exception):
 
 @dataclass
 class Clock(Silent):
-    """Progress that times epochs, and calls a function after each."""
+    """Progress that times epochs, and calls a function after each; `before` is what was taken of the card before."""
 
     card: bool
     batch: int
+    before: int
     after: Callable[[list[Epoch]], None]
     epochs: list[Epoch] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.before = torch.cuda.memory_allocated() if self.card else 0
 
     def begin(self, run: Any, steps: int) -> None:
         self.count = steps
@@ -151,7 +153,8 @@ class Clock(Silent):
     def epoch(self, row: Any) -> None:
         now = self._now()
         trained = self.trained or now
-        peak = torch.cuda.max_memory_allocated() - self.before if self.card else 0
+        # What a graph was recorded with is not allocated when it is played, but taken all the same.
+        peak = torch.cuda.max_memory_reserved() - self.before if self.card else 0
         steps = [self._passed(a, b) for a, b in zip(self.marks, self.marks[1:], strict=False)]
         images = self.batch * len(steps)
         self.epochs.append(Epoch(trained - self.began, now - trained, steps, images, peak))
@@ -225,13 +228,18 @@ class Bench:
         else:
             self.overrides += ["data.workers=0"]
         self.overrides += given
-        recipe = tt.load_recipe(self.base, self.overrides)
-        data, model = built(recipe, Console(quiet=True))
-        # Accelerate decides about the device; the trainer has prepared the model for it.
-        self.trainer, self.recipe = Trainer(recipe, model, data), recipe
-        self.subnet = tt.Subnet(model, prunable_names(model))
-        self.device = self.trainer.accelerator.device
-        self.clock = partial(Clock, self.device.type == "cuda", case.batch)
+        self.recipe = recipe = tt.load_recipe(self.base, self.overrides)
+        self.data, model = built(recipe, Console(quiet=True))
+        self.device: Any = join_processes().device  # Accelerate decides about it
+        self.data.sets(model, self.device)
+        self.data.caches.fill()  # once, for all methods
+        self.before, self.peak = taken(), None
+        self.trainer = Trainer(recipe, model, self.data)
+        least = min(prunable_names(model), key=lambda name: model.get_parameter(name).numel())
+        self.subnet = tt.Subnet(model, (least,))
+
+    def clock(self, after: Callable[[list[Epoch]], None]) -> Clock:
+        return Clock(self.device.type == "cuda", self.case.batch, self.before, after)
 
     def dense(self) -> Epoch:
         """An epoch of the dense network."""
@@ -243,7 +251,9 @@ class Bench:
         with suppress(Enough):
             self.trainer.fit(tt.Training(tt.Run(self.repeats + 1), self.subnet), None, clock)
         self.subnet.release_()
-        return clock.epochs[0]
+        if self.peak is None:
+            self.peak = clock.epochs[0].peak
+        return replace(clock.epochs[0], peak=self.peak)
 
     def beside(self, train: Callable[[Clock], Any]) -> list[tuple[Epoch, Epoch]]:
         """Pairs of an epoch of something and of the dense network; the first, which warms up, is left out."""
@@ -263,8 +273,8 @@ class Bench:
         settings = [f"pruner.{one}" for one in ("sparsity=0.9", *SETTINGS.get(name, []))]
         overrides = [one for one in self.overrides if not one.startswith("pruner.")]
         recipe = tt.load_recipe(self.base, [f"pruner.name={name}", *settings, *overrides])
-        data, model = built(recipe, Console(quiet=True))
-        pruner, trainer = create_search(recipe, data, model, None), Trainer(recipe, model, data)
+        model = build_model(recipe, self.data.num_classes)
+        pruner, trainer = create_search(recipe, self.data, model, None), Trainer(recipe, model, self.data)
 
         def train(clock: Clock) -> None:
             for run in pruner:
@@ -279,8 +289,8 @@ class Bench:
     def alone(self) -> list[tuple[Epoch, Epoch]]:
         """Of loading and the trainer, with next to no network."""
         recipe = tt.load_recipe(self.base, [*self.overrides, "model.model=bench_nothing"])
-        data, model = built(recipe, Console(quiet=True))
-        trainer, subnet = Trainer(recipe, model, data), tt.Subnet(model, ("body.weight",))
+        model = build_model(recipe, self.data.num_classes)
+        trainer, subnet = Trainer(recipe, model, self.data), tt.Subnet(model, ("body.weight",))
         return self.beside(lambda clock: trainer.fit(tt.Training(tt.Run(self.repeats + 1), subnet), None, clock))
 
     def plain(self) -> list[tuple[Epoch, Epoch]]:
@@ -324,6 +334,15 @@ class Bench:
                 clock.epoch({"top1": right.item() / len(val_set)})
 
         return self.beside(train)
+
+
+def taken() -> int:
+    """Bytes of the card that torch has taken, none of them to spare."""
+    gc.collect()
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 def make_images(folder: Path, case: Case) -> None:
@@ -482,14 +501,13 @@ def measured(bench: Bench | None, name: str) -> dict[str, Any]:
     """The row of a method or of the plain loop; an error is a row too, so that it takes no other with it."""
     assert bench is not None
     try:
+        if bench.peak is None:
+            bench.dense()  # for once with nothing beside it
+        bench.before = taken()
         ours = {PLAIN: bench.plain, ALONE: bench.alone}
         return summed(ours[name]() if name in ours else bench.method(name))
     except Exception as error:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

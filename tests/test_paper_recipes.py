@@ -123,6 +123,7 @@ def test_two_steps_of_every_recipe(name, images, tmp_path):
         assert all(trained)
     pruner = tt.create_pruner(small.pruner["name"], model, **small.method_settings)
     trainer = Trainer(small, model, data)
+    assert trainer.accelerator.non_blocking  # what a loader has pinned is copied while a card computes
     trainer.criterion = recorded = Recorded(trainer.criterion)
     run = first_run(pruner)
     subnet = run.subnet

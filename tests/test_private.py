@@ -1,5 +1,7 @@
 """What leans on private parts of other libraries: each test says what changed, where a new version breaks it."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -53,6 +55,16 @@ def test_torch_takes_another_default_group(tmp_path):
     finally:
         private.set_world_(world)
         torch.distributed.destroy_process_group()
+
+
+def test_what_a_failed_recording_leaves_in_torch_is_let_go_of(monkeypatch):
+    told = []
+    card = SimpleNamespace(clone_state=lambda: "as it was before", graphsafe_set_state=told.append)
+    assert all(hasattr(torch.Generator, name) for name in vars(card)), "torch's generators no longer have these"
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, card))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *args: told.append(args), raising=False)
+    private.forget_capture_(torch.device("cuda", 1), (0, 7))
+    assert told == ["as it was before", (1, (0, 7))]
 
 
 def test_torch_counts_changes_in_place():

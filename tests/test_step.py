@@ -1,12 +1,13 @@
 """A trainer's step: what it computes, that it asks the device nothing, and that nothing of it is made anew."""
 
 import copy
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from no_sync import asks_nothing
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
@@ -16,9 +17,11 @@ from torch._dynamo.utils import counters
 import timm_tickets as tt
 from timm_tickets.config.parts import TrainingSettings
 from timm_tickets.core.private import traces_gradients
+from timm_tickets.pruning.run import Place
+from timm_tickets.training import graphs as graphs_module
 from timm_tickets.training import step as step_module
 from timm_tickets.training.finite_check import Watch
-from timm_tickets.training.graphs import Parts
+from timm_tickets.training.graphs import Captured, Parts
 from timm_tickets.training.step import Step
 from timm_tickets.training.supported import deterministic
 
@@ -75,6 +78,8 @@ class Search:
     def __init__(self, method, way="eager", opt="sgd", batches=1, clip=None, device="cpu"):
         more = {"torchcompile": "eager"} if way == "compiled" else {}
         self.settings = TrainingSettings(step=way, grad_accum_steps=batches, clip_grad=clip, **more)
+        if device != "cpu":  # tests before this one may have had Accelerate begin on the CPU, where it would stay
+            AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator = Accelerator(cpu=device == "cpu", gradient_accumulation_steps=batches)
         self.device, self.said, self.losses, self.ends, self.runs = device, [], [], [], []
         self.model = network(device)
@@ -85,21 +90,24 @@ class Search:
 
     def go(self, until=None):
         for run in self.pruner:
-            run.batches_per_epoch = STEPS
-            self.step.begin_(run, self.said.append)
-            for group in self.optimizer.param_groups:
-                group["lr"] = 0.05
-            for number in range(STEPS):
-                if number == STEPS // 2:
-                    for group in self.optimizer.param_groups:  # as timm's schedules do
-                        group["lr"] = 0.02
-                self.take(run, number)
-                if number in (STEPS // 2, STEPS - 1):
-                    self.runs.append(self.places())
-            self.ends.append(copied(self.model))
+            self.train(run)
             if until is not None and run.index == until:
                 break
         return self
+
+    def train(self, run):
+        run.batches_per_epoch = STEPS
+        self.step.begin_(run, self.said.append)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.05
+        for number in range(STEPS):
+            if number == STEPS // 2:
+                for group in self.optimizer.param_groups:  # as timm's schedules do
+                    group["lr"] = 0.02
+            self.take(run, number)
+            if number in (STEPS // 2, STEPS - 1):
+                self.runs.append(self.places())
+        self.ends.append(copied(self.model))
 
     def take(self, run, number):
         self.step.take(*batch(run, number, self.device), self.criterion, lambda loss: self.losses.append(loss.detach()))
@@ -198,6 +206,26 @@ def test_several_batches_a_step_take_two_graphs():
     same(search.ends, Search("imp", "eager", batches=2, clip=0.1).go().ends, exactly=False)
 
 
+@pytest.mark.parametrize("way", [pytest.param("compiled", marks=COMPILES), CARD])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_controls_after_a_search_have_their_own_masks_and_gradients(batches, way):
+    """A graph knows memory: that of a search's masks goes with its ticket, and a run by Python might drop gradients."""
+    torch._dynamo.reset()
+    device, ends = "cuda" if way == "captured" else "cpu", []
+    for how in (way, "eager"):
+        search = Search("imp", how, batches=batches, device=device).go()
+        subnet, ticket = search.pruner.subnet, search.pruner.ticket
+        dense = {name: torch.ones_like(mask) for name, mask in ticket.masks.items()}
+        for index, (masks, more) in enumerate([(ticket.masks, {}), (ticket.masks, {"before_step": id}), (dense, {})]):
+            subnet.set_mask_(masks)
+            run = tt.Training(tt.Run(1, **more), subnet, Place("control", 10 + index))
+            search.train(run)
+            run.finish_()
+        ends.append(search.ends)
+        assert all(weight.cpu()[~ticket.masks[name]].any() for name, weight in subnet.weights().items())
+    same(*ends, exactly=False)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_no_step_asks_the_device(method):
     search, asked = Search(method, batches=2, clip=0.1), []
@@ -266,10 +294,61 @@ def test_a_step_that_asks_the_host_before_masks_goes_through_python():
     assert set(run.subnet.dense_gradients()) == set(run.subnet.names)
 
 
+@pytest.fixture
+def recording(monkeypatch):
+    """A pretended card: what it records is carried out, and torch is told that it is recorded; what is left of it."""
+    left = SimpleNamespace(captures=False, stream=None, pools=[])
+
+    @contextmanager
+    def graph(*_, **__):
+        left.captures = True
+        try:
+            yield
+        finally:
+            left.captures = False
+
+    here = SimpleNamespace(is_capturing=lambda: left.captures)
+    card = {"graph": graph, "CUDAGraph": SimpleNamespace, "graph_pool_handle": lambda: (0, 1)}
+    card |= {"current_stream": lambda: here, "set_stream": lambda stream: setattr(left, "stream", stream)}
+    for name, value in card.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: here)
+    monkeypatch.setattr(graphs_module, "forget_capture_", lambda device, pool: left.pools.append(pool))
+    return left
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_adam_is_recorded_and_a_recording_that_fails_is_let_go_of(fails, recording):
+    search = Search("imp", opt="adamw")
+    run, images, target = next(search.pruner), *batch(SimpleNamespace(index=0, classes=None), 0)
+    run.batches_per_epoch = STEPS
+    search.step.begin_(run, print)
+    search.step.now, search.step._states.fused = "captured", True
+    search.step._states.keep_()
+    search.step._by_python(images, target, search.losses.append, True)
+    before = copied(search.model)
+    parts = Parts(search.settings, run, search.model, search.optimizer, search.criterion)
+    if fails:
+        parts.move = lambda: int("x")
+        with pytest.raises(ValueError, match="'x'"):
+            Captured(parts, images, target, None)
+        assert recording.stream is torch.cuda.current_stream()
+        assert recording.pools == [(0, 1)]
+    else:
+        Captured(parts, images, target, None)
+        assert any(not torch.equal(value, before[name]) for name, value in copied(search.model).items())
+        assert recording.pools == []
+    assert not any(group["capturable"] for group in search.optimizer.param_groups)  # no checkpoint is to have it
+
+
 @pytest.mark.parametrize("asked", ["auto", "captured"])
 def test_what_a_card_cannot_record_goes_on_by_python_and_says_so(asked, monkeypatch):
     def refused(*_):
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        try:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # all torch says
 
     monkeypatch.setattr(Step, "_graph", refused)
     search = Search("imp")

@@ -1,6 +1,7 @@
 """All that leans on private parts of other libraries, each with its reason; tests/test_private.py holds them to it."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from types import FunctionType
 from typing import Any
 
@@ -88,6 +89,18 @@ def compiled(function: Callable[..., Any], backend: Any, one_graph: bool) -> Cal
             return made(*args)
 
     return traced
+
+
+def forget_capture_(device: torch.device, pool: Any) -> None:
+    """Let go of a CUDA graph whose recording has failed: torch leaves that to whoever ends the process.
+
+    Its generator would refuse every further draw on the card, and its allocator no longer give memory back.
+    """
+    number = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[number]
+    generator.graphsafe_set_state(generator.clone_state())
+    with suppress(RuntimeError):  # where the recording was ended, it has been told
+        torch._C._cuda_endAllocateToPool(number, pool)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def forget_flat_weights_(module: Any, *_: Any) -> None:

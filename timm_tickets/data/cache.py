@@ -1,7 +1,7 @@
 """Images that are decoded once and kept as bytes, on the device or in the host's memory, and augmented in batches.
 
-Where they are kept changes no image, nor does the number of processes: what is drawn for one depends on the seed of the
-pass and its index alone.
+Where they are kept changes no image but for a card's rounding, nor does the number of processes: what is drawn for one
+depends on the seed of the pass and its index alone.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -126,6 +126,12 @@ class Holder:
                 else:
                     self._held[name] = part
 
+    def shares(self, other: "Holder | None") -> bool:
+        """Whether another one holds the very same masks, in the same memory: not only equal ones."""
+        if other is None or self._held.keys() != other._held.keys():
+            return False
+        return all(mask is other._held[name] for name, mask in self._held.items())
+
     @torch.no_grad()
     def mask_gradients_(self) -> None:
         """Mask the gradients, after each backward pass, where no hooks do."""

@@ -120,9 +120,10 @@ class MaskedWeights(NamedWeights):
         self.changes += 1
 
     def hand_over_mask_(self) -> Masks:
-        """The mask for good, on the CPU: what is set later is written elsewhere."""
-        self._lent = True
-        return {name: self._stored(name).cpu() for name in self.names}
+        """The mask for good, on the CPU: what is set later is written elsewhere where it lives there too."""
+        found = {name: self._stored(name).cpu() for name in self.names}
+        self._lent = any(mask is self._stored(name) for name, mask in found.items())
+        return found
 
     def _all_gated(self) -> bool:
         return len(self.gates) == len(self.names)

@@ -5,7 +5,8 @@ reads or writes stays where it is (see in_place.py).
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from ..config.parts import TrainingSettings
-from ..core.private import compiled, untraceable
+from ..core.private import compiled, forget_capture_, untraceable
 from ..pruning.training import Training
 from ..sparse.optimizers import plain_optimizer
 
@@ -41,6 +42,11 @@ class Parts:
         self.trained = [p for group in groups for p in group["params"] if p.grad is not None]
         self.gradients = [p.grad for p in self.trained]
         self._step = inspect.unwrap(type(self.optimizer).step)  # without hooks and profiling
+
+    def stand(self, run: Training) -> bool:
+        """Whether all that they read and write is where it was, of this run too: a graph knows nothing but memory."""
+        gradients = zip(self.trained, self.gradients, strict=True)
+        return all(p.grad is one for p, one in gradients) and self.holder.shares(run.holder)
 
     def _loss(self, images: Tensor, target: Tensor) -> Tensor:
         loss = self.run.sliced(self.criterion, self.model(images), target)
@@ -123,29 +129,47 @@ class Compiled:
 class Captured:
     """A step recorded as one CUDA graph; as two where it takes several batches.
 
-    It is to be made when the step was taken a few times by Python: then algorithms are chosen, and states, gradients
-    and libraries' own memory are there.
+    It is to be made when the step was taken a few times by Python on the same stream: then algorithms are chosen, and
+    states, gradients and libraries' own memory are there.
 
     Args:
         parts: What it is made of.
         images: A batch; others have to be of its shape, type and memory format.
         target: Its targets.
+        stream: To record on.
         before: An earlier one, whose memory for what is passing it takes: the two are never played at once.
     """
 
-    def __init__(self, parts: Parts, images: Tensor, target: Tensor, before: "Captured | None" = None):
+    def __init__(self, parts: Parts, images: Tensor, target: Tensor, stream: Any, before: "Captured | None" = None):
         self.parts, self.images, self.target = parts, images.clone(), target.clone()
         self._learn, self._move = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Only this thread's calls are looked at: others may go on, such as the one that pins a loader's memory.
-        mode = "thread_local"
-        with torch.cuda.graph(self._learn, pool=before and before.pool, capture_error_mode=mode):
+        self.pool = before.pool if before is not None else torch.cuda.graph_pool_handle()
+        with self._recorded(self._learn, stream):
             self.loss = parts.learn_by_engine(self.images, self.target)
             if parts.batches == 1:
                 parts.move()
-        self.pool = self._learn.pool()
         if parts.batches > 1:
-            with torch.cuda.graph(self._move, capture_error_mode=mode):
+            with self._recorded(self._move, stream):
                 parts.move()
+
+    @contextmanager
+    def _recorded(self, graph: Any, stream: Any) -> Iterator[None]:
+        """What is done within the block is recorded, and not carried out."""
+        here = torch.cuda.current_stream()
+        groups = [group for group in self.parts.optimizer.param_groups if "capturable" in group]
+        for group in groups:  # or Adam refuses, though fused it does the same
+            group["capturable"] = True
+        try:
+            # Only this thread's calls are looked at: others may go on, such as the one that pins a loader's memory.
+            with torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
+                yield
+        except BaseException:
+            torch.cuda.set_stream(here)  # torch 2.6 stays on its own where it cannot end what it has begun
+            forget_capture_(self.images.device, self.pool)
+            raise
+        finally:
+            for group in groups:
+                group["capturable"] = False
 
     def learn(self, images: Tensor, target: Tensor) -> Tensor:
         """A batch; with the whole step where it takes one batch. The loss is overwritten by the next one."""

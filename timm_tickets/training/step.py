@@ -69,6 +69,7 @@ class Step:
         self._slices: dict[int, Slice] = {}
         self._taken: dict[Any, int] = {}
         self.made: dict[Any, Any] = {}
+        self._stream: Any = None  # on a card, of what comes before a capture, and of the capture
         self.lr = 0.0
 
     def _choose(self) -> None:
@@ -113,6 +114,9 @@ class Step:
             say(self._told)
             self._told = ""
         run.attach(self.optimizer, hooks=self._hooked, whole=self.now != "eager")
+        if self.now != "eager" and not all(one.parts.stand(run) for one in self.made.values()):
+            self.made, self._taken = {}, {}  # a search's masks were handed over with its ticket: others are held now
+        self._forget_gradients_()  # a graph leaves its last ones
         for gate in run.subnet.gates.values():
             gate.early = self.now == "eager"  # pyright: ignore[reportArgumentType]
         if run.classes is not None:
@@ -174,7 +178,10 @@ class Step:
         holder.mask_weights_()
         run.end_step_()
         if self.now == "eager":
-            self._plain.zero_grad()
+            self._forget_gradients_()
+
+    def _forget_gradients_(self) -> None:
+        self._plain.zero_grad(set_to_none=self.way == "eager")  # else they stay where a graph of later runs has them
 
     def _by_graph(self, images: Tensor, target: Tensor, seen: Callable[[Tensor], None], last: bool) -> None:
         run, batches = self.run, self.settings.grad_accum_steps
@@ -182,16 +189,16 @@ class Step:
         taken = self._taken[key] = self._taken.get(key, -1) + 1
         early = key not in self.made and taken < _FIRST[self.now] * batches
         if self._first and (early or batches > 1 or run.subnet.tap.open):
-            self._plain.zero_grad(set_to_none=False)
+            self._forget_gradients_()
         # A method that looks at gradients before they are masked does so through Python.
         if early or run.subnet.tap.open:
-            with _aside(self.accelerator.device):
+            with self._aside():
                 self._by_python(images, target, seen, last)
                 self._states.keep_()
             return
         if key not in self.made and not self._make(key, images, target):
             if self._first:
-                self._plain.zero_grad()
+                self._forget_gradients_()
             self._by_python(images, target, seen, last)
             return
         run.count_batch_()
@@ -221,7 +228,8 @@ class Step:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what may not be done while a graph is recorded: some model's own code
-            why = shown(str(error).splitlines()[0], 300) if str(error) else type(error).__name__
+            first = error.__context__ or error  # at its end torch only says that something went wrong before
+            why = shown(str(first).splitlines()[0], 300) if str(first) else type(first).__name__
             told = f"this model's step cannot be recorded as a CUDA graph: {why}"
             if self.settings.step != "auto":
                 raise TrainingError(f"training.step: {told}; set auto or eager") from error
@@ -234,17 +242,17 @@ class Step:
         parts = Parts(self.settings, self.run, self.model, self.optimizer, self.criterion)
         if self.now == "compiled":
             return Compiled(parts, self.settings.torchcompile or "inductor", self._say)
-        return Captured(parts, images, target, next(iter(self.made.values()), None))
+        return Captured(parts, images, target, self._stream, next(iter(self.made.values()), None))
 
-
-@contextmanager
-def _aside(device: torch.device) -> Iterator[None]:
-    """On a card, a stream of its own for what comes before a capture, as torch asks for."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On a card, a stream of its own for what comes before a capture, as torch asks for."""
+        device = self.accelerator.device
+        if device.type != "cuda":
+            yield
+            return
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream(device).wait_stream(self._stream)

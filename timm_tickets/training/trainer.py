@@ -60,7 +60,8 @@ class Trainer:
         self.accelerator = Accelerator(
             gradient_accumulation_steps=t.grad_accum_steps,
             mixed_precision=precision,
-            dataloader_config=DataLoaderConfiguration(split_batches=True),
+            # What a loader has pinned is copied to a card while that computes; nothing waits for it.
+            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
             step_scheduler_with_optimizer=False,
         )
         if precision == "fp16" and self.accelerator.scaler is None:
