@@ -91,6 +91,6 @@ def deterministic(asked: bool | None, device: torch.device) -> Iterator[None]:
 
 
 def memory_format(t: TrainingSettings, device: torch.device) -> torch.memory_format:
-    """How weights and images lie in memory: what `channels_last` says, else channels last on CPUs and where `amp` is on."""
+    """How weights and images lie in memory: as `channels_last` says, else so on CPUs and in mixed precision."""
     last = t.amp or device.type == "cpu" if t.channels_last is None else t.channels_last
     return torch.channels_last if last else torch.contiguous_format
