@@ -1,6 +1,9 @@
 """A trainer's step: what it computes, that it asks the device nothing, and that nothing of it is made anew."""
 
 import copy
+import ctypes
+import platform
+import resource
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -21,6 +24,7 @@ from timm_tickets.experiments.begin import built
 from timm_tickets.training import step as step_module
 from timm_tickets.training.finite_check import Watch
 from timm_tickets.training.graphs import Parts
+from timm_tickets.training.memory import keep_freed_memory
 from timm_tickets.training.step import Step
 from timm_tickets.training.supported import deterministic, memory_format
 from timm_tickets.training.trainer import Trainer
@@ -380,6 +384,22 @@ def test_weights_and_images_lie_as_the_setting_says(last, monkeypatch):
     conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     assert conv.weight.is_contiguous(memory_format=asked)
     assert trainer._laid_out(torch.zeros(2, 3, 8, 8)).is_contiguous(memory_format=asked)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory in its own way")
+def test_what_a_step_has_freed_is_there_for_the_next(monkeypatch):
+    def filled():
+        return [torch.ones(4 << 20) for _ in range(8)]  # 16 MiB each
+
+    keep_freed_memory()
+    filled()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        filled()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2_000  # of 163,840 pages
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")  # whoever has asked for something has it
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("the C library was told something else"))
+    keep_freed_memory()
 
 
 def watched(model, every, folder=None, good=None):

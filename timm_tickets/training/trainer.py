@@ -37,6 +37,7 @@ from .build import building, channels_of, check_batch, criterion_of, mixup_of
 from .checkpointing import Prepared, Progress, Saving, Silent
 from .epoch_log import EpochLog, nothing_yet
 from .finite_check import Watch
+from .memory import keep_freed_memory
 from .randomness import Epoch, own_generator
 from .scoring import run_metrics, top1_and_loss
 from .step import Step
@@ -66,6 +67,8 @@ class Trainer:
         if precision == "fp16" and self.accelerator.scaler is None:
             raise SettingError("training.amp_dtype: float16 needs a GPU; set bfloat16, or training.amp=false")
         check_engine(self.accelerator, recipe)
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         self._layout = memory_format(t, self.accelerator.device)
         if self._layout == torch.channels_last:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
