@@ -224,7 +224,7 @@ if [ -n "$rehearse" ]; then
   cs=("${paper[@]}" --set pruner.rewind=2it) colt=("${paper[@]}" --set pruner.sparsity=0.4)
 else
   cases=(--size small medium) large=(--size large) share=(--card --epochs 30 --pairs 1)
-  paper=(--set training.amp=true --set training.amp_dtype=bfloat16 --set training.channels_last=true)
+  paper=(--set training.amp=true --set training.amp_dtype=bfloat16)
   cs=("${paper[@]}") colt=("${paper[@]}" --set pruner.sparsity=0.9)
 fi
 whole=yes

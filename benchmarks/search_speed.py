@@ -63,6 +63,7 @@ from timm_tickets.experiments.search import create_search
 from timm_tickets.sparse.prunable import prunable_names
 from timm_tickets.training.build import build_model
 from timm_tickets.training.checkpointing import Silent
+from timm_tickets.training.supported import memory_format
 from timm_tickets.training.trainer import Trainer
 
 LEARNED = ["imp", "colt", "continuous_sparsification", "edge_popup", "frozen_slt", "jackpot"]
@@ -224,7 +225,7 @@ class Bench:
             *("pruner.rewind=0ep", f"training.epochs={repeats + 1}"),
         ]
         if torch.cuda.is_available():
-            self.overrides += ["training.amp=true", "training.amp_dtype=bfloat16", "training.channels_last=true"]
+            self.overrides += ["training.amp=true", "training.amp_dtype=bfloat16"]
         else:
             self.overrides += ["data.workers=0"]
         self.overrides += given
@@ -298,7 +299,7 @@ class Bench:
         t, case, device = self.recipe.training, self.case, self.device
         torch.manual_seed(0)
         model = timm.create_model(case.model, num_classes=self.recipe.model.num_classes or 10).to(device)
-        layout = torch.channels_last if t.channels_last else torch.contiguous_format
+        layout = memory_format(t, device)
         model = model.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(t))
         train_set, val_set = plain_images(self.folder, case)

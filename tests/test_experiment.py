@@ -421,7 +421,7 @@ def test_a_disk_that_fills_loses_nothing(whole, tmp_path, monkeypatch):
         [
             "training.amp=true",
             "training.amp_dtype=bfloat16",
-            "training.channels_last=true",
+            "training.channels_last=false",
             "training.sched=step",
         ],
         [

@@ -1,6 +1,9 @@
 """A trainer's step: what it computes, that it asks the device nothing, and that nothing of it is made anew."""
 
 import copy
+import ctypes
+import platform
+import resource
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
@@ -9,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from no_sync import asks_nothing
+from rich.console import Console
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -17,13 +21,16 @@ from torch._dynamo.utils import counters
 import timm_tickets as tt
 from timm_tickets.config.parts import TrainingSettings
 from timm_tickets.core.private import traces_gradients
+from timm_tickets.experiments.begin import built
 from timm_tickets.pruning.run import Place
 from timm_tickets.training import graphs as graphs_module
 from timm_tickets.training import step as step_module
 from timm_tickets.training.finite_check import Watch
 from timm_tickets.training.graphs import Captured, Parts
+from timm_tickets.training.memory import keep_freed_memory
 from timm_tickets.training.step import Step
-from timm_tickets.training.supported import deterministic
+from timm_tickets.training.supported import deterministic, memory_format
+from timm_tickets.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch's own tracer
@@ -429,6 +436,49 @@ def test_deterministic_is_what_was_asked_and_set_back(asked, device, within, mon
             assert switches() == (True, False, True)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("given", "amp", "device", "last"),
+    [
+        (None, False, "cpu", True),
+        (None, True, "cpu", True),
+        (None, False, "cuda", False),
+        (None, True, "cuda", True),
+        (False, True, "cpu", False),
+        (True, False, "cuda", True),
+    ],
+)
+def test_channels_lie_innermost_where_that_is_faster_or_asked_for(given, amp, device, last):
+    settings = TrainingSettings(channels_last=given, amp=amp)
+    assert memory_format(settings, torch.device(device)) == (torch.channels_last if last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("last", [None, False])
+def test_weights_and_images_lie_as_the_setting_says(last, monkeypatch):
+    recipe = tt.load_recipe("digits_imp", [] if last is None else ["training.channels_last=false"])
+    data, model = built(recipe, Console(quiet=True))
+    trainer = Trainer(recipe, model, data)
+    asked = torch.contiguous_format if last is False else torch.channels_last
+    conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert conv.weight.is_contiguous(memory_format=asked)
+    assert trainer._laid_out(torch.zeros(2, 3, 8, 8)).is_contiguous(memory_format=asked)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory in its own way")
+def test_what_a_step_has_freed_is_there_for_the_next(monkeypatch):
+    def filled():
+        return [torch.ones(4 << 20) for _ in range(8)]  # 16 MiB each
+
+    keep_freed_memory()
+    filled()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        filled()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 2_000  # of 163,840 pages
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")  # whoever has asked for something has it
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("the C library was told something else"))
+    keep_freed_memory()
 
 
 def watched(model, every, folder=None, good=None):

@@ -237,8 +237,9 @@ class TrainingSettings(Part):
     """mixed precision: forward and backward in amp_dtype"""
     amp_dtype: Literal["float16", "bfloat16"] = "float16"
     """the lower precision; float16 needs a GPU"""
-    channels_last: bool = False
-    """memory with an image's channels innermost, which is faster on many machines"""
+    channels_last: bool | None = None
+    """memory with an image's channels innermost, which convolutions are mostly faster with; true on CPUs and in mixed
+    precision where not given"""
     sync_bn: bool = False
     """batch normalisation over the images of all processes together; needs GPUs"""
     torchcompile: str | None = None

@@ -150,11 +150,12 @@ class Recipe(Part):
 
         Where the output goes, how often checkpoints are written, what is logged and kept beside the last weights, what
         several processes share, what is trained beside the ticket, where images are kept, when a training is refused
-        and, but for rounding, how a step is carried out do not. Workers do: in them each image draws its own
-        augmentation, without them all draw from one stream.
+        do not; nor, but for rounding, how a step is carried out and in what order memory holds what. Workers do: in
+        them each image draws its own augmentation, without them all draw from one stream.
         """
         free = {"output", "label", "source", "parallel", "processes_per_run", "controls", "data.unreadable"}
-        free |= {f"training.{key}" for key in ("checkpoint_interval", "keep_best", "log_with", "step", "deterministic")}
+        rounding = ("step", "deterministic", "channels_last")
+        free |= {f"training.{key}" for key in ("checkpoint_interval", "keep_best", "log_with", *rounding)}
         values = _flat(self.model_dump(mode="json"))
         if values["data.cache"] != "none":
             values["data.cache"] = "auto"

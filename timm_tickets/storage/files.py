@@ -255,7 +255,8 @@ def write_state(path: Path, state: Mapping[str, Tensor], told: dict[str, str] | 
         told: What stands in its header beside them.
     """
     with replacing(path) as temporary:
-        save_file(dict(state), temporary, told)
+        # safetensors refuses what does not lie in its own order, such as what a channels-last weight's gate makes.
+        save_file({name: state[name].contiguous() for name in state}, temporary, told)
 
 
 def write_same(source: Path, path: Path) -> None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch.distributed.fsdp import CPUOffloadPolicy
 
+from ..config.parts import TrainingSettings
 from ..config.recipe import Recipe
 from ..core.errors import SettingError
 from ..core.warn import warn
@@ -87,3 +88,9 @@ def deterministic(asked: bool | None, device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         backend.benchmark, memory.fill_uninitialized_memory = benchmark, fills
+
+
+def memory_format(t: TrainingSettings, device: torch.device) -> torch.memory_format:
+    """How weights and images lie in memory: as `channels_last` says, else so on CPUs and in mixed precision."""
+    last = t.amp or device.type == "cpu" if t.channels_last is None else t.channels_last
+    return torch.channels_last if last else torch.contiguous_format

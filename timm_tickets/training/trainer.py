@@ -37,10 +37,11 @@ from .build import building, channels_of, check_batch, criterion_of, mixup_of
 from .checkpointing import Prepared, Progress, Saving, Silent
 from .epoch_log import EpochLog, nothing_yet
 from .finite_check import Watch
+from .memory import keep_freed_memory
 from .randomness import Epoch, own_generator
 from .scoring import run_metrics, top1_and_loss
 from .step import Step
-from .supported import check_engine, deterministic
+from .supported import check_engine, deterministic, memory_format
 
 
 class Trainer:
@@ -67,7 +68,10 @@ class Trainer:
         if precision == "fp16" and self.accelerator.scaler is None:
             raise SettingError("training.amp_dtype: float16 needs a GPU; set bfloat16, or training.amp=false")
         check_engine(self.accelerator, recipe)
-        if t.channels_last:
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
+        self._layout = memory_format(t, self.accelerator.device)
+        if self._layout == torch.channels_last:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if t.sync_bn and self.accelerator.num_processes > 1:
             if self.accelerator.device.type == "cpu":
@@ -296,7 +300,7 @@ class Trainer:
         )
 
     def _laid_out(self, images: Tensor) -> Tensor:
-        return images.contiguous(memory_format=torch.channels_last) if self.settings.channels_last else images
+        return images.contiguous(memory_format=self._layout)
 
     def _mixed(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         images = self._laid_out(images)
