@@ -51,7 +51,7 @@ def top(scores: Tensor, count: Count) -> Tensor:
 
 def together(sizes: Sequence[int], like: Tensor) -> Iterator[slice]:
     """Which neighbours among layers of these sizes are best selected from at once, where this tensor is."""
-    return counting.grouped(sizes, 0 if on_host(like) else counting.CHUNK)
+    return counting.grouped(sizes, 0 if on_host(like) else counting.chunk(like.device))
 
 
 def tops(scores: Sequence[Tensor], counts: Sequence[Count]) -> list[Tensor]:
@@ -251,7 +251,7 @@ def _rows(read: Callable[[], Iterable[Tensor]]) -> Iterable[tuple[Tensor, list[t
     """The values of several tensors in rows, small ones together, and of what shapes they are."""
     held: list[Tensor] = []
     for score in read():
-        if held and sum(one.numel() for one in held) + score.numel() > counting.CHUNK:
+        if held and sum(one.numel() for one in held) + score.numel() > counting.chunk(score.device):
             yield counting.row(held), [one.shape for one in held]
             held = []
         held.append(score.detach())
