@@ -88,6 +88,17 @@ def test_of_a_layer_that_nothing_reads_one_channel_stays():
     assert "a layer has to have one" in found.told()[0]
 
 
+def test_classes_are_no_channels_however_many_there_are():
+    """timm's ResNets say `num_classes` and nothing in their forward pass reads it: any number there looks right."""
+    model = Three().eval()
+    model.num_classes, model.width = 3, 3
+    with torch.no_grad():
+        model.one.weight[:, 1] = 0
+        model.other.weight[:, 1] = 0
+    small = compacted(model).model
+    assert (small.num_classes, small.width) == (3, 2)
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_byobnet", "test_efficientnet", "test_nfnet"])
 def test_a_channel_ticket_made_small(name):
     model, ticket = pruned(name)

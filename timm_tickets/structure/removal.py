@@ -166,8 +166,8 @@ class Remover:
             if isinstance(module, _LAYERS):
                 continue
             for name, value in vars(module).items():
-                if name.startswith("_") or name == "training":
-                    continue
+                if name.startswith("_") or name in ("training", "num_classes"):
+                    continue  # classes all stay, and no output tells how many a module thinks there are
                 for at, number in enumerate(_integers(value)):
                     if number in sizes:  # the same in all modules of a class
                         key = (type(module).__name__, name, at, number)
