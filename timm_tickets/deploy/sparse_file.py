@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..core.errors import SettingError, TicketError, shown
 from ..sparse.prunable import build_to_inspect
 from ..storage.files import write_state
+from ..tickets.publish import harmless
 from .source import Built, rebuilt
-from .stored import read_stored
+from .stored import check_arguments, read_stored
 
 _KEY, _FORMAT = "timm_tickets_sparse", 1
 # Of torch's 2:4 tensors: rows and columns have to be a multiple of these, in half precision, with CUTLASS.
@@ -52,7 +53,9 @@ def write_sparse(
 
     Raises:
         OSError: It cannot be written; what stood there before is untouched.
+        SettingError: A file cannot say these arguments.
     """
+    check_arguments(built.arguments)
     state, pack = plain_state(model), {"csr": _csr, "2:4": _two_of_four}[layout]
     for name in names:
         matrix = state.pop(name).flatten(1)
@@ -177,12 +180,13 @@ def _read(path: Path, layout: str) -> tuple[nn.Module, dict[str, Tensor], _Heade
     if header.layout != layout:
         raise TicketError(f"{path} was exported --to {header.layout}; load it with the function for that")
     sparse: dict[str, Tensor] = {}
+    built = Built(architecture=header.built.architecture, arguments=harmless(header.built.arguments))
     with torch.no_grad():
-        outline = build_to_inspect(header.built.architecture, header.built.arguments).state_dict()
+        outline = build_to_inspect(built.architecture, built.arguments).state_dict()
         for name in header.weights:
             parts = {part: state.pop(f"{name}.{part}", None) for part in ("crow", "col", "values", "index")}
             sparse[name] = _unpacked(path, name, parts, outline)
-        model = rebuilt(header.built, state | {name: outline[name] for name in sparse}, str(path))
+        model = rebuilt(built, state | {name: outline[name] for name in sparse}, str(path))
         model.load_state_dict(state, strict=False)  # the names are known to be all there
     return model, sparse, header
 
