@@ -187,6 +187,31 @@ def test_a_search_prunes_no_channels_that_cannot_be_taken_out():
         assert size(ticket.compact(ticket.apply_(model))) < size(model)
 
 
+def test_as_long_as_a_search_may_look_for_channels_a_ticket_of_it_may(monkeypatch):
+    asked = []
+
+    def looked(*args, seconds=0.0, **settings):
+        asked.append(seconds)
+        raise tt.SettingError("enough")
+
+    ticket = tt.Ticket.of(model := timm.create_model("test_resnet", num_classes=10), {})
+    settings = {"sparsity": 0.5, "granularity": "channel"}
+    for name in ("compact", "units"):
+        monkeypatch.setattr(f"timm_tickets.structure.{name}.find_groups", looked)
+    for call in (lambda: ticket.compact(model), lambda: tt.create_pruner("magnitude", model, **settings)):
+        with pytest.raises(tt.SettingError, match="enough"):
+            call()
+    assert asked == [600, 600]
+
+
+def test_what_is_no_number_is_compared_with_nothing():
+    model = Three().eval()
+    with torch.no_grad():
+        model.one.bias.fill_(torch.nan)
+    with pytest.raises(tt.SettingError, match="the model puts out NaN or infinity on a random image"):
+        compacted(model)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     model, ticket = pruned("test_vit", img_size=64)
@@ -207,6 +232,14 @@ def test_a_file_gives_the_model_again(saved):
     assert all(parameter.grad is not None for parameter in again.parameters())
     tt.save_compact(compiled, path.parent / "again.safetensors", {"img_size": 64})
     assert tt.load_compact(path.parent / "again.safetensors").blocks[0].attn.num_heads == small.blocks[0].attn.num_heads
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_is_saved_as_it_is_and_comes_back_in_float32(saved, dtype, tmp_path):
+    path, small = tmp_path / "small.safetensors", copy.deepcopy(saved[1]).to(dtype)
+    tt.save_compact(small, path, {"img_size": 64})
+    assert load_file(path)["norm.weight"].dtype == dtype
+    assert untouched(tt.load_compact(path), small.float().state_dict())
 
 
 def test_it_goes_through_ddp(saved):
