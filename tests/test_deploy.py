@@ -237,7 +237,8 @@ def test_a_strangers_sparse_file_builds_its_own_architecture_and_reads_no_other_
     (planted := tmp_path / "planted.pth").write_bytes(b"PK")
     forged = {"checkpoint_path": str(planted), "pretrained": True, "pretrained_cfg_overlay": {"file": str(planted)}}
     rewritten(done.path, "timm_tickets_sparse", lambda header: header["built"]["arguments"].update(forged))
-    assert read(done.path).num_classes == 10
+    with pytest.raises(tt.TicketError, match="given checkpoint_path, pretrained, pretrained_cfg_overlay, which no"):
+        read(done.path)
     source = replace(done.source, built=Built(architecture="test_vit", arguments=forged))
     with pytest.raises(tt.SettingError, match="a file cannot say checkpoint_path, pretrained, pretrained_cfg_overlay"):
         write_sparse(done.path, "csr", source.model, [], source.built, {})
@@ -484,6 +485,16 @@ def test_speed_has_a_row_of_the_compacted_model_where_there_is_one(ticket, monke
     done = measure(ticket("test_vit"), engines=["torch"], rounds=2, batch=2)
     assert [one.variant for one in done.rows] == ["dense", "zeros", "csr"]
     assert "so none is removed" in " ".join(done.notes)
+
+
+def test_speed_leaves_out_what_no_file_can_say_and_says_so(ticket, monkeypatch):
+    monkeypatch.setattr(speed, "memory_of", lambda *args: None)
+    monkeypatch.setattr(speed, "sample", lambda *args: 1.0)
+    path, given = ticket("test_vit", "channel"), {"dynamic_img_size": True}
+    done = measure(path, engines=["torch"], rounds=2, batch=2, arguments=given)
+    assert [one.variant for one in done.rows] == ["dense", "zeros"]
+    assert "torch csr is left out: its file cannot say dynamic_img_size" in done.notes
+    assert any(one.startswith("torch compacted is left out: arguments: a file cannot say dynam") for one in done.notes)
 
 
 @pytest.mark.slow

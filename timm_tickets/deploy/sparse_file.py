@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from ..core.errors import SettingError, TicketError, shown
 from ..sparse.prunable import build_to_inspect
 from ..storage.files import write_state
-from ..tickets.publish import harmless
 from .source import Built, rebuilt
-from .stored import check_arguments, read_stored
+from .stored import beyond_shape, check_arguments, read_stored
 
 _KEY, _FORMAT = "timm_tickets_sparse", 1
 # Of torch's 2:4 tensors: rows and columns have to be a multiple of these, in half precision, with CUTLASS.
@@ -180,13 +179,14 @@ def _read(path: Path, layout: str) -> tuple[nn.Module, dict[str, Tensor], _Heade
     if header.layout != layout:
         raise TicketError(f"{path} was exported --to {header.layout}; load it with the function for that")
     sparse: dict[str, Tensor] = {}
-    built = Built(architecture=header.built.architecture, arguments=harmless(header.built.arguments))
+    if lost := beyond_shape(header.built.arguments):
+        raise TicketError(f"{path} wants timm.create_model to be given {shown(', '.join(lost))}, which no file may say")
     with torch.no_grad():
-        outline = build_to_inspect(built.architecture, built.arguments).state_dict()
+        outline = build_to_inspect(header.built.architecture, header.built.arguments).state_dict()
         for name in header.weights:
             parts = {part: state.pop(f"{name}.{part}", None) for part in ("crow", "col", "values", "index")}
             sparse[name] = _unpacked(path, name, parts, outline)
-        model = rebuilt(built, state | {name: outline[name] for name in sparse}, str(path))
+        model = rebuilt(header.built, state | {name: outline[name] for name in sparse}, str(path))
         model.load_state_dict(state, strict=False)  # the names are known to be all there
     return model, sparse, header
 

@@ -20,8 +20,13 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     Raises:
         SettingError: There are such.
     """
-    if lost := arguments.keys() - harmless(arguments).keys():
-        raise SettingError(f"arguments: a file cannot say {', '.join(sorted(lost))}; leave out what shapes no model")
+    if lost := beyond_shape(arguments):
+        raise SettingError(f"arguments: a file cannot say {', '.join(lost)}; leave out what shapes no model")
+
+
+def beyond_shape(arguments: Mapping[str, Any]) -> list[str]:
+    """Those that may do more than shape a model, such as open a checkpoint."""
+    return sorted(arguments.keys() - harmless(arguments).keys())
 
 
 def read_stored(path: Path, key: str, header: type[H], unlike: str) -> tuple[H, dict[str, Tensor]]:
