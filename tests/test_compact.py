@@ -88,6 +88,30 @@ def test_of_a_layer_that_nothing_reads_one_channel_stays():
     assert "a layer has to have one" in found.told()[0]
 
 
+class Even(nn.Module):
+    """Two layers with an even number of channels between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.make, self.read = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        x = self.make(x)
+        if x.shape[1] % 2:
+            raise ValueError("an even number of channels")
+        return self.read(x)
+
+
+def test_what_one_layer_cannot_lose_another_like_it_may_lose_more_of():
+    model = nn.Sequential(Even(), Even(), Even()).eval()
+    with torch.no_grad():
+        for each, count in zip(model, (1, 2, 1), strict=True):
+            each.read.weight[:, :count] = 0
+    found = compacted(model)
+    assert [each.make.out_channels for each in found.model] == [4, 2, 4]
+    assert [(name.partition(".")[0], count) for name, count, _ in found.stayed] == [("0", 1), ("2", 1)]
+
+
 def test_classes_are_no_channels_however_many_there_are():
     """timm's ResNets say `num_classes` and nothing in their forward pass reads it: any number there looks right."""
     model = Three().eval()
