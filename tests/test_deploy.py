@@ -490,11 +490,12 @@ def test_speed_has_a_row_of_the_compacted_model_where_there_is_one(ticket, monke
 def test_speed_leaves_out_what_no_file_can_say_and_says_so(ticket, monkeypatch):
     monkeypatch.setattr(speed, "memory_of", lambda *args: None)
     monkeypatch.setattr(speed, "sample", lambda *args: 1.0)
-    path, given = ticket("test_vit", "channel"), {"dynamic_img_size": True}
-    done = measure(path, engines=["torch"], rounds=2, batch=2, arguments=given)
+    monkeypatch.setattr(speed, "compacted", lambda model: SimpleNamespace(model=model, removed=1, groups=2, told=list))
+    given = {"dynamic_img_size": True}
+    done = measure(ticket("test_vit"), engines=["torch"], rounds=2, batch=2, arguments=given)
     assert [one.variant for one in done.rows] == ["dense", "zeros"]
     assert "torch csr is left out: its file cannot say dynamic_img_size" in done.notes
-    assert any(one.startswith("torch compacted is left out: arguments: a file cannot say dynam") for one in done.notes)
+    assert any(one.startswith("torch compacted is left out: model: it is not a compact one") for one in done.notes)
 
 
 @pytest.mark.slow
