@@ -88,6 +88,41 @@ def test_of_a_layer_that_nothing_reads_one_channel_stays():
     assert "a layer has to have one" in found.told()[0]
 
 
+class Even(nn.Module):
+    """Two layers with an even number of channels between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.make, self.read = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        x = self.make(x)
+        if x.shape[1] % 2:
+            raise ValueError("an even number of channels")
+        return self.read(x)
+
+
+def test_what_one_layer_cannot_lose_another_like_it_may_lose_more_of():
+    model = nn.Sequential(Even(), Even(), Even()).eval()
+    with torch.no_grad():
+        for each, count in zip(model, (1, 2, 1), strict=True):
+            each.read.weight[:, :count] = 0
+    found = compacted(model)
+    assert [each.make.out_channels for each in found.model] == [4, 2, 4]
+    assert [(name.partition(".")[0], count) for name, count, _ in found.stayed] == [("0", 1), ("2", 1)]
+
+
+def test_classes_are_no_channels_however_many_there_are():
+    """timm's ResNets say `num_classes` and nothing in their forward pass reads it: any number there looks right."""
+    model = Three().eval()
+    model.num_classes, model.width = 3, 3
+    with torch.no_grad():
+        model.one.weight[:, 1] = 0
+        model.other.weight[:, 1] = 0
+    small = compacted(model).model
+    assert (small.num_classes, small.width) == (3, 2)
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_byobnet", "test_efficientnet", "test_nfnet"])
 def test_a_channel_ticket_made_small(name):
     model, ticket = pruned(name)
@@ -176,6 +211,31 @@ def test_a_search_prunes_no_channels_that_cannot_be_taken_out():
         assert size(ticket.compact(ticket.apply_(model))) < size(model)
 
 
+def test_as_long_as_a_search_may_look_for_channels_a_ticket_of_it_may(monkeypatch):
+    asked = []
+
+    def looked(*args, seconds=0.0, **settings):
+        asked.append(seconds)
+        raise tt.SettingError("enough")
+
+    ticket = tt.Ticket.of(model := timm.create_model("test_resnet", num_classes=10), {})
+    settings = {"sparsity": 0.5, "granularity": "channel"}
+    for name in ("compact", "units"):
+        monkeypatch.setattr(f"timm_tickets.structure.{name}.find_groups", looked)
+    for call in (lambda: ticket.compact(model), lambda: tt.create_pruner("magnitude", model, **settings)):
+        with pytest.raises(tt.SettingError, match="enough"):
+            call()
+    assert asked == [600, 600]
+
+
+def test_what_is_no_number_is_compared_with_nothing():
+    model = Three().eval()
+    with torch.no_grad():
+        model.one.bias.fill_(torch.nan)
+    with pytest.raises(tt.SettingError, match="the model puts out NaN or infinity on a random image"):
+        compacted(model)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     model, ticket = pruned("test_vit", img_size=64)
@@ -196,6 +256,14 @@ def test_a_file_gives_the_model_again(saved):
     assert all(parameter.grad is not None for parameter in again.parameters())
     tt.save_compact(compiled, path.parent / "again.safetensors", {"img_size": 64})
     assert tt.load_compact(path.parent / "again.safetensors").blocks[0].attn.num_heads == small.blocks[0].attn.num_heads
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_is_saved_as_it_is_and_comes_back_in_float32(saved, dtype, tmp_path):
+    path, small = tmp_path / "small.safetensors", copy.deepcopy(saved[1]).to(dtype)
+    tt.save_compact(small, path, {"img_size": 64})
+    assert load_file(path)["norm.weight"].dtype == dtype
+    assert untouched(tt.load_compact(path), small.float().state_dict())
 
 
 def test_it_goes_through_ddp(saved):

@@ -17,8 +17,8 @@ import timm_tickets as tt
 from timm_tickets import export, load_2_4, load_csr
 from timm_tickets.deploy import onnx_file, speed
 from timm_tickets.deploy.runners import Kind, openvino_run, run_of
-from timm_tickets.deploy.source import load_source, zeros
-from timm_tickets.deploy.sparse_file import fits_2_4
+from timm_tickets.deploy.source import Built, load_source, zeros
+from timm_tickets.deploy.sparse_file import fits_2_4, write_sparse
 from timm_tickets.deploy.speed import Row, Speed, measure
 from timm_tickets.deploy.speed_report import conditions, table, verdict
 
@@ -161,6 +161,13 @@ def test_an_onnx_file_that_computes_otherwise_is_not_put_in_place(ticket, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "test_resnet.ticket"]
 
 
+def test_a_model_that_puts_out_no_numbers_equals_none(source):
+    with torch.no_grad():
+        source.model.fc.bias.fill_(torch.nan)
+    with pytest.raises(tt.TicketError, match="the model puts out NaN or infinity"):
+        onnx_file.difference(source.model, lambda images: np.zeros((len(images), 10), np.float32), (3, 32, 32))
+
+
 def test_a_compact_model_is_exported_and_exported_again(ticket, tmp_path):
     done = export(path := ticket(granularity="channel"), "compact", file := tmp_path / "small.safetensors")
     images = torch.randn(2, *done.source.images.input_size)
@@ -178,6 +185,10 @@ def test_a_compact_model_is_exported_and_exported_again(ticket, tmp_path):
             export(file, to, tmp_path / "out")
     with pytest.raises(tt.SettingError, match="compact: is for onnx and openvino"):
         export(path, "timm", tmp_path / "out", compact=True)
+    for forged in ("no JSON", "[1]", '{"input_size": 3}'):
+        rewritten(file, "timm_tickets_compact", lambda header, images=forged: header["told"].update(images=images))
+        with pytest.raises(tt.TicketError, match=r"small.safetensors is damaged: of its images: "):
+            load_source(file)
 
 
 def test_the_compact_command_writes_what_export_does(ticket, tmp_path):
@@ -210,6 +221,34 @@ def test_csr_computes_the_same_with_its_linear_layers_as_csr(arch, ticket, tmp_p
     torch.testing.assert_close(torch.from_numpy(ran), outputs(model, images))
     dense = sum(value.nbytes for value in done.source.model.state_dict().values())
     assert done.path.stat().st_size < 0.4 * dense
+
+
+def rewritten(file, key, change):
+    """A file of ours with another header."""
+    data = file.read_bytes()
+    header = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][key])
+    change(header)
+    save_file(load(data), file, {key: json.dumps(header)})
+
+
+@pytest.mark.parametrize(("to", "read"), [("csr", load_csr), ("2:4", lambda file: load_2_4(file, "cpu"))])
+def test_a_strangers_sparse_file_builds_its_own_architecture_and_reads_no_other_file(to, read, ticket, tmp_path):
+    done = export(ticket("test_vit", "2:4"), to, tmp_path / "model.safetensors")
+    (planted := tmp_path / "planted.pth").write_bytes(b"PK")
+    forged = {"checkpoint_path": str(planted), "pretrained": True, "pretrained_cfg_overlay": {"file": str(planted)}}
+    rewritten(done.path, "timm_tickets_sparse", lambda header: header["built"]["arguments"].update(forged))
+    with pytest.raises(tt.TicketError, match="given checkpoint_path, pretrained, pretrained_cfg_overlay, which no"):
+        read(done.path)
+    source = replace(done.source, built=Built(architecture="test_vit", arguments=forged))
+    with pytest.raises(tt.SettingError, match="a file cannot say checkpoint_path, pretrained, pretrained_cfg_overlay"):
+        write_sparse(done.path, "csr", source.model, [], source.built, {})
+
+
+def test_validate_py_is_given_all_that_the_model_was_built_with(tmp_path):
+    model = timm.create_model("test_vit", num_classes=10, img_size=64)
+    tt.create_pruner("magnitude", model, sparsity=0.5).ticket.save(path := tmp_path / "small.ticket")
+    done = export(path, "timm", tmp_path / "out.safetensors", arguments={"img_size": 64})
+    assert done.told[1].endswith("--num-classes 10 --in-chans 3 --model-kwargs img_size=64 --input-size 3 64 64")
 
 
 def test_2_4_is_packed_and_gives_the_same_model(ticket, tmp_path):
@@ -354,6 +393,14 @@ def test_a_speed_report_says_that_nothing_got_faster_where_nothing_did(source):
     ]
 
 
+def test_who_has_taken_channels_out_already_is_not_told_to(source):
+    rows = [row("torch", "dense", 0.010, 0.100), row("torch", "compacted", 0.0098, 0.099)]
+    told = verdict(done := Speed(source, rows, 32, 2, 0.0, "random weights"))
+    assert told[1].startswith("NOTHING GOT FASTER, even without the channels that are taken out: ")
+    assert "granularity=channel" not in " ".join(told)
+    assert conditions(done)[0] == "test_resnet, images of 3 x 160 x 160, float32, 2 threads."
+
+
 def test_a_speed_report_says_what_got_faster(source):
     noisy = Row("torch", "zeros", [0.002, 0.02, 0.03], [0.02, 0.2, 0.3])  # once by chance
     rows = [row("torch", "dense", 0.010, 0.100), noisy, row("torch", "compacted", 0.005, 0.040)]
@@ -438,6 +485,17 @@ def test_speed_has_a_row_of_the_compacted_model_where_there_is_one(ticket, monke
     done = measure(ticket("test_vit"), engines=["torch"], rounds=2, batch=2)
     assert [one.variant for one in done.rows] == ["dense", "zeros", "csr"]
     assert "so none is removed" in " ".join(done.notes)
+
+
+def test_speed_leaves_out_what_no_file_can_say_and_says_so(ticket, monkeypatch):
+    monkeypatch.setattr(speed, "memory_of", lambda *args: None)
+    monkeypatch.setattr(speed, "sample", lambda *args: 1.0)
+    monkeypatch.setattr(speed, "compacted", lambda model: SimpleNamespace(model=model, removed=1, groups=2, told=list))
+    given = {"dynamic_img_size": True}
+    done = measure(ticket("test_vit"), engines=["torch"], rounds=2, batch=2, arguments=given)
+    assert [one.variant for one in done.rows] == ["dense", "zeros"]
+    assert "torch csr is left out: its file cannot say dynamic_img_size" in done.notes
+    assert any(one.startswith("torch compacted is left out: model: it is not a compact one") for one in done.notes)
 
 
 @pytest.mark.slow

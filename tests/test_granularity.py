@@ -1,5 +1,7 @@
 """What every pruner promises when it cuts channels or patterns: whole units, counted, zero, replayed, in a file."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -200,6 +202,10 @@ def test_multiples_and_floors():
     left = [int((~gone[groups.family == number]).sum()) for number in range(len(groups.families))]
     assert all(count % 8 == 0 and count >= 16 for count in left)
     assert pruner.ticket.sparsity >= 0.7
+    units = replace(pruner.method.units, least=12)  # so 16
+    whole = {name: torch.ones(shape, dtype=torch.bool) for name, shape in groups.shapes.items()}
+    least = units.cut_by(whole, lambda: torch.arange(float(len(groups))), 0, "global")
+    assert "layer4.0.conv1.weight 16 of 96" in units.starved(least)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +214,7 @@ def test_multiples_and_floors():
         ({"granularity": "2:4", "sparsity": 0.6}, r"sparsity: 0.6 contradicts granularity=2:4, .* set sparsity=0.5"),
         ({"granularity": "channel", "sparsity": 0.999}, r"sparsity: 0.999 cannot be met: .* ask for at most 0\.99"),
         ({"granularity": "channel", "min_channels": 64}, r"keeps 64 channels .* ask for at most"),
+        ({"granularity": "channel", "min_channels": 40, "round_to": 16}, r"keeps 48 channels .* ask for at most"),
         ({"granularity": "head"}, "ResNet has no heads that can be removed; `timm-tickets inspect"),
         ({"granularity": "block 512x512"}, "of the 15 prunable layers none has a matrix .* 512 rows and 512 columns"),
         ({"granularity": "rows"}, "'rows' is not valid; it is weight, channel, head"),

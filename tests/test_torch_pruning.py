@@ -459,8 +459,14 @@ def test_what_does_not_fit_is_refused():
 def test_a_model_that_its_graph_cannot_follow_is_told():
     model = fresh()
     ticket = tt.create_pruner("tp_random", model, sparsity=0.5).ticket
+    model.train().layer1.eval()
+    modes = [module.training for module in model.modules()]
     with pytest.raises(tt.SettingError, match="torch-pruning cannot follow this ResNet: "):
         tt.TicketPruner(model, torch.randn(1, 5, 32, 32), ticket)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
+    tt.TicketPruner(model, IMAGES, ticket)
+    assert [module.training for module in model.modules()] == modes
 
 
 PAGE = (Path(__file__).parents[1] / "docs" / "torch_pruning.md").read_text()

@@ -26,7 +26,7 @@ from ..structure.find import images_for
 from ..structure.removal import Place, Removals, put_, tensor_of
 from ..structure.verify import outputs
 from ..tickets.publish import harmless
-from .stored import read_stored
+from .stored import check_arguments, read_stored
 
 _KEY = "timm_tickets_compact"
 _LARGER = 1_000  # times: how much larger than its file the model may be that timm builds first
@@ -70,8 +70,7 @@ def save_compact(
     facts = describe_model(plain)
     sizes = {key: facts[key] for key in ("num_classes", "in_chans") if isinstance(facts[key], int)}
     given = {**sizes, **(arguments or {})}
-    if lost := given.keys() - harmless(given).keys():
-        raise SettingError(f"arguments: a file cannot say {', '.join(sorted(lost))}; leave out what shapes no model")
+    check_arguments(given)
     state = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in plain.state_dict().items()
@@ -87,8 +86,8 @@ def save_compact(
         told=dict(told or {}),
     )
     try:
-        other = _rebuilt(header, state, math.inf, "the compact model")
-        images = images_for(mine := copy.deepcopy(plain).cpu().eval())
+        other = _rebuilt(header, state, math.inf, "the compact model").float()
+        images = images_for(mine := copy.deepcopy(plain).cpu().float().eval())
         same = torch.equal(outputs(mine, images), outputs(other, images))
     except (TicketError, RuntimeError, ValueError, AssertionError):  # of other sizes than the model's
         same = False
@@ -113,8 +112,8 @@ def compact_header(path: Path) -> dict[str, Any] | None:
 def load_compact(path: str | Path) -> nn.Module:
     """The model of a compact file, in evaluation mode on the CPU, fit to be trained.
 
-    Nothing in the file is executed. timm builds its architecture first, which may be at most 1,000 times as large as
-    the file.
+    It is in float32, whatever the file is in. Nothing in the file is executed. timm builds its architecture first, and
+    that may be at most 1,000 times as large as the file.
 
     Raises:
         FileNotFoundError: There is no such file.

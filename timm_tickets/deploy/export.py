@@ -94,16 +94,13 @@ _Told = tuple[Sequence[str], Sequence[str]]
 def _timm(source: Source, path: Path, batch: int | None) -> _Told:
     write_state(path, plain_state(source.model), {"format": "pt", **source.facts})
     arguments = "".join(f", {key}={value!r}" for key, value in source.built.arguments.items())
-    size = "x".join(map(str, source.images.input_size))
+    size, more = " ".join(map(str, source.images.input_size)), dict(source.built.arguments)
+    options = [f"--{key.replace('_', '-')} {more.pop(key)}" for key in ("num_classes", "in_chans") if key in more]
+    options += ["--model-kwargs", *(f"{key}={value}".replace(" ", "") for key, value in more.items())] if more else []
     told = (
         f"a plain timm checkpoint, dense in size: {_sparsity(source)}",
-        f"timm's validate.py: --model {source.built.architecture} --checkpoint {path} "
-        + "".join(
-            f"--{key.replace('_', '-')} {value} "
-            for key, value in source.built.arguments.items()
-            if key in ("num_classes", "in_chans")
-        )
-        + f"--input-size {size.replace('x', ' ')}",
+        f"timm's validate.py: --model {source.built.architecture} --checkpoint {path} {' '.join(options)} "
+        f"--input-size {size}",
     )
     return told, (f"timm.create_model({source.built.architecture!r}{arguments}, checkpoint_path={str(path)!r})",)
 

@@ -77,11 +77,20 @@ def exported(model: nn.Module, size: Sequence[int], batch: int | None = None) ->
 
 @torch.no_grad()
 def difference(model: nn.Module, run: Callable[[Any], Any], size: Sequence[int], batch: int | None = None) -> float:
-    """The largest difference of what runs a model from it, on random images, over the largest output."""
+    """The largest difference of what runs a model from it, on random images, over the largest output.
+
+    Raises:
+        TicketError: The model's own outputs are not finite.
+    """
     generator, largest = torch.Generator().manual_seed(0), 0.0
     for count in (batch,) if batch else _DRAWN:
         images = torch.randn(count, *size, generator=generator)
         one, two = first(model(images)), torch.from_numpy(run(images.numpy()))
+        if not bool(one.isfinite().all()):
+            raise TicketError(
+                "the model puts out NaN or infinity on random images, so nothing can be compared with it, and nothing "
+                "was written; look at its training"
+            )
         if one.shape != two.shape or not bool(two.isfinite().all()):
             return float("inf")
         largest = max(largest, float((one - two).abs().max() / one.abs().max().clamp(min=_TINY)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -204,7 +204,10 @@ def _of_compact(path: Path, header: Mapping[str, Any]) -> Source:
     """A compact model, with the weights that its file has."""
     model = load_compact(path).requires_grad_(False)
     built, told = Built(architecture=header["architecture"], arguments=harmless(header["arguments"])), header["told"]
-    images = check(Images, json.loads(told["images"]), str(path)) if "images" in told else _images(model)
+    try:
+        images = Images.model_validate_json(told["images"]) if "images" in told else _images(model)
+    except ValidationError as error:
+        raise TicketError(f"{path} is damaged: of its images: {shown(str(error), 300)}") from None
     whose = shown(told["weights"], 500) if "weights" in told else "it does not say whether they are trained"
     trained = False if "NOT TRAINED" in whose else None
     return Source(model, path.stem, f"{path}: {whose}", trained, built, images, compact=True)

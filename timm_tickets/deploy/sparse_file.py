@@ -21,7 +21,7 @@ from ..core.errors import SettingError, TicketError, shown
 from ..sparse.prunable import build_to_inspect
 from ..storage.files import write_state
 from .source import Built, rebuilt
-from .stored import read_stored
+from .stored import beyond_shape, check_arguments, read_stored
 
 _KEY, _FORMAT = "timm_tickets_sparse", 1
 # Of torch's 2:4 tensors: rows and columns have to be a multiple of these, in half precision, with CUTLASS.
@@ -52,7 +52,9 @@ def write_sparse(
 
     Raises:
         OSError: It cannot be written; what stood there before is untouched.
+        SettingError: A file cannot say these arguments.
     """
+    check_arguments(built.arguments)
     state, pack = plain_state(model), {"csr": _csr, "2:4": _two_of_four}[layout]
     for name in names:
         matrix = state.pop(name).flatten(1)
@@ -177,6 +179,8 @@ def _read(path: Path, layout: str) -> tuple[nn.Module, dict[str, Tensor], _Heade
     if header.layout != layout:
         raise TicketError(f"{path} was exported --to {header.layout}; load it with the function for that")
     sparse: dict[str, Tensor] = {}
+    if lost := beyond_shape(header.built.arguments):
+        raise TicketError(f"{path} wants timm.create_model to be given {shown(', '.join(lost))}, which no file may say")
     with torch.no_grad():
         outline = build_to_inspect(header.built.architecture, header.built.arguments).state_dict()
         for name in header.weights:

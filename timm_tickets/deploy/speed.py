@@ -27,6 +27,7 @@ from .openvino_file import convert
 from .runners import ENGINES, Kind, memory_of, run_of, torch_model
 from .source import MODEL, Source, load_source, rebuilt, zeros
 from .sparse_file import plain_state, write_sparse
+from .stored import beyond_shape
 
 _LEAST = 0.02  # seconds that a sample takes at least; calls are repeated until then
 _WARM = 0.2  # a call that takes longer needs no call before it to be warm
@@ -159,14 +160,20 @@ class _Models:
         dense, self.dense, self.trained = _dense(source)
         modules = {"dense": dense, **self._sparse(source, say)}
         for variant, module in modules.items():
-            if variant == "compacted":
-                save_compact(module, file := folder / "compacted.safetensors", source.built.arguments)
-            else:
-                write_state(file := folder / f"{variant}.safetensors", plain_state(module))
-            self.kinds.append(Kind(engine="torch", variant=variant, file=file, threads=threads, **made))
             self.counts[variant] = _parameters(module), macs_of(module, size)
+            file = folder / f"{variant}.safetensors"
+            try:
+                if variant == "compacted":
+                    save_compact(module, file, source.built.arguments)
+                else:
+                    write_state(file, plain_state(module))
+                self.kinds.append(Kind(engine="torch", variant=variant, file=file, threads=threads, **made))
+            except SettingError as error:
+                self.notes.append(f"torch {variant} is left out: {error}")
         linear = [name for name in zeros(source.model) if not source.compact and _is_linear(source.model, name)]
-        if linear:
+        if linear and (lost := beyond_shape(source.built.arguments)):
+            self.notes.append(f"torch csr is left out: its file cannot say {', '.join(lost)}")
+        elif linear:
             write_sparse(file := folder / "csr.safetensors", "csr", source.model, linear, source.built, {})
             self.kinds.append(kind := Kind(engine="torch", variant="csr", file=file, threads=threads))
             self.counts["csr"] = _parameters(torch_model(kind)), None

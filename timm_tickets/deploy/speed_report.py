@@ -57,7 +57,12 @@ def verdict(speed: Speed) -> list[str]:
             told.append(f"{row.variant} {times} ({_word(pair)})")
         if told:
             out.append(f"{engine}: {'; '.join(told)}.")
-    if not won:
+    if not won and any(row.variant == "compacted" for row in speed.rows):
+        out.append(
+            "NOTHING GOT FASTER, even without the channels that are taken out: on this machine a network of this size "
+            "takes its time elsewhere, or too few of its MACs are gone."
+        )
+    elif not won:
         out.append(
             "NOTHING GOT FASTER: zeros are multiplied by like any other weight. What makes a ticket faster is taking "
             "channels out: search with pruner.granularity=channel, then compact (docs/faster.md)."
@@ -116,8 +121,8 @@ def conditions(speed: Speed) -> list[str]:
     rounds, threads = len(speed.rows[0].latency), f"{speed.threads} thread" + "s" * (speed.threads > 1)
     others = dict.fromkeys(row.variant for row in speed.rows if row.variant != "dense")
     return [
-        f"{speed.source.built.architecture}, images of {size}, float32, {threads}; {speed.sparsity:.1%} "
-        "of the weights in layers with zeros are zero.",
+        f"{speed.source.built.architecture}, images of {size}, float32, {threads}"
+        + (f"; {speed.sparsity:.1%} of the weights in layers with zeros are zero." if speed.sparsity else "."),
         f"{', '.join(others)}: {speed.source.told}. dense: {speed.dense}.",
         f"Medians of {rounds} rounds, all models in turn in each, and half the distance of the quartiles. Memory: of a "
         "process that holds the model and runs a batch, over that without. MACs: as torch counts them, zeros too.",

@@ -1,15 +1,32 @@
 """Reading our own files of models: safetensors with a header of JSON in their metadata. Nothing in them is executed."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from safetensors import safe_open
 from torch import Tensor
 
-from ..core.errors import TicketError, shown
+from ..core.errors import SettingError, TicketError, shown
+from ..tickets.publish import harmless
 
 H = TypeVar("H", bound=BaseModel)
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of ``timm.create_model`` that are not read from a file, as they may do more than shape a model.
+
+    Raises:
+        SettingError: There are such.
+    """
+    if lost := beyond_shape(arguments):
+        raise SettingError(f"arguments: a file cannot say {', '.join(lost)}; leave out what shapes no model")
+
+
+def beyond_shape(arguments: Mapping[str, Any]) -> list[str]:
+    """Those that may do more than shape a model, such as open a checkpoint."""
+    return sorted(arguments.keys() - harmless(arguments).keys())
 
 
 def read_stored(path: Path, key: str, header: type[H], unlike: str) -> tuple[H, dict[str, Tensor]]:

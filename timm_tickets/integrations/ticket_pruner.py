@@ -13,7 +13,7 @@ from ..core.errors import SettingError, TicketError, shown
 from ..core.optional import torch_pruning
 from ..core.warn import warn
 from ..structure.dependencies import axis_of
-from ..structure.find import find_groups
+from ..structure.find import PATIENCE, find_groups
 from ..structure.groups import Dim, Family, Groups
 from ..structure.trace import plainly
 from ..structure.verify import EQUAL, randomised
@@ -68,14 +68,17 @@ class TicketPruner(BasePruner):
             )
         self.ticket = ticket if isinstance(ticket, Ticket) else load_ticket(ticket)
         _check(self.ticket, model)
-        self.groups = find_groups(model, classifier=True)
+        self.groups = find_groups(model, classifier=True, seconds=PATIENCE)
         self._ids = dict(self.groups.of)  # the group of each index that is still there
         self._dead = _unread(self.ticket, self.groups)
         self._left = torch.ones(len(self.groups), dtype=torch.bool)
         self.kept: list[tuple[str, int, str]] = []
         # Its own defaults are dictionaries that all its pruners share.
         fresh: dict[str, Any] = {name: {} for name in ("in_channel_groups", "out_channel_groups", "num_heads")}
+        modes = {module: module.training for module in model.modules()}  # its graph is traced in evaluation mode
         try:
+            # First, as a forward pass that fails under torch-pruning leaves its hooks in the model.
+            self._twin = _Twin(model, self.groups, self._dead, example_inputs, settings.get("forward_fn"))
             with torch.enable_grad():  # its graph is made of what autograd has seen
                 super().__init__(model, example_inputs, TicketImportance(self.ticket), **(fresh | settings))
         except (SettingError, TicketError):
@@ -85,7 +88,9 @@ class TicketPruner(BasePruner):
                 f"torch-pruning cannot follow this {type(model).__name__}: {type(error).__name__}: "
                 f"{shown(str(error))}; give it ignored_layers or unwrapped_parameters, or compact the ticket instead"
             ) from error
-        self._twin = _Twin(model, self.groups, self._dead, example_inputs, settings.get("forward_fn"))
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
     def step(self, interactive: bool = False) -> Iterator[Any] | None:
         """Remove all of it; or, interactively, give a group at a time, to be removed by its ``prune()`` or left.

@@ -35,9 +35,9 @@ class TicketImportance:
     0 where nothing is; of scores their mean. Channels without a scored weight have none, and stay.
 
     Args:
-        ticket_or_scores: A ticket, or its path; masks, or scores, by parameter name; a pruner of this package: one that
-            has ended, for its ticket, or the name or settings of one that scores a model without training, for the
-            scores of its first cut, computed anew whenever the model has changed.
+        ticket_or_scores: A ticket, or its path; masks, or scores, by parameter name; a pruner of this package: one
+            whose runs have ended, for its ticket; or one that scores a model without training, its name or settings,
+            for the scores of its first cut, computed anew whenever the model has changed.
         normalize: Whether to divide by the group's mean, as torch-pruning's own importances do: for scores whose size
             differs from layer to layer, where ``global_pruning`` compares layers.
 

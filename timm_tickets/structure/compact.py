@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..core.errors import SettingError
 from ..sparse.standardised import STANDARDISED
 from ..sparse.wrappers import plain_model
-from .find import find_groups, images_for
+from .find import PATIENCE, find_groups, images_for
 from .groups import Groups
 from .removal import Removals, tensor_of
 from .verify import EQUAL, outputs, removing
@@ -69,12 +69,18 @@ def compacted(model: nn.Module, groups: Groups | None = None) -> Compact:
         groups: Its groups, with vectors; found where they are not given.
 
     Raises:
-        SettingError: The groups cannot be found, or the smaller model's outputs are not the model's.
+        SettingError: The groups cannot be found, or the smaller model's outputs are not the model's, or these are NaN.
     """
     plain = plain_model(model)
-    groups = groups or find_groups(plain, classifier=True, vectors=True)
+    groups = groups or find_groups(plain, classifier=True, vectors=True, seconds=PATIENCE)
     dead = unread(plain, groups)
     images = images_for(copy.deepcopy(plain).cpu().float().eval()).double()
+    before = outputs(copy.deepcopy(plain).cpu().double().eval(), images)
+    if not before.isfinite().all():
+        raise SettingError(
+            "compact: the model puts out NaN or infinity on a random image, so no smaller one can be compared with it; "
+            "look at its training"
+        )
     wrong, remover = removing(plain, images, groups, dead)
     gone, stayed = torch.zeros_like(dead), []
     for number, family in enumerate(groups.families):
@@ -93,7 +99,7 @@ def compacted(model: nn.Module, groups: Groups | None = None) -> Compact:
     removals = remover.removals()
     small: Any = removals.apply_(copy.deepcopy(plain))
     small.removals = removals  # what a file of it has to say
-    difference = _apart(small, outputs(copy.deepcopy(plain).cpu().double().eval(), images), images)
+    difference = _apart(small, before, images)
     # A mean of zero is zero to the weights' own rounding.
     standardised = any(isinstance(module, STANDARDISED) for module in plain.modules())
     if not difference <= (1e-6 if standardised else EQUAL):

@@ -20,6 +20,7 @@ from .vectors import VectorTrace
 from .verify import keep_removable, tried
 
 SECONDS = 60.0  # of this thread's processor that finding and trying may take: what else the machine does does not count
+PATIENCE = 600.0  # of the same: where something depends on them, such as a search, which takes far longer itself
 PASSES = 4  # a pass that knows what stays frees what was united through that
 MATRICES = {"convolution", "linear", "experts", "recurrent", "projection", "matrix"}
 _SIDES = (64, 96, 128, 160, 224)

@@ -79,7 +79,7 @@ class Remover:
         self._whole = {dim: len(ids) for dim, ids in self.ids.items()}
         self._undo: list[Callable[[], None]] = []
         self._held: dict[Hashable, tuple[int, ...]] = {}  # what was found for layers that are alike
-        self._failed: dict[Hashable, str] = {}
+        self._failed: dict[Hashable, str] = {}  # of layers that are alike, and were to lose as much
 
     def removals(self) -> Removals:
         """All that was removed so far."""
@@ -106,7 +106,8 @@ class Remover:
         for tried in (near, _within(self.model, near)):
             found = self._numbers(tried, sizes)
             alike = (*_kinds(self.model, paths), *found)
-            for picked in self._order(alike, found):
+            same = (alike, tuple(sorted((old, *sorted(new)) for old, new in sizes.items())))
+            for picked in self._order(alike, found) if same not in self._failed else ():
                 for place, value in self._way(found, picked).items():
                     self._set_(place, value)
                 if not (found_wrong := wrong()):
@@ -114,8 +115,7 @@ class Remover:
                     return ""
                 why = why or found_wrong
                 self._back_(sliced)
-            self._failed.setdefault(alike, why)
-            why = self._failed[alike]
+            why = self._failed.setdefault(same, why)
         self._back_(start)
         return why
 
@@ -166,8 +166,8 @@ class Remover:
             if isinstance(module, _LAYERS):
                 continue
             for name, value in vars(module).items():
-                if name.startswith("_") or name == "training":
-                    continue
+                if name.startswith("_") or name in ("training", "num_classes"):
+                    continue  # classes all stay, and no output tells how many a module thinks there are
                 for at, number in enumerate(_integers(value)):
                     if number in sizes:  # the same in all modules of a class
                         key = (type(module).__name__, name, at, number)
@@ -177,9 +177,8 @@ class Remover:
     def _order(self, alike: Hashable, found: Mapping[Number, tuple[list[int], Any]]) -> Iterator[tuple[int, ...]]:
         """Which of their values to try, by place; those that change most come first, one that held before all."""
         ways = itertools.islice(itertools.product(*(range(len(values)) for values, _ in found.values())), TRIALS)
-        if alike not in self._failed:
-            first = [self._held[alike]] if alike in self._held else []
-            yield from dict.fromkeys((*first, *ways))
+        first = [self._held[alike]] if alike in self._held else []
+        yield from dict.fromkeys((*first, *ways))
 
     def _way(self, found: Mapping[Number, tuple[list[int], list[Place]]], picked: tuple[int, ...]) -> dict[Place, Any]:
         """The attributes that change."""

@@ -13,11 +13,10 @@ from ..core.patterns import Granularity, cut_blocks, cut_n_of_m, filled_up, fitt
 from ..distributed.fsdp2 import reshard_
 from ..sparse.subnet import Subnet
 from ..sparse.wrappers import plain_model
-from .find import find_groups
+from .find import PATIENCE, find_groups
 from .groups import TRANSPOSED, Groups
 
 Of = Literal["weights", "channels", "macs"]
-PATIENCE = 600.0  # seconds for the groups of a search, which takes far longer itself
 
 
 class Weights:
@@ -200,9 +199,14 @@ class Channels(Weights):
             unit = {"weights": "weights", "channels": "groups", "macs": "multiplications"}[self.of]
             raise SettingError(
                 f"sparsity: {sparsity} cannot be met: of {self.total(masks)} {unit} {left} stay where every layer "
-                f"keeps {max(self.least, self.round_to)} channels and what is in no group stays; ask for at most "
+                f"keeps {self.floor} channels and what is in no group stays; ask for at most "
                 f"{1 - left / self.total(masks):.4g} (`timm-tickets inspect ARCH --granularity channel` shows groups)"
             )
+
+    @property
+    def floor(self) -> int:
+        """Channels that a cut leaves in every layer that has as many."""
+        return -(-self.least // self.round_to) * self.round_to
 
     def gone(self, masks: Mapping[str, Tensor]) -> Tensor:
         """The groups that masks prune whole: bool, a group each."""
@@ -263,9 +267,8 @@ class Channels(Weights):
 
     def starved(self, masks: Mapping[str, Tensor]) -> list[str]:
         alive = self.groups.family[~self.gone(masks)].bincount(minlength=len(self.groups.families)).tolist()
-        least = max(self.least, self.round_to)
         pairs = zip(self.groups.families, alive, strict=True)
-        return [f"{one.makes[0][0]} {left} of {one.count}" for one, left in pairs if left <= least < one.count // 4]
+        return [f"{one.makes[0][0]} {n} of {one.count}" for one, n in pairs if n <= self.floor < one.count // 4]
 
     def _chunks(
         self, score: Tensor, gone: Tensor | None = None, scope: Scope = "layerwise"
