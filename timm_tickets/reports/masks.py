@@ -22,7 +22,8 @@ from ..tickets.size import weigh
 from ..tickets.starts import ValuesStart
 from .read import Experiment
 
-_MOST_PAIRS = 200  # of masks that are compared; 1,000 would take minutes for a ResNet-50
+_MOST_PAIRS = 1_000  # of masks that are compared
+_MOST_COMPARED = 10**10  # weights of them: 200 pairs of a ResNet-50, of which 1,000 would take minutes
 _MOST_BYTES = 1 << 32  # of unpacked masks, a byte a weight
 
 
@@ -138,10 +139,12 @@ def overlaps(series: Sequence[Sequence[Experiment]]) -> tuple[list[Overlap], int
                 unpacked[one] = unpack_masks(open_(one.ticket))
         return unpacked[one]
 
-    found, room = [], _MOST_BYTES
+    found, room, work = [], _MOST_BYTES, _MOST_COMPARED
     for number, pair in enumerate(pairs):
-        room -= sum(sum(ticket_file(one).of.values()) for one in pair if one not in unpacked)
-        if number == _MOST_PAIRS or room < 0:
+        sizes = {one: sum(ticket_file(one).of.values()) for one in pair}
+        room -= sum(size for one, size in sizes.items() if one not in unpacked)
+        work -= sum(sizes.values())
+        if number == _MOST_PAIRS or room < 0 or work < 0:
             return found, len(pairs) - number
         try:
             shared = overlap(*map(masks, pair))

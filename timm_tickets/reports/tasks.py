@@ -148,7 +148,8 @@ def differing(one: Experiment, other: Experiment) -> list[str]:
         key: [shown(each.get(key), 30) for each in (ours, theirs)] for key in keys if ours.get(key) != theirs.get(key)
     }
     start = "model.initial_checkpoint"
-    return [f"{key} {' and '.join(each)}" if key != start else f"{start}: other weights" for key, each in told.items()]
+    begins = f"other weights to begin with ({start})"
+    return [f"{key} {' and '.join(each)}" if key != start else begins for key, each in told.items()]
 
 
 def _labels(groups: Mapping[tuple[str, str], Sequence[Experiment]]) -> list[str]:
