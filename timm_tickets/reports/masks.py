@@ -125,7 +125,7 @@ def overlaps(series: Sequence[Sequence[Experiment]]) -> tuple[list[Overlap], int
     """
     of = {one: number for number, group in enumerate(series) for one in group}
     before: Counter[tuple[int, int]] = Counter()
-    ordered = []
+    ordered: list[tuple[tuple[int, bool], tuple[Experiment, Experiment]]] = []
     for a, b in combinations(of, 2):
         if (a.seed == b.seed) != (of[a] == of[b]):
             ordered.append(((before[of[a], of[b]], a.target != b.target), (a, b)))
