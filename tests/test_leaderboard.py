@@ -19,7 +19,10 @@ from timm_tickets.config.recipe import recipes_folder
 from timm_tickets.experiments.run_folder import claim_folder, experiment_of, write_result
 from timm_tickets.leaderboards import work
 from timm_tickets.reports.page import report
+from timm_tickets.reports.ranking import ranking_words, standings
 from timm_tickets.reports.ranks import logit, ranks, told_apart
+from timm_tickets.reports.read import read_all
+from timm_tickets.reports.tasks import tasks
 
 BOARD = """
 extends: digits_imp
@@ -315,6 +318,36 @@ def made_up(tmp_path):
                 runs[:0] = [Run("shuffled_layers", 50.0 + seed % 2, 0.5)] * (label == "far")
                 write(tmp_path / f"{label[0]}_/{seed}", runs, seed, overrides=more, ticket=ticket_of(seed))
     return tmp_path
+
+
+def test_a_ranking_says_what_was_not_trained_as_most_are(tmp_path):
+    entries = {"imp": [], "colt": [], "snip": ["training.lr=0.5"], "tweaked": ["retrain.tweaks=[label_smoothing]"]}
+    entries["gradual"] = ["training.epochs=7"]
+    for number, (name, more) in enumerate(entries.items()):
+        for seed in range(2 + (name == "imp")):
+            epochs = 7 if name == "gradual" else 1
+            runs = [Run("dense", 95.0 + seed, epochs=epochs), Run("round_01", 90.0 - number * seed, 0.5, epochs, 1)]
+            pruner = f"pruner.name={'imp' if name == 'tweaked' else name}"
+            write(tmp_path / name / f"{seed}", runs, seed, overrides=[pruner, f"label={name}", *more])
+    (task,) = tasks(read_all([tmp_path])[0])
+    (said,) = ranking_words(standings(task))
+    assert said.startswith("Sparsity 0.5, by the 2 seeds that all have: ")
+    note = said.partition(" Not trained as most are, which its place shows too: ")[2]
+    assert sorted(note.removesuffix(".").split("; ")) == [
+        "gradual (weights trained for 7 epochs, not 1)",
+        "snip (training.lr 0.5 and 0.05)",
+        "tweaked (other tweaks)",
+    ]
+
+
+def test_tickets_without_two_seeds_in_common_are_not_told_apart(tmp_path):
+    for name, seeds in (("imp", (0, 1)), ("magnitude", (2, 3))):
+        for seed in seeds:
+            runs = [Run("round_00", 90.0 + seed, 0.5)]
+            write(tmp_path / name / f"{seed}", runs, seed, overrides=[f"pruner.name={name}"])
+    (task,) = tasks(read_all([tmp_path])[0])
+    words = "Sparsity 0.5: there are no two seeds that all have, so nothing is told apart."
+    assert ranking_words(standings(task)) == [words]
 
 
 def test_the_page_ranks_what_can_be_told_apart_and_draws_it(made_up):

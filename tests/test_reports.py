@@ -18,9 +18,9 @@ import timm_tickets as tt
 from timm_tickets.config.recipe import load_recipe
 from timm_tickets.experiments.run_folder import claim_folder, experiment_of, write_result
 from timm_tickets.experiments.search import search as searched
-from timm_tickets.reports.figures import accuracy
+from timm_tickets.reports import figures, masks, page
 from timm_tickets.reports.masks import overlaps
-from timm_tickets.reports.page import markdown, report
+from timm_tickets.reports.page import composed, markdown, report
 from timm_tickets.reports.read import read_all
 from timm_tickets.reports.statistics import difference, holm, interval, paired, percent
 from timm_tickets.reports.tasks import tasks
@@ -112,7 +112,14 @@ def told(values, control="shuffled_layers", tests=1):
             "(95 % interval 1.0 to 3.0 above, 5 seeds), once corrected for the 12 tickets",
         ),
         ([1.0], "dense", 1, "1.0 points above the dense network with one seed, which gives no interval"),
-        ([0.0, 0.0], "dense", 1, "with each of 2 seeds, which gives no interval"),
+        ([0.0, 0.0], "dense", 1, "0.0 points above the dense network with each of 2 seeds, which gives no interval"),
+        (
+            [-9.0] * 3,
+            "dense",
+            1,
+            "9.0 points below the dense network with each of 3 seeds, which gives no interval and",
+        ),
+        ([0.04, 0.05, 0.044], "random", 1, "counts by 0.04 points (95 % interval 0.03 to 0.06, 3 seeds)"),
     ],
 )
 def test_a_verdict_is_what_the_interval_supports(values, control, tests, said):
@@ -135,6 +142,7 @@ class Run:
     sparsity: float = 0.0
     epochs: int = 1
     round: int = 0
+    penalised: bool = False
 
     def record(self, follows):
         more = {"index": 0, "part": 0, "classes": None, "layer_min": 0.0, "layer_max": 0.9, "steps": 20 * self.epochs}
@@ -250,6 +258,52 @@ def test_a_ticket_of_the_pruner_random_counts_as_the_same_layer_counts_only_if_t
     assert "whose layers keep other counts" in found["imp", "random"]
 
 
+def test_folders_of_one_seed_count_once_wherever_their_scores_stand(tmp_path, monkeypatch):
+    for name, seed, top1 in (("a", 0, 91.0), ("b", 0, 93.0), ("c", 1, 95.0)):
+        search(tmp_path / name, seed, top1, 90.0)
+    (task,) = tasks(read_all([tmp_path])[0])
+    drawn = figures.trainings(task, "one")
+    assert drawn is not None
+    assert "imp at sparsity 0.5: 93.50 % (95 % interval 74.44 to 100.00, 2 seeds) for 2 epochs" in drawn.alt
+    monkeypatch.setattr(figures, "drawn", lambda *args, **kwargs: None)
+    (section,), *_ = composed([tmp_path], 0.5)
+    assert section.tickets.rows[0][1:3] == ["2", "93.50"]
+
+
+def test_whole_networks_that_begin_with_trained_weights_are_no_dense_network_of_the_others(tmp_path):
+    """As of an entry of a leaderboard with `start: dense` whose search trains the whole network first."""
+    for seed in range(2):
+        dense = write(tmp_path / f"dense/seed_{seed}", [Run("round_00", 90.0)], seed, kind="training of dense")
+        (dense / "round_00/model.safetensors").write_bytes(b"")
+        more = [f"model.initial_checkpoint={dense}/round_00/model.safetensors"]
+        search(tmp_path / f"imp/seed_{seed}", seed, 97.0, 98.0, overrides=more)
+    (task,) = tasks(read_all([tmp_path])[0])
+    assert task.dense == (1, {0: 90.0, 1: 90.0})
+
+
+def test_a_whole_network_trained_under_a_penalty_is_no_dense_network(tmp_path):
+    pytest.importorskip("torch_pruning")
+    runs = [Run("round_00", 50.0, penalised=True), Run("round_01", 70.0, 0.5, round=1)]
+    write(tmp_path / "a", runs, overrides=["pruner.name=tp_bn_scale", "pruner.rewind=0ep"])
+    assert said(tmp_path)["tp_bn_scale", "dense"].startswith("no dense network was trained as long: add it")
+    (task,) = tasks(read_all([tmp_path])[0])
+    assert task.dense == (0, {})
+
+
+@pytest.mark.parametrize("dense", ["beside", "alone"])
+def test_tweaks_that_the_ticket_alone_had_are_said(tmp_path, dense):
+    tweaked = ["retrain.tweaks=[label_smoothing]"]
+    ours = [Run("dense", 90.0)] if dense == "beside" else []
+    runs = [*ours, Run("shuffled_layers", 89.0, 0.5), Run("round_01", 91.0, 0.5, round=1)]
+    write(tmp_path / "a", runs, overrides=tweaked)
+    if dense == "alone":
+        write(tmp_path / "b", [Run("round_00", 90.0)], kind="training of dense")
+    found = said(tmp_path)
+    clause = "; the ticket was trained with the tweaks label_smoothing, the control with none"
+    assert found["imp", "dense"].endswith(clause)
+    assert "tweaks" not in found["imp", "shuffled_layers"]
+
+
 def test_every_control_of_a_search_has_its_sentence_and_is_no_ticket_itself(tmp_path):
     beside = [Run("dense", 94.0), Run("random_mask", 90.0, 0.5), Run("shuffled_layers", 91.0, 0.5)]
     write(tmp_path / "a", [*beside, Run("random_reinit", 92.0, 0.5), Run("round_01", 93.0, 0.5, round=1)])
@@ -331,6 +385,24 @@ def test_a_ticket_trained_again_under_other_settings_is_a_line_of_its_own(tmp_pa
     assert {label for label, _ in found} == {"imp", "ticket, transfer"}
     assert found["imp", "shuffled_layers"].startswith("2.0 points above")
     assert found["ticket, transfer", "dense"].startswith("1.0 points below the dense network")
+
+
+def test_where_not_all_masks_have_room_each_two_tickets_have_a_pair_before_any_has_a_second(tmp_path, monkeypatch):
+    for seed in range(3):
+        for name, sparsity in (("magnitude", 0.5), ("imp", 0.5), ("snip", 0.25)):
+            more = [f"pruner.name={name}", f"pruner.sparsity={sparsity}"]
+            search(tmp_path / f"{name}{seed}", seed, 95.0, 90.0, ticket=ticket_of(seed, sparsity), overrides=more)
+    monkeypatch.setattr(masks, "_MOST_PAIRS", 7)
+    (task,) = tasks(read_all([tmp_path])[0])
+    found, left = overlaps([one.experiments for one in task.series])
+    names = [sorted(one.folder.name[:-1] for one in (pair.first, pair.second)) for pair in found]
+    assert sorted(names[:4]) == [["imp", "imp"], ["imp", "magnitude"], ["magnitude", "magnitude"], ["snip", "snip"]]
+    assert sorted(names[4:6]) == [["imp", "snip"], ["magnitude", "snip"]]  # of two sparsities
+    assert (len(found), left) == (7, 11)
+    drawn = figures.overlaps(task, found, "one")
+    assert drawn is not None
+    assert "imp & magnitude: 1.000 shared, 0.333 by chance" in drawn.alt
+    assert "imp, two seeds: 0.3" in drawn.alt
 
 
 def test_masks_are_compared_between_seeds_of_a_ticket_and_between_tickets_of_a_seed(tmp_path):
@@ -440,7 +512,7 @@ def test_the_page_is_one_file_that_asks_for_nothing_and_says_every_figure_in_num
     assert "round_01 at epoch 1, validation 62.50 %" in page.text
     assert all(one.startswith("#") for one in page.asked)
     assert not re.search(r"url\((?!#)|@import|<script|<link|<img", html)
-    assert '<td data-of="verdict">' in html  # on a phone each cell says what it is
+    assert '<td data-of="verdict"' in html  # on a phone each cell says what it is
     assert page.tags.count("figure") == len(page.figures) == page.tags.count("svg") > 3
     assert all(re.search(r"\d", one) for one in page.figures)
     assert "imp: 91.00 % (1 seed, no interval) at sparsity 0.5" in page.figures[0]
@@ -455,7 +527,7 @@ def test_tickets_of_one_sparsity_stand_side_by_side_in_the_middle(tmp_path):
     search(tmp_path / "imp", 0, 91.0, 90.0)
     search(tmp_path / "magnitude", 0, 81.0, 90.0, overrides=["pruner.name=magnitude"])
     (task,) = tasks(read_all([tmp_path])[0])
-    figure = accuracy(task, "one")
+    figure = figures.accuracy(task, "one")
     assert figure is not None
     points = re.findall(r'<g clip-path="[^"]*">\s*<use [^>]*?x="([\d.]+)"', figure.svg.decode())
     places = [float(x) / (5.4 * 72) for x in points]  # of the picture's width
@@ -516,6 +588,77 @@ def test_damaged_records_are_named_and_left_out_and_names_are_shown_and_not_obey
     assert markdown(name) in plain
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """A report's words alone."""
+    monkeypatch.setattr(figures, "drawn", lambda *args, **kwargs: None)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_damaged_ticket_of_the_first_seed_leaves_the_others_theirs(tmp_path):
+    for seed in range(2):
+        search(tmp_path / f"seed_{seed}", seed, 91.0, 90.0)
+    damage_ticket(tmp_path / "seed_0")
+    (section,), _, left = composed([tmp_path], 0.5)
+    assert [one.split(" its ticket is left out")[0] for one in left] == [f"{tmp_path}/seed_0:"]
+    size = (tmp_path / "seed_1/digits_imp.ticket").stat().st_size
+    assert section.tickets.rows[0][6] == f"{size:,} bytes"
+
+
+def test_what_cannot_be_listed_is_named_and_the_rest_reported(tmp_path, monkeypatch):
+    search(tmp_path / "a", 0, 91.0, 90.0)
+    (tmp_path / "closed").mkdir()
+    whole = type(tmp_path).iterdir
+
+    def closed(folder):
+        if folder.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return whole(folder)
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", closed)
+    found, left = read_all([tmp_path])
+    assert [one.folder.name for one in found] == ["a"]
+    assert left == [f"{tmp_path}/closed: what is in it is left out: [Errno 13] Permission denied"]
+
+
+def test_seeds_in_the_folder_of_an_earlier_search_and_a_leaderboard_below_are_found(tmp_path):
+    search(tmp_path / "run", 42, 91.0, 90.0)
+    search(tmp_path / "run/seed_0", 0, 92.0, 90.0)  # as `--seeds 0,1` leaves them when it comes later
+    cell = tmp_path / "output/board/imp/0.5/seed_1"
+    search(cell, 1, 93.0, 90.0)
+    search(cell / "one_shot", 1, 90.0, 90.0, overrides=["pruner.prune_rate=0.5"])
+    search(tmp_path / "run/round_00/seed_7", 7, 94.0, 90.0)  # nothing of ours puts one there
+    found, left = read_all([tmp_path])
+    assert left == []
+    assert {one.folder for one in found} == {tmp_path / "run", tmp_path / "run/seed_0", cell, cell / "one_shot"}
+
+
+def test_images_that_nobody_knows_are_named(tmp_path):
+    folder = search(tmp_path / "a", 0, 91.0, 90.0)
+    (folder / "images.json").unlink()
+    (one,), _ = read_all([tmp_path])
+    assert one.notes == [f"{folder}: images.json is missing, so it is compared with no other folder"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_table_that_is_cut_says_so(tmp_path, monkeypatch):
+    for seed in range(2):
+        search(tmp_path / f"{seed}", seed, 91.0 + seed, 90.0)
+    monkeypatch.setattr(page, "_ROWS", 1)
+    (section,), files, left = composed([tmp_path], 0.5)
+    assert len(section.verdicts.rows) == 1
+    assert "run folders: the first 1 of 2 are shown" in left
+    assert "test_resnet on digits: verdicts: the first 1 of 2 are shown" in left
+    assert "and 1 more" in files["report.html"].decode()  # of what is left out
+    assert "2 run folders: 2 finished" in files["report.html"].decode()
+
+
+@pytest.mark.parametrize("margin", [-1, float("nan"), 101])
+def test_a_margin_that_is_none_is_refused(tmp_path, margin):
+    with pytest.raises(tt.SettingError, match=r"margin: .* is not valid; give points of accuracy, from 0 to 100"):
+        tt.report(search(tmp_path / "a", 0, 91.0, 90.0), margin=margin)
+
+
 def test_a_damaged_recipe_leaves_its_folder_out_and_the_others_in(tmp_path):
     search(tmp_path / "a", 0, 91.0, 90.0)
     for name, text in (("b", "model: [\n"), ("c", "x: " + "a" * (1 << 24))):
@@ -540,7 +683,7 @@ def test_a_real_search_is_reported(tmp_path):
     out = call("report", tmp_path / "run", "--output", tmp_path / "report")
     assert out.exit_code == 0, out.output
     page = Page((tmp_path / "report" / "report.html").read_text())
-    assert "1 run folders: 1 finished" in page.text
+    assert "1 run folder: 1 finished" in page.text
     top1 = result.rows[-1]["metrics"]["test_top1"]
     assert f"{top1:.2f} % (1 seed, no interval)" in page.figures[0]
     assert f"{(result.folder / 'digits_magnitude.ticket').stat().st_size:,} bytes" in page.text

@@ -1,6 +1,7 @@
 """Inside torch-pruning: its criteria on our groups, our importance and our pruner in its hands."""
 
 import copy
+import json
 import re
 import runpy
 import shlex
@@ -18,6 +19,7 @@ from torch import nn
 
 import timm_tickets as tt
 from timm_tickets.core import optional
+from timm_tickets.experiments.controls import control_of
 from timm_tickets.integrations import ticket_pruner
 from timm_tickets.structure import units
 from timm_tickets.structure.dependencies import importances, items_of, read_by, with_gradients
@@ -231,6 +233,20 @@ def test_channels_that_a_criterion_does_not_read_stay_and_are_named():
         tt.SettingError, match="tp_bn_scale compares channels by their BatchNorm, and none of this model"
     ):
         tt.create_pruner("tp_bn_scale", HalfNormalised(False), sparsity=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:.*reads no layer of 1 families")
+@pytest.mark.parametrize("reg", [0.0, 1e-3])
+def test_a_whole_network_trained_under_a_penalty_does_not_stand_for_the_dense_one(tmp_path, reg):
+    model = HalfNormalised(True)
+    pruner = tt.create_pruner("tp_bn_scale", model, sparsity=0.3, epochs=1, reg=reg, folder=tmp_path)
+    optimizer = next(pruner).attach(torch.optim.SGD(model.parameters(), 0.1))
+    model(IMAGES).square().sum().backward()
+    optimizer.step()
+    assert next(pruner, None) is None
+    record = json.loads((tmp_path / "round_00" / "run.json").read_text())
+    assert (pruner.trained_dense, record["sparsity"], record["penalised"]) == (not reg, 0, bool(reg))
+    assert control_of([record], 1, True)[0] is (None if reg else record)
 
 
 # A tiny network, by hand: two layers of three channels between them.

@@ -165,7 +165,8 @@ def weights_trained(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> int:
 
 def control_of(rows: list[dict[str, Any]], epochs: int, wanted: bool) -> tuple[dict[str, Any] | None, str]:
     """The dense network's record, if it was trained as long as the ticket; else why there is none to compare with."""
-    dense = [row for row in rows if row["all_images"] and not row["gated"] and row["sparsity"] == 0]
+    plain = (row for row in rows if not row["gated"] and not row.get("penalised"))  # older records do not say
+    dense = [row for row in plain if row["all_images"] and row["sparsity"] == 0]
     for row in dense:
         if row["epochs"] == epochs:
             return row, ""

@@ -137,7 +137,8 @@ class _Timed:
         trains = first is not None and not first.reads_only
         # Whether the search itself trains the dense network on everything, as imp's first run does.
         moves = first is not None and (first.request.moves or len(pruner.subnet.gates) > 0)
-        dense_first = first is not None and first.all_images and not (moves or first.sparsity)
+        sparse = first is not None and (moves or first.sparsity or first.request.penalised)
+        dense_first = first is not None and first.all_images and not sparse
         whole, accumulated = len(self.trainer.train_loader), recipe.training.grad_accum_steps
         in_search = runs * searched * trains
         own = in_search * self.batches + epochs * whole * (not method.ends_trained)

@@ -49,7 +49,7 @@ class Pruner(Iterator[Training]):
         history: What it has behind it, in its folder.
         runs_done: Runs of the rounds that have ended, replayed ones included.
         rounds_done: Rounds that have ended.
-        trained_dense: Whether a run of these trained the whole network on everything.
+        trained_dense: Whether a run of these trained the whole network on everything, without a penalty.
         run: The run that was asked for last and has not ended; None before the first and after the last.
         parallel: Set it before iterating. Under several processes, ``runs`` asks each of them for its own runs of a
             round only (train each within `processes.apart`, given `Training.processes`) and gathers the ends through
@@ -304,7 +304,8 @@ class Pruner(Iterator[Training]):
         ends = yield from carried_out(runs, self.subnet, self.history, self._trained, share)
         self.runs_done += len(runs)
         self.trained_dense |= any(
-            run.all_images and sparsity(end.mask) == 0 for run, end in zip(runs, ends, strict=True)
+            run.all_images and not run.request.penalised and sparsity(end.mask) == 0
+            for run, end in zip(runs, ends, strict=True)
         )
         return ends
 

@@ -92,6 +92,11 @@ class Run:
         """Whether something of the method happens with the steps: its mask may move within the run."""
         return self.each_step is not None or self.after_step is not None
 
+    @property
+    def penalised(self) -> bool:
+        """Whether the method adds to the loss or the gradients: then it trains no network as the recipe alone would."""
+        return self.on_loss is not None or self.before_step is not None
+
     def __repr__(self) -> str:
         asked = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
         words = {k: getattr(value, "__name__", "...") if callable(value) else repr(value) for k, value in asked.items()}

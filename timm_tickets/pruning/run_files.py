@@ -88,6 +88,7 @@ def write_run(folder: Path, run: Training, end: End, ticket: Ticket, baked: Mapp
         "scored": not run.reads_only,
         "scores": bool(end.scores),
         "gated": baked is not None,
+        "penalised": run.request.penalised,
         "rewind": end.rewind is not None,
         "rewind_epoch": end.rewind_epoch,
         "metrics": end.metrics,

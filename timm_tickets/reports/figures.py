@@ -6,10 +6,11 @@ from typing import Any
 
 from ..config.recipe import CONTROLS
 from ..core.errors import shown
+from ..experiments.report import counted
 from .drawing import COLOURS, FAINT, INK, Figure, bars, drawn, said
 from .masks import Overlap, TicketFile
 from .statistics import Interval, interval, percent
-from .tasks import Series, Task
+from .tasks import Series, Task, mean_of
 
 _MARKERS, _LINES = "osD^vPX*<>hd", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _MOST = 12  # lines of a figure
@@ -24,7 +25,7 @@ def accuracy(task: Task, name: str) -> Figure | None:
     for series in task.series:
         for one in series.experiments:
             other = one.weights_trained or one.epochs
-            label = f"{series.label}, {other} epochs" if dense and other != epochs else series.label
+            label = f"{series.label}, {counted(other)}" if dense and other != epochs else series.label
             bases[label] = series.label
             for run in one.points:
                 place = series.target if run is one.final else round(run.sparsity, 4)
@@ -46,10 +47,10 @@ def accuracy(task: Task, name: str) -> Figure | None:
             told.append(f"{label}: " + ", ".join(f"{said(one)} at sparsity {p:.4g}" for p, one in means.items()))
         if dense:
             found = percent([*dense.values()])
-            axes.axhline(found.mean, color=INK, linestyle=(0, (1, 1)), linewidth=1.2, label=f"dense, {epochs} epochs")
+            axes.axhline(found.mean, color=INK, linestyle=(0, (1, 1)), linewidth=1.2, label=f"dense, {counted(epochs)}")
             if found.low is not None:
                 axes.axhspan(found.low, found.high, color=FAINT, alpha=0.35, linewidth=0)
-            told.append(f"dense, {epochs} epochs: {said(found)}")
+            told.append(f"dense, {counted(epochs)}: {said(found)}")
         places = sorted({1 - place for each in by_label.values() for place in each}, reverse=True)
         axes.set_xscale("log")
         axes.set_xlim(max(places) * 1.25, min(places) / 1.25)  # a single sparsity is a place, not a range
@@ -64,11 +65,11 @@ def accuracy(task: Task, name: str) -> Figure | None:
 
 def trainings(task: Task, name: str) -> Figure | None:
     """Test top-1 against what finding and training a ticket took, in epochs of all images."""
-    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    found: dict[str, list[tuple[float, list[float], float]]] = defaultdict(list)
     for series in task.series:
-        for one, final in series.finals:
-            if one.kind == "search" and (spent := one.spent) is not None:
-                found[series.label].append((spent, final.top1 or 0.0, series.target))
+        spent = [one.spent for one, _ in series.finals if one.kind == "search" and one.spent is not None]
+        if spent:
+            found[series.label].append((mean_of(spent), [*series.scores.values()], series.target))
     if not found:
         return None
 
@@ -78,13 +79,10 @@ def trainings(task: Task, name: str) -> Figure | None:
         for label, points in [*found.items()][:_MOST]:
             number, looks = _looks(task, label)
             looks, shift = looks | {"linestyle": ""}, most * 0.008 * (number - len(found) / 2)
-            targets = sorted({target for *_, target in points})
-            for target in targets:
-                ys = [score for _, score, of in points if of == target]
-                spent = sum(spent for spent, _, of in points if of == target) / len(ys)
+            for place, (spent, ys, target) in enumerate(points):
                 x, mean = spent + shift, percent(ys)
                 axes.plot([x] * len(ys), ys, **looks | {"markersize": 3, "alpha": 0.5})
-                axes.plot([x], [mean.mean], label=label if target == targets[0] else None, **looks)
+                axes.plot([x], [mean.mean], label=None if place else label, **looks)
                 bars(axes, [x], [mean], looks["color"])
                 told.append(f"{label} at sparsity {target:.4g}: {said(mean)} for {spent:.4g} epochs")
         epochs, dense = task.dense
@@ -92,7 +90,7 @@ def trainings(task: Task, name: str) -> Figure | None:
             mean = percent([*dense.values()])
             axes.plot([epochs], [mean.mean], color=INK, marker="_", markersize=14, linestyle="", label="dense")
             bars(axes, [epochs], [mean], INK)
-            told.append(f"dense: {said(mean)} for {epochs} epochs")
+            told.append(f"dense: {said(mean)} for {counted(epochs)}")
         axes.set_xlim(0, max(most, epochs) * 1.06)
         axes.set_xlabel("epochs of all images, search and ticket")
         axes.set_ylabel("test top-1 (%)")
@@ -130,15 +128,18 @@ def density(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Fig
 
 def overlaps(task: Task, found: Sequence[Overlap], name: str) -> Figure | None:
     """What masks of two searches share, beside what chance would share."""
-    groups: dict[str, list[Overlap]] = defaultdict(list)
+    groups: dict[tuple[bool, str], list[Overlap]] = defaultdict(list)
     labels = {one: name for series, name in _names(task).items() for one in series.experiments}
     for pair in found:
         first, second = sorted([labels[pair.first], labels[pair.second]])
-        groups[f"{first}, two seeds" if pair.first.seed != pair.second.seed else f"{first} &\n{second}"].append(pair)
+        across = pair.first.seed == pair.second.seed
+        groups[across, f"{first} &\n{second}" if across else f"{first}, two seeds"].append(pair)
     if not groups:
         return None
-    ordered = sorted(groups.items(), key=lambda one: ("&" in one[0], -one[1][0].iou + one[1][0].by_chance))
-    rows = ordered[: _MOST + 4]
+    farthest = sorted(groups.items(), key=lambda one: one[1][0].by_chance - one[1][0].iou)
+    own, across = ([(label, each) for (of, label), each in farthest if of is kind] for kind in (False, True))
+    rows = [*own[: max(8, 16 - len(across))], *across[: max(8, 16 - len(own))]]
+    left = f", the {len(rows)} of {len(farthest)} farthest above chance" if len(rows) < len(farthest) else ""
 
     def draw(axes: Any) -> str:
         told = []
@@ -155,7 +156,7 @@ def overlaps(task: Task, found: Sequence[Overlap], name: str) -> Figure | None:
         axes.set_xlabel("kept by both / by either")
         return "; ".join(told)
 
-    return drawn(name, f"Overlap of masks: {task.title}{_of(ordered, len(rows))}", draw, height=1.6 + 0.4 * len(rows))
+    return drawn(name, f"Overlap of masks: {task.title}{left}", draw, height=1.6 + 0.4 * len(rows))
 
 
 def rounds(task: Task, files: dict[Series, list[TicketFile]], name: str) -> Figure | None:
@@ -220,9 +221,9 @@ def curves(task: Task, name: str) -> Figure | None:
     return drawn(name, f"Training curves, of each search the last training: {task.title}{_of(lines)}", draw)
 
 
-def _of(found: Collection[Any], most: int = _MOST) -> str:
+def _of(found: Collection[Any]) -> str:
     """That a figure shows some of what there is, where that is so."""
-    return f", {most} of {len(found)}" if len(found) > most else ""
+    return f", {_MOST} of {len(found)}" if len(found) > _MOST else ""
 
 
 def _looks(task: Task, label: str) -> tuple[int, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What tickets' files hold: size, density by layer, and how much masks share beside what chance would share."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..config.recipe import Recipe
 from ..core.errors import SettingError, shown
 from ..core.masks import Masks
 from ..pruning.registry import goes_on, list_pruners
@@ -20,7 +22,8 @@ from ..tickets.size import weigh
 from ..tickets.starts import ValuesStart
 from .read import Experiment
 
-_MOST_PAIRS = 200  # of masks that are compared; 1,000 would take minutes for a ResNet-50
+_MOST_PAIRS = 1_000  # of masks that are compared
+_MOST_COMPARED = 10**10  # weights of them: 200 pairs of a ResNet-50, of which 1,000 would take minutes
 _MOST_BYTES = 1 << 32  # of unpacked masks, a byte a weight
 
 
@@ -115,11 +118,19 @@ class Overlap:
 def overlaps(series: Sequence[Sequence[Experiment]]) -> tuple[list[Overlap], int]:
     """Of every pair of tickets of one series, and of two with the same seed; and how many pairs were left out.
 
+    Where not all have room, each two series have a pair before any has a second, those of one sparsity first.
+
     Args:
         series: Experiments whose tickets' files are whole.
     """
     of = {one: number for number, group in enumerate(series) for one in group}
-    pairs = [(a, b) for a, b in combinations(of, 2) if (a.seed == b.seed) != (of[a] == of[b])]
+    before: Counter[tuple[int, int]] = Counter()
+    ordered: list[tuple[tuple[int, bool], tuple[Experiment, Experiment]]] = []
+    for a, b in combinations(of, 2):
+        if (a.seed == b.seed) != (of[a] == of[b]):
+            ordered.append(((before[of[a], of[b]], a.target != b.target), (a, b)))
+            before[of[a], of[b]] += 1
+    pairs = [pair for _, pair in sorted(ordered, key=lambda one: one[0])]
     unpacked: dict[Experiment, Masks] = {}
 
     def masks(one: Experiment) -> Masks:
@@ -128,10 +139,12 @@ def overlaps(series: Sequence[Sequence[Experiment]]) -> tuple[list[Overlap], int
                 unpacked[one] = unpack_masks(open_(one.ticket))
         return unpacked[one]
 
-    found, room = [], _MOST_BYTES
+    found, room, work = [], _MOST_BYTES, _MOST_COMPARED
     for number, pair in enumerate(pairs):
-        room -= sum(sum(ticket_file(one).of.values()) for one in pair if one not in unpacked)
-        if number == _MOST_PAIRS or room < 0:
+        sizes = {one: sum(ticket_file(one).of.values()) for one in pair}
+        room -= sum(size for one, size in sizes.items() if one not in unpacked)
+        work -= sum(sizes.values())
+        if number == _MOST_PAIRS or room < 0 or work < 0:
             return found, len(pairs) - number
         try:
             shared = overlap(*map(masks, pair))
@@ -151,9 +164,8 @@ class Costs:
     kept_macs: int
 
 
-def costs(experiment: Experiment) -> Costs | None:
+def costs(recipe: Recipe, file: TicketFile) -> Costs | None:
     """Counted by torch on a network without memory; None where it cannot be built so."""
-    recipe, file = experiment.recipe, ticket_file(experiment)
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter, torch.device("meta"):
             model = build_to_inspect(recipe.model.model.partition(".")[0], file.arguments).eval()

@@ -75,7 +75,7 @@ def report(*folders: str | Path, margin: float = 0.5) -> Report:
         margin: Points below the dense network that still count as matching it.
 
     Raises:
-        SettingError: One is no folder, or none holds an experiment.
+        SettingError: One is no folder or holds no experiment, or the margin is none.
     """
     paths = tuple(map(Path, folders))
     for path in paths:

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from ..core.errors import SettingError, TicketError, shown
+from ..experiments.report import counted
 from ..storage.files import is_writer, read_bytes, write_bytes
 from . import figures, masks
 from .figures import Figure
@@ -59,7 +60,7 @@ def report(folders: Sequence[Path], output: Path, margin: float = 0.5) -> tuple[
         The files, the page first; and a sentence on everything that was left out.
 
     Raises:
-        SettingError: A folder holds no experiment, or the output holds somebody else's report.
+        SettingError: A folder holds no experiment, the margin is none, or the output holds somebody else's report.
         OSError: It cannot be written.
     """
     _check_free(output)
@@ -86,14 +87,16 @@ def write(files: Mapping[str, bytes], output: Path) -> list[Path]:
 
 def composed(folders: Sequence[Path], margin: float) -> tuple[list[Section], dict[str, bytes], list[str]]:
     """What is said of each task, the files of the report by name, and what was left out; for the rest see `report`."""
+    if not 0 <= margin <= 100:
+        raise SettingError(f"margin: {margin:g} is not valid; give points of accuracy, from 0 to 100")
     found, left = read_all(folders)
     sections = [_section(task, f"{number}_", margin, left) for number, task in enumerate(tasks(found), 1)]
     left += [note for one in found for note in dict.fromkeys(one.notes)]
     page = {
         "sections": sections,
-        "folders": _folders(found),
+        "folders": _folders(_first(found, "run folders", left)),
         "summary": _summary(found, left),
-        "left": left[:_ROWS],
+        "left": [*left[:_ROWS], *([f"and {len(left) - _ROWS:,} more"] if len(left) > _ROWS else [])],
         "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M}, timm-tickets {version('timm-tickets')}",
         "margin": f"{margin:g}",
     }
@@ -155,12 +158,19 @@ def _section(task: Task, name: str, margin: float, left: list[str]) -> Section:
     return Section(
         task.title,
         _about(task),
-        Table(RANKING, ranking_rows(places, judged)[:_ROWS]),
+        Table(RANKING, _first(ranking_rows(places, judged), f"{task.title}: places", left)),
         ranking_words(places),
-        Table(("ticket", "verdict", "tests"), said[:_ROWS]),
-        Table(_COLUMNS, tickets[:_ROWS]),
+        Table(("ticket", "verdict", "tests"), _first(said, f"{task.title}: verdicts", left)),
+        Table(_COLUMNS, _first(tickets, f"{task.title}: tickets", left)),
         [one for one in drawn if one is not None],
     )
+
+
+def _first(found: Sequence[Any], what: str, left: list[str]) -> list[Any]:
+    """What a table has room for; that there is more is said."""
+    if len(found) > _ROWS:
+        left.append(f"{what}: the first {_ROWS} of {len(found):,} are shown")
+    return [*found[:_ROWS]]
 
 
 _COLUMNS = (
@@ -174,9 +184,9 @@ def _ticket(series: Series, files: Sequence[TicketFile]) -> list[str]:
     finals = series.finals
     if not finals:
         return []
-    score = percent([*{one.seed: final.top1 or 0.0 for one, final in finals}.values()])
+    score = percent([*series.scores.values()])
     spent = [one.spent for one, _ in finals if one.spent is not None and one.kind == "search"]
-    found = costs(finals[0][0]) if files else None
+    found = costs(finals[0][0].recipe, files[0]) if files else None
     size, dense = (files[0].bytes, files[0].checkpoint) if files else (None, 1)
     return [
         f"{series.label} at {series.target:.4g}",
@@ -214,10 +224,10 @@ def _about(task: Task) -> str:
     fine = f"{count:,} test images: one of them is {100 / count:.2g} points. " if count else ""
     score = percent([*dense.values()]) if dense else None
     if score is None:
-        return f"{fine}No dense network has been trained."
+        return f"{fine}No dense network has been trained as long as a ticket here."
     width = "no interval" if score.low is None else f"95 % interval {score.low:.2f} to {score.high:.2f}"
     seeds = f"{score.count} seed{'s' * (score.count > 1)}"
-    return f"{fine}The dense network: {score.mean:.2f} % after {epochs} epochs ({width}, {seeds})."
+    return f"{fine}The dense network: {score.mean:.2f} % after {counted(epochs)} ({width}, {seeds})."
 
 
 def _note(task: Task, files: Sequence[TicketFile]) -> str:
@@ -229,7 +239,7 @@ def _note(task: Task, files: Sequence[TicketFile]) -> str:
 
 def _folders(found: Sequence[Experiment]) -> Table:
     rows = []
-    for one in found[:_ROWS]:
+    for one in found:
         done = f"{len(one.trained)} training{'s' * (len(one.trained) != 1)} done"
         if one.state != "finished" and one.curves:
             name, curve = [*one.curves.items()][-1]
@@ -245,4 +255,6 @@ def _summary(found: Sequence[Experiment], left: Sequence[str]) -> str:
     states = [one.state for one in found]
     counts = [f"{states.count(state)} {state}" for state in ("finished", "running", "killed", "stopped")]
     told = ", ".join(one for one in counts if not one.startswith("0 "))
-    return f"{len(found)} run folders: {told}" + (f"; what is left out is named below ({len(left)})" if left else "")
+    return f"{len(found)} run folder{'s' * (len(found) != 1)}: {told}" + (
+        f"; what is left out is named below ({len(left)})" if left else ""
+    )

@@ -1,16 +1,17 @@
 """Tickets of one sparsity beside one another: what was reached, for how much, and what can be told apart."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..experiments.report import counted
 from .drawing import COLOURS, FAINT, INK, Figure, drawn, said
 from .ranks import Rank, logit, ranks
 from .statistics import Interval, percent
-from .tasks import Series, Task, mean_of
-from .verdicts import Verdict
+from .tasks import Series, Task, differing, mean_of, training_of
+from .verdicts import Verdict, points
 
 DENSE = "dense"
 _BESIDE = {
@@ -36,6 +37,7 @@ class Standing:
         trainings: What search and ticket took, in trainings of the dense network; None where that is not known.
         rank: None where too few seeds are there to compare.
         series: The ticket's experiments; None for the dense network.
+        unlike: How its training differs from that of most tickets of its sparsity; empty where it does not.
     """
 
     label: str
@@ -44,29 +46,46 @@ class Standing:
     trainings: float | None
     rank: Rank | None = None
     series: Series | None = None
+    unlike: str = ""
 
 
 def standings(task: Task) -> dict[float, list[Standing]]:
     """By sparsity, of those that several searches have; the best mean first."""
     by_target: dict[float, list[Standing]] = defaultdict(list)
     for series in task.series:
-        scores: dict[int, list[float]] = defaultdict(list)
-        for one, final in series.finals:
-            if one.kind == "search" and not one.control:
-                scores[one.seed].append(final.top1 or 0.0)
-        if scores:
-            each = {seed: mean_of(found) for seed, found in sorted(scores.items())}
-            by_target[series.target].append(
-                Standing(series.label, each, percent([*each.values()]), _trainings(series), series=series)
-            )
-    _, dense = task.dense
+        first, scores = series.experiments[0], series.scores
+        if scores and first.kind == "search" and not first.control:
+            score = percent([*scores.values()])
+            by_target[series.target].append(Standing(series.label, scores, score, _trainings(series), series=series))
+    epochs, dense = task.dense
     out = {}
     for target, found in sorted(by_target.items()):
         if len(found) > 1:
             every = found + ([Standing(DENSE, dense, percent([*dense.values()]), 1.0)] if dense else [])
             ranked, _ = ranks({one: one.scores for one in every}, task.test_images or _UNKNOWN)
-            every = [replace(one, rank=ranked.get(one)) for one in every]
+            unlike = _unlike(found, epochs)
+            every = [replace(one, rank=ranked.get(one), unlike=unlike[one.series]) for one in every]
             out[target] = sorted(every, key=lambda one: -one.score.mean)
+    return out
+
+
+def _unlike(found: Sequence[Standing], epochs: int) -> dict[Series | None, str]:
+    """In words, how each ticket's training, and a dense network's of so many epochs, differs from that of most."""
+    firsts = [(one.series, one.series.finals[0][0]) for one in found if one.series is not None]
+    ways = [(one.weights_trained, training_of(one), str(one.recipe.retrain.tweaks)) for _, one in firsts]
+    most = Counter(ways).most_common(1)[0][0]
+    usual = firsts[ways.index(most)][1]
+
+    def told(length: int | None) -> list[str]:
+        same = length == usual.weights_trained
+        return [] if same else [f"weights trained for {counted(length or 0)}, not {usual.weights_trained}"]
+
+    out: dict[Series | None, str] = {None: ", ".join(told(epochs))}
+    for series, one in firsts:
+        words = [*told(one.weights_trained), *differing(one, usual)[:3]]
+        words += ["other tweaks"] * (one.recipe.retrain.tweaks != usual.recipe.retrain.tweaks)
+        words += ["other training images"] * (one.images != usual.images)
+        out[series] = ", ".join(words)
     return out
 
 
@@ -76,17 +95,19 @@ def ranking_words(found: Mapping[float, Sequence[Standing]]) -> list[str]:
     for target, every in found.items():
         ranked = [one for one in every if one.rank is not None]
         behind = [one.label for one in ranked if one.rank and one.rank.best > 1]
-        seeds = len(set.intersection(*(set(one.scores) for one in ranked))) if ranked else 0
+        common = len(set.intersection(*(set(one.scores) for one in ranked))) if ranked else 0
+        more = any(len(one.scores) > common for one in ranked)
+        at = f"Sparsity {target:.4g}, " + (f"by the {common} seeds that all have" if more else f"{common} seeds")
         if not ranked:
-            told.append(f"Sparsity {target:.4g}: too few seeds to tell anything apart.")
+            said = f"Sparsity {target:.4g}: there are no two seeds that all have, so nothing is told apart."
         elif not behind:
-            told.append(f"Sparsity {target:.4g}, {seeds} seeds: none of the {len(ranked)} can be told from the best.")
+            said = f"{at}: none of the {len(ranked)} can be told from the best."
         else:
             ahead = [one.label for one in ranked if one.label not in behind]
-            told.append(
-                f"Sparsity {target:.4g}, {seeds} seeds: the best may be {_or(ahead)}; behind it beyond noise: "
-                f"{', '.join(behind)}."
-            )
+            said = f"{at}: the best may be {_or(ahead)}; behind it beyond noise: {', '.join(behind)}."
+        unlike = [f"{one.label} ({one.unlike})" for one in every if one.unlike]
+        note = " Not trained as most are, which its place shows too: "
+        told.append(said + (f"{note}{'; '.join(unlike)}." if unlike else ""))
     return told
 
 
@@ -130,9 +151,10 @@ def _short(one: Verdict) -> str:
     kinds = ("better", "worse", "matches", "not distinguishable", "not a fair comparison")
     kind = next((kind for kind in kinds if one.text.startswith(kind)), "")
     if one.found is not None and kind in ("better", "worse"):
-        return f"{kind} by {abs(one.found.mean):.1f}"
+        return f"{kind} by {points(one.found.mean)}"
     if one.found is not None and not kind:
-        return f"{one.found.mean:+.1f} with one seed"
+        seeds = "one seed" if one.found.count == 1 else f"each of {one.found.count} seeds"
+        return f"{one.found.mean:+.1f} with {seeds}"
     return kind
 
 

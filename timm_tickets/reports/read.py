@@ -25,7 +25,8 @@ from ..training.epoch_log import EPOCHS
 _MOST_BYTES = 1 << 24  # of a record; one of 1,000 trainings has 1 MB
 _MOST = 2_000  # trainings of a folder, and folders of a report
 _NAME = rf"^({'|'.join(CONTROLS)}|ticket|native|round_\d{{1,6}}(_part_\d{{1,6}})?)$"
-_DEPTH = 4  # folders between one that is given and a run folder
+_INSIDE = re.compile(rf"native|{'|'.join(SEARCHED)}|seed_\d{{1,20}}")  # of a run folder: searches of their own
+_DEPTH = 5  # folders between one that is given and a run folder: a leaderboard within output/ has 4
 
 State = Literal["finished", "running", "killed", "stopped"]
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -56,6 +57,7 @@ class Trained(_Strict):
     steps: Count
     all_images: bool
     gated: bool
+    penalised: bool = False
     scored: bool
     metrics: Metrics
 
@@ -130,7 +132,7 @@ class Experiment:
     @property
     def dense(self) -> list[Trained]:
         """Trainings of the whole network on all images, the control first."""
-        found = [one for one in self.trained if one.sparsity == 0 and one.top1 is not None]
+        found = [one for one in self.trained if one.sparsity == 0 and not one.penalised and one.top1 is not None]
         return sorted(found, key=lambda one: one.name != "dense")
 
     @property
@@ -198,7 +200,7 @@ def read_all(folders: Iterable[Path]) -> tuple[list[Experiment], list[str]]:
             raise SettingError(
                 f"folder: {shown(str(given), 300)} is no folder; give one that a search has left, or several"
             )
-        places = [*islice(_experiments(given, _DEPTH), _MOST)]
+        places = [*islice(_experiments(given, _DEPTH, left), _MOST)]
         if not places:
             raise SettingError(
                 f"folder: {shown(str(given), 300)} holds no experiment: no recipe.yaml in it or below; give "
@@ -217,16 +219,22 @@ def read_all(folders: Iterable[Path]) -> tuple[list[Experiment], list[str]]:
     return found, left
 
 
-def _experiments(folder: Path, depth: int) -> Iterator[Path]:
-    """Folders with a recipe in them, and those of controls within that are searches of their own."""
+def _experiments(folder: Path, depth: int, left: list[str]) -> Iterator[Path]:
+    """Folders with a recipe in them, and those within that are searches of their own: controls, and other seeds."""
     ours = any(os.path.lexists(folder / name) for name in ("recipe.yaml", "experiment.json"))
     if ours:
         yield folder
-    if depth:
-        inside = [folder / name for name in ("native", *SEARCHED)] if ours else sorted(islice(folder.iterdir(), _MOST))
-        for one in inside:
-            if one.is_dir() and not one.is_symlink():
-                yield from _experiments(one, depth - 1)
+    elif not depth:
+        return
+    try:
+        found = sorted(islice(folder.iterdir(), _MOST))
+        inside = [one for one in found if (not ours or _INSIDE.fullmatch(one.name)) and not one.is_symlink()]
+        inside = [one for one in inside if one.is_dir()]
+    except OSError as error:
+        left.append(f"{shown(str(folder), 300)}: what is in it is left out: {shown(str(error), 300)}")
+        return
+    for one in inside:
+        yield from _experiments(one, max(0, depth - 1), left)
 
 
 def read(folder: Path) -> Experiment:
@@ -273,6 +281,8 @@ def read(folder: Path) -> Experiment:
     what = "dense" if kind[2] else {"training": "train"}.get(kind[1], kind[1])
     print_ = None if result is None else result.get("fingerprint")
     images = known(IMAGES) or {}
+    if not images and not any(IMAGES in one for one in notes):
+        notes.append(f"{shown(str(folder), 300)}: {IMAGES} is missing, so it is compared with no other folder")
     if result is None:
         trained.sort(key=lambda row: (row.name not in CONTROLS, row.round, row.part))
     return Experiment(folder, state, what, kind[3], recipe, images, tuple(trained), print_, notes)

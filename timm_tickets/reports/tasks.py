@@ -40,6 +40,14 @@ class Series:
     def finals(self) -> list[tuple[Experiment, Trained]]:
         return [(one, final) for one in self.experiments if (final := one.final) is not None and final.top1 is not None]
 
+    @property
+    def scores(self) -> dict[int, float]:
+        """Test top-1 of the ticket in percent by seed; of several folders of one seed their mean."""
+        found: dict[int, list[float]] = defaultdict(list)
+        for one, final in self.finals:
+            found[one.seed].append(final.top1 or 0.0)
+        return {seed: mean_of(each) for seed, each in sorted(found.items())}
+
 
 @dataclass(eq=False)
 class Task:
@@ -86,7 +94,7 @@ class Task:
         found: dict[tuple[int, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         count: Counter[tuple[int, str]] = Counter()
         for one in self.experiments:
-            how = _training(one)
+            how = training_of(one)
             for run in one.dense:
                 found[run.epochs, how][one.seed].append(run.top1 or 0.0)
             count[one.epochs, how] += 1
@@ -140,7 +148,8 @@ def differing(one: Experiment, other: Experiment) -> list[str]:
         key: [shown(each.get(key), 30) for each in (ours, theirs)] for key in keys if ours.get(key) != theirs.get(key)
     }
     start = "model.initial_checkpoint"
-    return [f"{key} {' and '.join(each)}" if key != start else f"{start}: other weights" for key, each in told.items()]
+    begins = f"other weights to begin with ({start})"
+    return [f"{key} {' and '.join(each)}" if key != start else begins for key, each in told.items()]
 
 
 def _labels(groups: Mapping[tuple[str, str], Sequence[Experiment]]) -> list[str]:
@@ -165,12 +174,12 @@ def _settings(one: Experiment, *without: str) -> dict[str, Any]:
     return found
 
 
-def _training(one: Experiment) -> str:
-    """What trainings have to share, the epochs apart, to be averaged over."""
+def training_of(one: Experiment) -> str:
+    """What trainings have to share, the epochs apart, to be averaged over: settings, images, trained weights."""
     settings = {
         key: value
         for key, value in _settings(one, "training.epochs", "data.workers").items()
-        if key.startswith(("training.", "data."))
+        if key.startswith(("training.", "data.", "model."))
     }
     return hashlib.sha256(json.dumps([settings, dict(one.images)], sort_keys=True, default=str).encode()).hexdigest()
 

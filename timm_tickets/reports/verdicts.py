@@ -87,17 +87,16 @@ def sentence(
         tests: How many tickets were corrected for.
     """
     name, mean = CONTROLS[control], found.mean
-    side = f"{abs(mean):.1f} points {'above' if mean >= 0 else 'below'}"
+    side = f"{points(mean)} points {'above' if mean >= 0 else 'below'}"
     by = f"{side} it"
     if found.low is None or found.high is None or p is None or not_worse is None:
-        if found.count == 1:
-            return f"{side} {name} with one seed, which gives no interval and does not say which is better"
-        return f"not distinguishable from {name}: {by} with each of {found.count} seeds, which gives no interval"
+        seeds = "one seed" if found.count == 1 else f"each of {found.count} seeds"
+        return f"{side} {name} with {seeds}, which gives no interval and does not say which is better"
     if p < ALPHA:
         low, high = sorted(map(abs, (found.low, found.high)))
         return (
-            f"{'better' if mean > 0 else 'worse'} than {name} by {abs(mean):.1f} points (95 % interval {low:.1f} to "
-            f"{high:.1f}, {found.count} seeds)"
+            f"{'better' if mean > 0 else 'worse'} than {name} by {points(mean)} points (95 % interval {points(low)} to "
+            f"{points(high)}, {found.count} seeds)"
         )
     seeds = f"95 % interval {_range(found.low, found.high)}, {found.count} seeds"
     if control == "dense" and not_worse < ALPHA / 2:
@@ -106,12 +105,22 @@ def sentence(
     return f"not distinguishable from {name}: {by} ({seeds}){corrected}"
 
 
+def points(difference: float) -> str:
+    """How large a difference is, without its sign; one that a large test set makes out is not rounded to nothing.
+
+    >>> points(-1.24), points(0.043), points(0.0)
+    ('1.2', '0.04', '0.0')
+    """
+    size = abs(difference)
+    return f"{size:.1g}" if 1e-6 < size < 0.095 else f"{size:.1f}"
+
+
 def _range(low: float, high: float) -> str:
     """The ends of an interval of differences, without a sign that a reader would have to interpret."""
     if low < 0 < high:
-        return f"{-low:.1f} below to {high:.1f} above"
+        return f"{points(low)} below to {points(high)} above"
     least, most = sorted(map(abs, (low, high)))
-    return f"{least:.1f} to {most:.1f} {'above' if high > 0 else 'below'}"
+    return f"{points(least)} to {points(most)} {'above' if high > 0 else 'below'}"
 
 
 class _Pairs:
@@ -126,6 +135,7 @@ class _Pairs:
     def __init__(self, task: Task, series: Series, control: str):
         self.task, self.series = task, series
         unfair: dict[int, str] = {}
+        tweaks = ""
         scores: dict[int, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
         for one in series.experiments:
             got = False
@@ -138,6 +148,7 @@ class _Pairs:
                 if why := _unfair(mine, other, run, control):
                     unfair.setdefault(one.seed, why)
                     continue
+                tweaks = tweaks or _tweaks(mine, other, run)
                 scores[one.seed][0].append(mine.final.top1)
                 scores[one.seed][1].append(run.top1)
                 got = True
@@ -148,7 +159,8 @@ class _Pairs:
         seeds: dict[int, float | None] = {one.seed: None for one in series.experiments}
         ours, theirs = ({**seeds, **{seed: pair[side] for seed, pair in both.items()}} for side in (0, 1))
         self.differences, missing = paired(ours, theirs)
-        self.left = [f"seed {seed} is not a fair comparison ({why})" for seed, why in unfair.items()]
+        self.left = [tweaks] if tweaks else []
+        self.left += [f"seed {seed} is not a fair comparison ({why})" for seed, why in unfair.items()]
         many = [seed for seed, count in Counter(one.seed for one in series.experiments).items() if count > 1]
         self.left += [f"seed {seed} stands in several folders and counts once, as their mean" for seed in many]
         if states := self._without(set(missing) - unfair.keys()):
@@ -229,6 +241,17 @@ def _unfair(one: Experiment, other: Experiment, run: Trained, control: str) -> s
     if one.images != other.images or not one.images:
         return "other images were trained or validated on"
     return ", ".join(differing(one, other)[:3])
+
+
+def _tweaks(one: Experiment, other: Experiment, run: Trained) -> str:
+    """That a ticket was trained with other tweaks than its control, if so; the whole network beside it has none."""
+    without = run.sparsity == 0 and other.kind != "dense"
+    ours, theirs = one.recipe.retrain.tweaks, {} if without else other.recipe.retrain.tweaks
+    if ours == theirs:
+        return ""
+    how = [", ".join(each) or "none" for each in (ours, theirs)]
+    told = how if how[0] != how[1] else [shown(str(each), 80) for each in (ours, theirs)]
+    return f"the ticket was trained with the tweaks {told[0]}, the control with {told[1]}"
 
 
 def _absent(series: Series, control: str) -> str:
