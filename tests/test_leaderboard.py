@@ -332,7 +332,7 @@ def test_a_ranking_says_what_was_not_trained_as_most_are(tmp_path):
     (task,) = tasks(read_all([tmp_path])[0])
     (said,) = ranking_words(standings(task))
     assert said.startswith("Sparsity 0.5, by the 2 seeds that all have: ")
-    note = said.partition(" Not trained as most are, which its place shows too: ")[2]
+    note = said.partition(" Trained otherwise than most, so its place is no fair comparison: ")[2]
     assert sorted(note.removesuffix(".").split("; ")) == [
         "gradual (weights trained for 7 epochs, not 1)",
         "snip (training.lr 0.5 and 0.05)",
@@ -363,6 +363,7 @@ def test_the_page_ranks_what_can_be_told_apart_and_draws_it(made_up):
     }
     assert rows["dense"][3:] == ["97.40", "96.72 to 98.08", "1", "", "", ""]
     assert rows["far"][3:] == ["62.00", "60.04 to 63.96", "2", "worse by 35.4", "better by 11.6", ""]
+    assert rows["one"][6] == "not distinguishable: 0.6 below"  # -1, -1, 1, -2 and 0 points
     assert rows["single"][3:7] == ["99.00", "none", "2", "+2.0 with one seed"]
     page = Page(files[0].read_text())
     assert (

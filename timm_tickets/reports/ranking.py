@@ -106,7 +106,7 @@ def ranking_words(found: Mapping[float, Sequence[Standing]]) -> list[str]:
             ahead = [one.label for one in ranked if one.label not in behind]
             said = f"{at}: the best may be {_or(ahead)}; behind it beyond noise: {', '.join(behind)}."
         unlike = [f"{one.label} ({one.unlike})" for one in every if one.unlike]
-        note = " Not trained as most are, which its place shows too: "
+        note = " Trained otherwise than most, so its place is no fair comparison: "
         told.append(said + (f"{note}{'; '.join(unlike)}." if unlike else ""))
     return told
 
@@ -152,6 +152,9 @@ def _short(one: Verdict) -> str:
     kind = next((kind for kind in kinds if one.text.startswith(kind)), "")
     if one.found is not None and kind in ("better", "worse"):
         return f"{kind} by {points(one.found.mean)}"
+    if one.found is not None and kind == "not distinguishable":  # a large difference of few seeds would look like none
+        side = "above" if one.found.mean > 0 else "below"
+        return f"{kind}: {points(one.found.mean)} {side}" if points(one.found.mean) != "0.0" else kind
     if one.found is not None and not kind:
         seeds = "one seed" if one.found.count == 1 else f"each of {one.found.count} seeds"
         return f"{one.found.mean:+.1f} with {seeds}"
