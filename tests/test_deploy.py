@@ -16,7 +16,7 @@ from support.commands import call
 import timm_tickets as tt
 from timm_tickets import export, load_2_4, load_csr
 from timm_tickets.deploy import onnx_file, speed
-from timm_tickets.deploy.runners import Kind, openvino_run, run_of
+from timm_tickets.deploy.runners import Kind, onnxruntime_run, openvino_run, run_of
 from timm_tickets.deploy.source import Built, load_source, zeros
 from timm_tickets.deploy.sparse_file import fits_2_4, write_sparse
 from timm_tickets.deploy.speed import Row, Speed, measure
@@ -159,6 +159,16 @@ def test_an_onnx_file_that_computes_otherwise_is_not_put_in_place(ticket, tmp_pa
         export(ticket(), "onnx", file, overwrite=True)
     assert file.read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "test_resnet.ticket"]
+
+
+def test_onnxruntimes_threads_do_not_wait_on_a_core_for_the_next_call(monkeypatch, tmp_path):
+    """Else what `speed` times after it shares its cores with them: the same network seemed to take twice the time."""
+    seen = []
+    session = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name="images")])
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda path, options, **_: seen.append(options) or session)
+    onnxruntime_run(tmp_path / "model.onnx", 2)
+    assert seen[0].get_session_config_entry("session.force_spinning_stop") == "1"
+    assert seen[0].intra_op_num_threads == 2
 
 
 def test_a_model_that_puts_out_no_numbers_equals_none(source):
