@@ -363,7 +363,7 @@ def test_the_page_ranks_what_can_be_told_apart_and_draws_it(made_up):
     }
     assert rows["dense"][3:] == ["97.40", "96.72 to 98.08", "1", "", "", ""]
     assert rows["far"][3:] == ["62.00", "60.04 to 63.96", "2", "worse by 35.4", "better by 11.6", ""]
-    assert rows["one"][6] == "not distinguishable: 0.6 below"  # -1, -1, 1, -2 and 0 points
+    assert rows["one"][6] == "unclear: 0.6 below"  # -1, -1, 1, -2 and 0 points
     assert rows["single"][3:7] == ["99.00", "none", "2", "+2.0 with one seed"]
     page = Page(files[0].read_text())
     assert (

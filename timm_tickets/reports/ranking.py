@@ -154,7 +154,7 @@ def _short(one: Verdict) -> str:
         return f"{kind} by {points(one.found.mean)}"
     if one.found is not None and kind == "not distinguishable":  # a large difference of few seeds would look like none
         side = "above" if one.found.mean > 0 else "below"
-        return f"{kind}: {points(one.found.mean)} {side}" if points(one.found.mean) != "0.0" else kind
+        return f"unclear: {points(one.found.mean)} {side}" if points(one.found.mean) != "0.0" else "unclear: equal"
     if one.found is not None and not kind:
         seeds = "one seed" if one.found.count == 1 else f"each of {one.found.count} seeds"
         return f"{one.found.mean:+.1f} with {seeds}"
