@@ -45,6 +45,17 @@ def sorted_top(values, count):
     return mask.view(values.shape)
 
 
+def test_what_masks_have_ruled_out_is_not_copied_to_be_selected_from(monkeypatch):
+    values = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    values[torch.arange(100_000) % 10 > 0] = -torch.inf  # a mask that keeps a tenth
+    looked, best = [], topk._best
+    monkeypatch.setattr(topk, "_best", lambda found, count: looked.append(len(found)) or best(found, count))
+    for count in (9_990, 10_000):  # of nearly all that is left, the neighbourhood has no lower end
+        assert torch.equal(topk.top(values, count), sorted_top(values, count))
+    assert max(looked) < 5_000  # 94,000 with those
+    assert torch.equal(topk.top(values, 10_001), sorted_top(values, 10_001))  # one of them, as more cannot be had
+
+
 def sorted_swap(mask, values, rate):
     mask, values = mask.clone(), values.double()
     pruned, kept = (~mask).nonzero().flatten(), mask.nonzero().flatten()

@@ -155,7 +155,9 @@ def _near(read: Callable[[], Iterable[Tensor]], count: int) -> list[Tensor] | No
     for score in read():
         flat = _array(score)
         above = flat > high
-        at = np.flatnonzero((flat >= low) ^ above)
+        # Where the neighbourhood has no lower end, what masks have ruled out (-inf) would be most of it.
+        reached = flat > low if low == -math.inf else flat >= low
+        at = np.flatnonzero(reached ^ above)
         masks.append(above)
         near.append(at)
         values.append(flat[at])
